@@ -1,0 +1,1 @@
+//! The CNI specification's types: environment, network configuration, result, error.

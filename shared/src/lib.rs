@@ -1,0 +1,21 @@
+//! Names and types that the plugin, the agent and the tests agree on.
+//!
+//! Raw input (JSON of a store, of a runtime, of the socket) becomes a checked type here, once; everything behind
+//! this border works on types that cannot hold a bad value. No sockets, no netlink, no runtime.
+#![forbid(unsafe_code)]
+
+pub mod cni;
+pub mod lease;
+pub mod names;
+pub mod netconf;
+pub mod protocol;
+pub mod subnet_env;
+pub mod tombstone;
+
+mod ifname;
+mod mac;
+mod subnet;
+
+pub use ifname::{BadIfName, IfName};
+pub use mac::{BadMac, Mac};
+pub use subnet::{BadSubnet, Subnet};

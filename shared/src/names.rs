@@ -1,0 +1,107 @@
+//! Names, paths, ports and marks that plugin, agent and operator agree on.
+//!
+//! Devices and ports are flannel's, so that a node can be handed over in either direction.
+
+use sha2::{Digest, Sha256};
+
+use crate::IfName;
+use crate::protocol::Attachment;
+
+pub const CNI_SOCKET: &str = "/run/weft/cni.sock";
+pub const ADMIN_SOCKET: &str = "/run/weft/admin.sock";
+pub const ADMIN_LISTEN: &str = "127.0.0.1:9474";
+/// Tied to this boot: address records, tombstones, sockets.
+pub const RUN_DIR: &str = "/run/weft";
+/// Survives a reboot: own lease, VTEP MACs, the embedded store.
+pub const STATE_DIR: &str = "/var/lib/weft";
+pub const SUBNET_FILE: &str = "/run/flannel/subnet.env";
+
+pub const DEFAULT_BRIDGE: &str = "cni0";
+/// IANA's VXLAN port is 4789; the kernel and flannel default to this one.
+pub const VXLAN_PORT: u16 = 8472;
+
+/// `rtm_protocol` of the routes that weft makes (linux/rtnetlink.h leaves numbers above 4 to routing daemons;
+/// 87 is in nobody's `rt_protos`).
+pub const ROUTE_PROTOCOL: u8 = 87;
+/// Link group (`IFLA_GROUP`) of host-side veths: "weft" in ASCII. With the name it marks a veth as ours from the very
+/// message that creates it.
+pub const VETH_GROUP: u32 = 0x7765_6674;
+
+const VETH_PREFIX: &str = "veth";
+const VETH_HASH_CHARS: usize = 11;
+
+/// The host-side veth of an attachment: `veth` and 11 base32 characters of a SHA-256, so that a crashed ADD's orphan
+/// can be found without any record.
+pub fn host_ifname(attachment: &Attachment) -> IfName {
+    let name = format!("{VETH_PREFIX}{}", &attachment_hash(attachment)[..VETH_HASH_CHARS]);
+    name.parse().unwrap_or_else(|_| unreachable!("15 bytes of [a-z2-7]"))
+}
+
+/// Whether a link's name has the form that [`host_ifname`] gives. Ownership also needs [`VETH_GROUP`].
+pub fn is_host_ifname(name: &str) -> bool {
+    name.strip_prefix(VETH_PREFIX).is_some_and(|hash| {
+        hash.len() == VETH_HASH_CHARS && hash.bytes().all(|b| matches!(b, b'a'..=b'z' | b'2'..=b'7'))
+    })
+}
+
+/// A file-name-safe key of an attachment: 52 base32 characters (RFC 4648, lower case, no padding) of the SHA-256 over
+/// network, container ID and interface name, separated by zero bytes that none of them can hold.
+pub fn attachment_hash(attachment: &Attachment) -> String {
+    let mut hasher = Sha256::new();
+    for part in [&attachment.network, &attachment.container_id] {
+        hasher.update(part.as_bytes());
+        hasher.update([0]);
+    }
+    hasher.update(attachment.ifname.as_str().as_bytes());
+    base32(&hasher.finalize())
+}
+
+fn base32(bytes: &[u8]) -> String {
+    const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
+    let mut text = String::new();
+    let (mut bits, mut count) = (0_u32, 0);
+    for byte in bytes {
+        bits = (bits << 8) | u32::from(*byte);
+        count += 8;
+        while count >= 5 {
+            count -= 5;
+            text.push(ALPHABET[(bits >> count) as usize & 31] as char);
+        }
+        bits &= (1 << count) - 1;
+    }
+    if count > 0 {
+        text.push(ALPHABET[(bits << (5 - count)) as usize & 31] as char);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base32_test_vectors() {
+        // RFC 4648 section 10, without padding.
+        for (input, output) in
+            [("", ""), ("f", "my"), ("fo", "mzxq"), ("foo", "mzxw6"), ("foobar", "mzxw6ytboi")]
+        {
+            assert_eq!(base32(input.as_bytes()), output);
+        }
+    }
+
+    #[test]
+    fn veth_names_are_stable_and_differ_by_every_part() {
+        let key = |network: &str, id: &str, ifname: &str| Attachment {
+            network: network.into(),
+            container_id: id.into(),
+            ifname: ifname.parse().expect("ifname"),
+        };
+        let base = host_ifname(&key("weft", "c1", "eth0"));
+        assert_eq!(base, host_ifname(&key("weft", "c1", "eth0")));
+        assert!(is_host_ifname(base.as_str()) && base.as_str().len() == 15, "{base}");
+        for other in [key("wef", "tc1", "eth0"), key("weft", "c2", "eth0"), key("weft", "c1", "eth1")] {
+            assert_ne!(base, host_ifname(&other));
+        }
+        assert!(!is_host_ifname("veth12345678"));
+    }
+}

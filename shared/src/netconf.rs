@@ -1,0 +1,330 @@
+//! The cluster's network configuration: the JSON that flannel keeps at `<prefix>/config` or in `net-conf.json`.
+//!
+//! Go's rules that users rely on hold here: keys match without regard to case, unknown keys are ignored. Everything
+//! else is checked at once (pkg/subnet/config.go, `CheckNetworkConfig`) and refused by key, value and expectation.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::Subnet;
+use crate::lease::LeaseKey;
+use crate::names::VXLAN_PORT;
+
+/// A checked configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkConfig {
+    pub v4: Range,
+    pub v6: Option<Range>,
+    pub backend: BackendConfig,
+}
+
+/// The overlay's network of one family and the part of it that is leased.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Range {
+    pub network: Subnet,
+    /// Length of a leased subnet.
+    pub subnet_len: u8,
+    /// First and last leased subnet, both inclusive.
+    pub min: IpAddr,
+    pub max: IpAddr,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum BackendConfig {
+    Vxlan(VxlanConfig),
+    HostGw,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VxlanConfig {
+    /// 24 bits (RFC 7348).
+    pub vni: u32,
+    pub port: u16,
+    /// Underlay MTU to assume instead of the interface's; the overlay's is 50 less.
+    pub mtu: Option<u32>,
+    pub gbp: bool,
+    pub learning: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    #[error("network configuration is not JSON: {0}")]
+    Json(String),
+    #[error("network configuration: {key} = {value}: expected {expected}")]
+    Value { key: String, value: String, expected: String },
+    #[error("network configuration: {key} is missing: expected {expected}")]
+    Missing { key: String, expected: String },
+}
+
+impl BackendConfig {
+    /// As it stands in a lease's `BackendType`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Vxlan(_) => "vxlan",
+            Self::HostGw => "host-gw",
+        }
+    }
+}
+
+impl Range {
+    /// Whether a leased subnet fits this range: right length, between the first and the last.
+    pub fn admits(&self, subnet: Subnet) -> bool {
+        subnet.len() == self.subnet_len && (self.min..=self.max).contains(&subnet.addr())
+    }
+}
+
+impl NetworkConfig {
+    pub fn parse(json: &str) -> Result<Self, ConfigError> {
+        let value: Value = serde_json::from_str(json).map_err(|e| ConfigError::Json(e.to_string()))?;
+        let Value::Object(map) = value else {
+            return Err(ConfigError::Json(format!(
+                "expected an object such as {EXAMPLE}, got {}",
+                brief(&value)
+            )));
+        };
+        let keys = Keys { path: "", map: &map };
+        if !keys.bool("EnableIPv4")?.unwrap_or(true) {
+            return Err(keys.bad("EnableIPv4", "true: this version of weft leases IPv4 subnets only"));
+        }
+        if keys.bool("EnableIPv6")?.unwrap_or(false) {
+            return Err(keys.bad("EnableIPv6", "false: this version of weft leases IPv4 subnets only"));
+        }
+        // It chooses between flannel's two firewall backends; weft has one. Its type is still checked.
+        keys.bool("EnableNFTables")?;
+        Ok(Self { v4: Range::parse_v4(&keys)?, v6: None, backend: BackendConfig::parse(&keys)? })
+    }
+
+    /// Whether a lease is one that this configuration would hand out.
+    pub fn admits(&self, key: &LeaseKey) -> bool {
+        self.v4.admits(key.v4)
+            && match (self.v6, key.v6) {
+                (None, None) => true,
+                (Some(range), Some(subnet)) => range.admits(subnet),
+                _ => false,
+            }
+    }
+}
+
+/// Shown wherever a configuration is expected and none is there.
+pub const EXAMPLE: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#;
+
+impl Range {
+    fn parse_v4(keys: &Keys<'_>) -> Result<Self, ConfigError> {
+        let network = keys
+            .string("Network")?
+            .ok_or_else(|| keys.missing("Network", "the overlay's IPv4 network such as 10.5.0.0/16"))?;
+        let network = network
+            .parse::<Subnet>()
+            .ok()
+            .filter(|n| n.is_ipv4() && n.len() > 0)
+            .ok_or_else(|| keys.bad("Network", "an IPv4 network such as 10.5.0.0/16"))?;
+        let subnet_len = match keys.integer("SubnetLen")?.filter(|len| *len != 0) {
+            Some(len) if len > 30 => return Err(keys.bad("SubnetLen", "a prefix length of at most 30")),
+            Some(len) if len < u64::from(network.len()) + 2 => {
+                let expected =
+                    format!("at least {}: Network must hold at least four subnets", network.len() + 2);
+                return Err(keys.bad("SubnetLen", &expected));
+            }
+            Some(len) => len as u8,
+            None if network.len() > 28 => return Err(keys.bad("Network", "a network of /28 or larger")),
+            None if network.len() <= 22 => 24,
+            None => network.len() + 2,
+        };
+        let size = 1_u32 << (32 - subnet_len);
+        let bound = |key: &str, default: Option<IpAddr>| {
+            let Some(text) = keys.string(key)? else {
+                return default.ok_or_else(|| keys.bad("Network", "a network of at least four subnets"));
+            };
+            let addr = text.parse::<IpAddr>().ok().filter(IpAddr::is_ipv4);
+            let addr = addr.ok_or_else(|| keys.bad(key, "an IPv4 address"))?;
+            if !network.contains(addr) {
+                return Err(keys.bad(key, &format!("an address inside Network {network}")));
+            }
+            if Subnet::new(addr, subnet_len).map(|s| s.addr()) != Some(addr) {
+                return Err(keys.bad(key, &format!("an address on a /{subnet_len} boundary (SubnetLen)")));
+            }
+            Ok(addr)
+        };
+        let min = bound("SubnetMin", network.nth(size))?;
+        let last = Subnet::new(network.last(), subnet_len).map(|s| s.addr());
+        let max = bound("SubnetMax", last)?;
+        if min > max {
+            return Err(keys.bad("SubnetMin", &format!("an address not above SubnetMax {max}")));
+        }
+        Ok(Self { network, subnet_len, min, max })
+    }
+}
+
+impl BackendConfig {
+    fn parse(keys: &Keys<'_>) -> Result<Self, ConfigError> {
+        const TYPES: &str = "\"vxlan\" or \"host-gw\", the backends of this version of weft";
+        let Some(backend) = keys.get("Backend") else {
+            let expected = format!(
+                "an object such as {{\"Type\":\"vxlan\"}} (absent means udp to flannel); Type is {TYPES}"
+            );
+            return Err(keys.missing("Backend", &expected));
+        };
+        let Value::Object(map) = backend else {
+            return Err(keys.bad("Backend", "an object such as {\"Type\":\"vxlan\"}"));
+        };
+        let keys = Keys { path: "Backend.", map };
+        let kind = keys.string("Type")?.ok_or_else(|| keys.missing("Type", TYPES))?;
+        match kind.to_lowercase().as_str() {
+            "vxlan" => Ok(Self::Vxlan(VxlanConfig::parse(&keys)?)),
+            "host-gw" => Ok(Self::HostGw),
+            _ => Err(keys.bad("Type", TYPES)),
+        }
+    }
+}
+
+impl VxlanConfig {
+    fn parse(keys: &Keys<'_>) -> Result<Self, ConfigError> {
+        let bounded = |key: &str, range: std::ops::RangeInclusive<u64>| match keys.integer(key)? {
+            Some(n) if !range.contains(&n) => {
+                Err(keys.bad(key, &format!("a whole number from {} to {}", range.start(), range.end())))
+            }
+            other => Ok(other),
+        };
+        if keys.bool("DirectRouting")?.unwrap_or(false) {
+            return Err(keys.bad("DirectRouting", "false: this version of weft has no direct routing"));
+        }
+        Ok(Self {
+            vni: bounded("VNI", 1..=0xff_ffff)?.unwrap_or(1) as u32,
+            // flannel's 0 means the kernel's default.
+            port: bounded("Port", 0..=65535)?.filter(|p| *p != 0).map_or(VXLAN_PORT, |p| p as u16),
+            mtu: bounded("MTU", 0..=65535)?.filter(|m| *m != 0).map(|m| m as u32),
+            gbp: keys.bool("GBP")?.unwrap_or(false),
+            learning: keys.bool("Learning")?.unwrap_or(false),
+        })
+    }
+}
+
+/// An object whose keys match without regard to case.
+struct Keys<'a> {
+    path: &'a str,
+    map: &'a Map<String, Value>,
+}
+
+impl<'a> Keys<'a> {
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        // The exact spelling first, for determinism when a document has several.
+        self.map
+            .get(key)
+            .or_else(|| self.map.iter().find(|(k, _)| k.eq_ignore_ascii_case(key)).map(|(_, v)| v))
+    }
+
+    fn string(&self, key: &str) -> Result<Option<&'a str>, ConfigError> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(_) => Err(self.bad(key, "a string")),
+        }
+    }
+
+    fn bool(&self, key: &str) -> Result<Option<bool>, ConfigError> {
+        match self.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Bool(value)) => Ok(Some(*value)),
+            Some(_) => Err(self.bad(key, "true or false")),
+        }
+    }
+
+    fn integer(&self, key: &str) -> Result<Option<u64>, ConfigError> {
+        match self.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => value.as_u64().map(Some).ok_or_else(|| self.bad(key, "a whole number")),
+        }
+    }
+
+    fn bad(&self, key: &str, expected: &str) -> ConfigError {
+        let value = self.get(key).map_or_else(|| "nothing".into(), brief);
+        ConfigError::Value { key: format!("{}{key}", self.path), value, expected: expected.into() }
+    }
+
+    fn missing(&self, key: &str, expected: &str) -> ConfigError {
+        ConfigError::Missing { key: format!("{}{key}", self.path), expected: expected.into() }
+    }
+}
+
+/// A value short enough for one line.
+fn brief(value: &Value) -> String {
+    let text = value.to_string();
+    if text.chars().count() <= 60 { text } else { text.chars().take(59).chain(['…']).collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: &str) -> NetworkConfig {
+        NetworkConfig::parse(json).unwrap_or_else(|e| panic!("{json}: {e}"))
+    }
+
+    #[test]
+    fn defaults_are_flannels() {
+        let config = parse(r#"{"network":"10.3.9.9/16","BACKEND":{"tYPE":"VXLAN"},"Unknown":7}"#);
+        assert_eq!(config.v4.network.to_string(), "10.3.0.0/16");
+        assert_eq!(
+            (config.v4.subnet_len, config.v4.min.to_string(), config.v4.max.to_string()),
+            (24, "10.3.1.0".into(), "10.3.255.0".into())
+        );
+        let vxlan = VxlanConfig { vni: 1, port: 8472, mtu: None, gbp: false, learning: false };
+        assert_eq!(config.backend, BackendConfig::Vxlan(vxlan));
+        assert!(config.admits(&"10.3.255.0-24".parse().expect("key")));
+        for outside in ["10.3.0.0-24", "10.4.1.0-24", "10.3.1.0-25", "10.3.1.0-24&fd00::-64"] {
+            assert!(!config.admits(&outside.parse().expect("key")), "{outside}");
+        }
+        assert_eq!(parse(r#"{"Network":"10.3.0.0/28","Backend":{"Type":"host-gw"}}"#).v4.subnet_len, 30);
+    }
+
+    #[test]
+    fn refusals_name_key_value_and_expectation() {
+        let vxlan = |rest: &str| format!(r#"{{"Network":"10.3.0.0/16",{rest}"Backend":{{"Type":"vxlan"}}}}"#);
+        let backend = |backend: &str| format!(r#"{{"Network":"10.3.0.0/16","Backend":{backend}}}"#);
+        for (json, expected) in [
+            ("nonsense".to_owned(), "not JSON"),
+            ("[]".into(), "expected an object"),
+            (r#"{"Backend":{"Type":"vxlan"}}"#.into(), "Network is missing"),
+            (
+                r#"{"Network":"fd00::/48","Backend":{"Type":"vxlan"}}"#.into(),
+                r#"Network = "fd00::/48": expected an IPv4 network"#,
+            ),
+            (r#"{"Network":null,"Backend":{"Type":"vxlan"}}"#.into(), "Network = null: expected a string"),
+            (r#"{"Network":"10.3.0.0/29","Backend":{"Type":"vxlan"}}"#.into(), "/28 or larger"),
+            (vxlan(r#""SubnetLen":17,"#), "SubnetLen = 17: expected at least 18"),
+            (vxlan(r#""SubnetLen":31,"#), "SubnetLen = 31: expected a prefix length of at most 30"),
+            (vxlan(r#""SubnetLen":"24","#), r#"SubnetLen = "24": expected a whole number"#),
+            (
+                vxlan(r#""SubnetMin":"10.4.0.0","#),
+                r#"SubnetMin = "10.4.0.0": expected an address inside Network 10.3.0.0/16"#,
+            ),
+            (
+                vxlan(r#""SubnetMax":"10.3.7.1","#),
+                "SubnetMax = \"10.3.7.1\": expected an address on a /24 boundary",
+            ),
+            (vxlan(r#""SubnetMin":"10.3.9.0","SubnetMax":"10.3.7.0","#), "not above SubnetMax 10.3.7.0"),
+            (vxlan(r#""EnableIPv6":true,"#), "EnableIPv6 = true"),
+            (vxlan(r#""EnableIPv4":1,"#), "EnableIPv4 = 1: expected true or false"),
+            (r#"{"Network":"10.3.0.0/16"}"#.into(), "Backend is missing"),
+            (backend("7"), "Backend = 7: expected an object"),
+            (backend("{}"), "Backend.Type is missing"),
+            (backend(r#"{"Type":"gre"}"#), r#"Backend.Type = "gre": expected "vxlan" or "host-gw""#),
+            (
+                backend(r#"{"Type":"vxlan","VNI":16777216}"#),
+                "Backend.VNI = 16777216: expected a whole number from 1 to 16777215",
+            ),
+            (backend(r#"{"Type":"vxlan","Port":70000}"#), "Backend.Port = 70000"),
+            (
+                backend(r#"{"Type":"vxlan","Learning":"yes"}"#),
+                "Backend.Learning = \"yes\": expected true or false",
+            ),
+            (backend(r#"{"Type":"vxlan","DirectRouting":true}"#), "Backend.DirectRouting = true"),
+        ] {
+            let error = NetworkConfig::parse(&json).expect_err(&json).to_string();
+            assert!(error.contains(expected), "{json}\n  gave     {error}\n  expected {expected}");
+        }
+    }
+}

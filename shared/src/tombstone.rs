@@ -1,0 +1,67 @@
+//! What a DEL leaves behind when no agent answers: a file that tells the next one to free the address.
+//!
+//! The plugin writes under the shared lock, the agent drains under the exclusive one before it listens: a DEL therefore
+//! either reaches the agent or is seen by it. Names are hashes, so a repeated DEL replaces its own file.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::names::attachment_hash;
+use crate::protocol::Attachment;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tombstone {
+    pub attachment: Attachment,
+    /// `/proc/sys/kernel/random/boot_id`: a tombstone of another boot is void.
+    pub boot_id: String,
+    /// `CLOCK_BOOTTIME` in nanoseconds: it buries only what was reserved before.
+    pub boottime_ns: u64,
+    pub netns_cookie: Option<u64>,
+}
+
+/// Where the tombstones of the agent behind `socket` lie.
+pub fn dir_beside(socket: &Path) -> PathBuf {
+    socket.with_file_name("tombstones")
+}
+
+/// Opens the lock file beside the tombstones, making both if need be. The caller locks it.
+pub fn lock_file(dir: &Path) -> io::Result<File> {
+    fs::create_dir_all(dir)?;
+    OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(dir.join("lock"))
+}
+
+impl Tombstone {
+    pub fn path(&self, dir: &Path) -> PathBuf {
+        dir.join(format!("{}.json", attachment_hash(&self.attachment)))
+    }
+
+    /// Writes the file whole or not at all.
+    pub fn write(&self, dir: &Path) -> io::Result<()> {
+        let path = self.path(dir);
+        let temporary = path.with_extension(format!("tmp{}", std::process::id()));
+        fs::write(&temporary, serde_json::to_vec(self)?)?;
+        fs::rename(temporary, path)
+    }
+}
+
+/// Every readable tombstone with its path. A file that is none (a torn write of a killed plugin) is reported by path.
+pub fn list(dir: &Path) -> io::Result<Vec<(PathBuf, Option<Tombstone>)>> {
+    let entries = match fs::read_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        if path.extension().is_some_and(|e| e == "json") {
+            let tombstone = fs::read(&path).ok().and_then(|json| serde_json::from_slice(&json).ok());
+            found.push((path, tombstone));
+        }
+    }
+    found.sort_by(|a, b| a.0.cmp(&b.0));
+    Ok(found)
+}

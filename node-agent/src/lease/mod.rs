@@ -1,0 +1,115 @@
+//! Subnet leases: the seam that every store implements, and what the agent makes of them.
+
+use std::future::Future;
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{mpsc, watch};
+use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
+use weft_shared::netconf::{ConfigError, NetworkConfig};
+
+/// A place where the cluster's network configuration and leases live.
+///
+/// A store retries nothing by itself except its watch: callers own the backoff, so that what is wrong is always known
+/// in one place. Every call has a deadline inside and ends in bounded time.
+pub trait LeaseStore: Send + Sync + 'static {
+    /// Where it is, for people: `etcd at http://127.0.0.1:2379, prefix /coreos.com/network`.
+    fn location(&self) -> String;
+
+    fn network_config(&self) -> impl Future<Output = Result<NetworkConfig, StoreError>> + Send;
+
+    /// Takes a subnet: the own one again (found by public IP, else the previous subnet) or a free one.
+    fn acquire(&self, want: &AcquireRequest) -> impl Future<Output = Result<OwnedLease, StoreError>> + Send;
+
+    /// Extends the lease if, and only if, the key is still ours; never overwrites another owner.
+    fn renew(
+        &self,
+        held: &OwnedLease,
+        ttl: Duration,
+    ) -> impl Future<Output = Result<OwnedLease, StoreError>> + Send;
+
+    /// Gives the lease back if it is still ours.
+    fn release(&self, held: &OwnedLease) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Sends a full snapshot, then every change, until the receiver is gone. A broken watch is resumed, or begun anew
+    /// with another snapshot; nothing is ever sent that would read as an empty world because the store is away.
+    fn watch(
+        &self,
+        updates: mpsc::Sender<LeaseUpdate>,
+        health: watch::Sender<StoreHealth>,
+    ) -> impl Future<Output = ()> + Send;
+}
+
+#[derive(Debug, Clone)]
+pub struct AcquireRequest {
+    pub config: NetworkConfig,
+    pub attrs: LeaseAttrs,
+    /// What this node held before, from its own durable state or from subnet.env.
+    pub previous: Option<LeaseKey>,
+    pub ttl: Duration,
+}
+
+/// Our own lease, with what a store needs to prove that it is still ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnedLease {
+    pub lease: Lease,
+    /// Revision of the last write, compared at every renewal.
+    pub mod_revision: u64,
+    /// The store's lease object behind the key; 0 for none.
+    pub lease_id: i64,
+    /// `None` for a reservation, which never expires and is never renewed.
+    pub expires: Option<SystemTime>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LeaseUpdate {
+    /// The whole world: what is not in it does not exist.
+    Snapshot {
+        leases: Vec<Lease>,
+        malformed: Vec<Malformed>,
+    },
+    Upsert(Lease),
+    Remove(LeaseKey),
+    /// One entry that could not be read; whatever was known under that key is unchanged.
+    Malformed(Malformed),
+}
+
+/// An entry below the leases' prefix that is no lease.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Malformed {
+    pub key: String,
+    pub reason: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct StoreHealth {
+    pub connected: bool,
+    /// Why not, while not connected.
+    pub problem: Option<String>,
+    /// Times the watch had to begin anew with a snapshot.
+    pub relists: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// No answer, or none in time. Worth retrying.
+    #[error("{location} does not answer: {reason}")]
+    Unavailable { location: String, reason: String },
+    /// It answers, and refuses: credentials, permissions.
+    #[error("{location} refused: {reason}")]
+    Refused { location: String, reason: String },
+    /// `command` is what an operator would type to write one.
+    #[error("no network configuration at {key}; write one with: {command}")]
+    NoConfig { key: String, command: String },
+    #[error(transparent)]
+    BadConfig(#[from] ConfigError),
+    #[error(
+        "no free subnet between {min} and {max} (SubnetLen {len}): enlarge Network or remove stale leases"
+    )]
+    Exhausted { min: String, max: String, len: u8 },
+    /// The key is gone, or somebody else's.
+    #[error("lease {key} is {}", owner.as_ref().map_or("gone from the store".to_owned(), |o| format!("now held by {o}")))]
+    Lost { key: LeaseKey, owner: Option<String> },
+    /// Others were faster, every time.
+    #[error("lost the race for a subnet {0} times in a row")]
+    Contended(u32),
+}

@@ -8,6 +8,9 @@
 //! ```
 //! `lease::{table, allocator}`, `ipam::pool`, `dataplane` and `reconcile::plan` do no I/O; only `app` sees both sides.
 
+pub mod dataplane;
+pub mod kernel;
 pub mod lease;
 pub mod pods;
+pub mod reconcile;
 pub mod status;

@@ -2,10 +2,12 @@
 //!
 //! Devices and ports are flannel's, so that a node can be handed over in either direction.
 
+use std::net::Ipv4Addr;
+
 use sha2::{Digest, Sha256};
 
-use crate::IfName;
 use crate::protocol::Attachment;
+use crate::{IfName, Mac};
 
 pub const CNI_SOCKET: &str = "/run/weft/cni.sock";
 pub const ADMIN_SOCKET: &str = "/run/weft/admin.sock";
@@ -54,6 +56,13 @@ pub fn attachment_hash(attachment: &Attachment) -> String {
     }
     hasher.update(attachment.ifname.as_str().as_bytes());
     base32(&hasher.finalize())
+}
+
+/// The MAC of a bridge that the node with this public IP makes: always the same, so that pods find their gateway again
+/// when the bridge had to be made anew, and never that of the lowest port.
+pub fn bridge_mac(node: Ipv4Addr, bridge: &IfName) -> Mac {
+    let digest = Sha256::new().chain_update(node.octets()).chain_update(bridge.as_str()).finalize();
+    Mac::local_unicast([digest[0], digest[1], digest[2], digest[3], digest[4], digest[5]])
 }
 
 fn base32(bytes: &[u8]) -> String {

@@ -1,0 +1,135 @@
+//! Dataplanes: pure functions from this node and the peers' leases to what the kernel must hold.
+//!
+//! Nothing here asks the kernel or a store anything; what a dataplane needs to know of the host is in [`LocalNode`].
+
+pub mod hostgw;
+pub mod vxlan;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr};
+
+use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
+use weft_shared::netconf::{BackendConfig, NetworkConfig};
+use weft_shared::{IfName, Mac};
+
+use crate::reconcile::object::{Desired, Key, Object};
+
+pub use hostgw::HostGw;
+pub use vxlan::VxlanPlane;
+
+/// This node, as the dataplanes see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LocalNode {
+    pub lease: LeaseKey,
+    pub underlay: Underlay,
+    /// What peers send to; differs from the underlay's address behind NAT.
+    pub public_ip: Ipv4Addr,
+    /// Peers' addresses that the underlay reaches without a gateway.
+    pub on_link: BTreeSet<IpAddr>,
+}
+
+/// The interface that carries packets between nodes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Underlay {
+    pub iface: IfName,
+    pub index: u32,
+    pub addr: Ipv4Addr,
+    pub mtu: u32,
+}
+
+/// What one dataplane wants, and what became of each peer.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Wanted {
+    pub desired: Desired,
+    pub peers: BTreeMap<LeaseKey, PeerPlan>,
+}
+
+/// The objects that serve one peer, or why it is not served.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PeerPlan {
+    pub keys: Vec<Key>,
+    pub problem: Option<String>,
+}
+
+impl Wanted {
+    fn serve(&mut self, peer: &Lease, objects: Vec<Object>) {
+        let plan = self.peers.entry(peer.key).or_default();
+        for object in objects {
+            plan.keys.push(object.key());
+            self.desired.insert(object);
+        }
+    }
+
+    fn refuse(&mut self, peer: &Lease, problem: String) {
+        self.peers.entry(peer.key).or_default().problem = Some(problem);
+    }
+}
+
+pub trait Dataplane {
+    /// `BackendType` in leases.
+    fn kind(&self) -> &'static str;
+
+    /// The overlay's device, if there is one.
+    fn device(&self) -> Option<&IfName>;
+
+    /// The value that this node publishes.
+    fn lease_attrs(&self, public_ip: Ipv4Addr) -> LeaseAttrs;
+
+    /// MTU of pods on an underlay of this MTU.
+    fn pod_mtu(&self, underlay_mtu: u32) -> u32;
+
+    /// The address on a peer that answers a ping through the overlay.
+    fn probe(&self, peer: &LeaseKey) -> IpAddr;
+
+    fn desired(&self, local: &LocalNode, peers: &[Lease]) -> Wanted;
+}
+
+/// The dataplane that the network configuration names.
+#[derive(Debug, Clone)]
+pub enum Backend {
+    Vxlan(VxlanPlane),
+    HostGw(HostGw),
+}
+
+impl Backend {
+    /// `vtep_mac` is this node's, durable: peers have it in their tables.
+    pub fn new(config: &NetworkConfig, vtep_mac: Mac) -> Self {
+        match &config.backend {
+            BackendConfig::Vxlan(vxlan) => Self::Vxlan(VxlanPlane::new(vxlan.clone(), vtep_mac)),
+            BackendConfig::HostGw => Self::HostGw(HostGw),
+        }
+    }
+
+    fn inner(&self) -> &dyn Dataplane {
+        match self {
+            Self::Vxlan(plane) => plane,
+            Self::HostGw(plane) => plane,
+        }
+    }
+}
+
+impl Dataplane for Backend {
+    fn kind(&self) -> &'static str {
+        self.inner().kind()
+    }
+
+    fn device(&self) -> Option<&IfName> {
+        self.inner().device()
+    }
+
+    fn lease_attrs(&self, public_ip: Ipv4Addr) -> LeaseAttrs {
+        self.inner().lease_attrs(public_ip)
+    }
+
+    fn pod_mtu(&self, underlay_mtu: u32) -> u32 {
+        self.inner().pod_mtu(underlay_mtu)
+    }
+
+    fn probe(&self, peer: &LeaseKey) -> IpAddr {
+        self.inner().probe(peer)
+    }
+
+    fn desired(&self, local: &LocalNode, peers: &[Lease]) -> Wanted {
+        self.inner().desired(local, peers)
+    }
+}

@@ -1,0 +1,259 @@
+//! VXLAN (RFC 7348) as flannel programs it: no multicast, no learning, one route, one neighbour and one forwarding
+//! entry per peer (flannel pkg/backend/vxlan).
+//!
+//! A pod's packet to 10.5.2.9 meets the route `10.5.2.0/24 via 10.5.2.0 dev flannel.1 onlink`; the neighbour entry of
+//! 10.5.2.0 gives the peer's VTEP MAC; the forwarding entry of that MAC gives the peer's public IP. Nothing is ever
+//! resolved on the wire, so nothing has to answer.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use ipnetwork::IpNetwork;
+use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey, VxlanData};
+use weft_shared::names::ROUTE_PROTOCOL;
+use weft_shared::netconf::VxlanConfig;
+use weft_shared::{IfName, Mac, Subnet};
+
+use super::{Dataplane, LocalNode, Wanted};
+use crate::reconcile::object::{Link, LinkKind, LinkMac, Object, Route, Vxlan};
+
+/// Outer IPv4 header 20, UDP 8, VXLAN 8, inner Ethernet 14.
+const OVERHEAD: u32 = 50;
+
+#[derive(Debug, Clone)]
+pub struct VxlanPlane {
+    config: VxlanConfig,
+    device: IfName,
+    device_v6: IfName,
+    vtep_mac: Mac,
+}
+
+impl VxlanPlane {
+    pub fn new(config: VxlanConfig, vtep_mac: Mac) -> Self {
+        let named = |prefix: &str| {
+            let name = format!("{prefix}.{}", config.vni);
+            name.parse().unwrap_or_else(|_| unreachable!("a VNI has at most 8 digits"))
+        };
+        Self { device: named("flannel"), device_v6: named("flannel-v6"), config, vtep_mac }
+    }
+
+    /// The device as it must be on this node.
+    fn link(&self, local: &LocalNode) -> Link {
+        let vxlan = Vxlan {
+            vni: self.config.vni,
+            underlay: local.underlay.index,
+            local: local.underlay.addr.into(),
+            port: self.config.port,
+            learning: self.config.learning,
+            gbp: self.config.gbp,
+        };
+        Link {
+            kind: LinkKind::Vxlan(vxlan),
+            mac: LinkMac::Exactly(self.vtep_mac),
+            mtu: self.pod_mtu(local.underlay.mtu),
+            up: true,
+        }
+    }
+
+    /// One subnet of one peer: neighbour, forwarding entry, route.
+    fn entries(&self, dev: &IfName, subnet: Subnet, vtep: Mac, public: IpAddr) -> Vec<Object> {
+        let gateway = subnet.addr();
+        let route =
+            Route { gateway: Some(gateway), dev: dev.clone(), onlink: true, protocol: ROUTE_PROTOCOL };
+        vec![
+            Object::Neigh { dev: dev.clone(), ip: gateway, mac: vtep },
+            Object::Fdb { dev: dev.clone(), mac: vtep, dst: public },
+            Object::Route { dst: subnet, route },
+        ]
+    }
+
+    fn peer_entries(&self, peer: &Lease) -> Result<Vec<Object>, String> {
+        if peer.attrs.backend_type != self.kind() {
+            return Err(format!(
+                "its BackendType is {:?}, this node's is {:?}",
+                peer.attrs.backend_type,
+                self.kind()
+            ));
+        }
+        let mut entries = Vec::new();
+        for subnet in peer.key.subnets() {
+            let dev = if subnet.is_ipv4() { &self.device } else { &self.device_v6 };
+            let data = peer.attrs.vxlan_data(subnet).ok_or_else(|| {
+                let example = r#"{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}"#;
+                format!("its BackendData for {subnet} must look like {example}")
+            })?;
+            if data.vni != self.config.vni {
+                return Err(format!("its VNI is {}, this node's is {}", data.vni, self.config.vni));
+            }
+            if !data.vtep_mac.is_unicast() {
+                return Err(format!("its VtepMAC {} is no station's address", data.vtep_mac));
+            }
+            let public = peer
+                .attrs
+                .public_addr(subnet)
+                .ok_or_else(|| format!("it has no public address for {subnet}"))?;
+            entries.extend(self.entries(dev, subnet, data.vtep_mac, public));
+        }
+        Ok(entries)
+    }
+}
+
+impl Dataplane for VxlanPlane {
+    fn kind(&self) -> &'static str {
+        "vxlan"
+    }
+
+    fn device(&self) -> Option<&IfName> {
+        Some(&self.device)
+    }
+
+    fn lease_attrs(&self, public_ip: Ipv4Addr) -> LeaseAttrs {
+        let data = VxlanData { vni: self.config.vni, vtep_mac: self.vtep_mac };
+        LeaseAttrs {
+            public_ip,
+            public_ipv6: None,
+            backend_type: self.kind().into(),
+            backend_data: serde_json::to_value(data).ok(),
+            backend_v6_data: None,
+        }
+    }
+
+    fn pod_mtu(&self, underlay_mtu: u32) -> u32 {
+        self.config.mtu.unwrap_or(underlay_mtu).saturating_sub(OVERHEAD)
+    }
+
+    /// Every node has its network address on the device.
+    fn probe(&self, peer: &LeaseKey) -> IpAddr {
+        peer.v4.addr()
+    }
+
+    fn desired(&self, local: &LocalNode, peers: &[Lease]) -> Wanted {
+        let mut wanted = Wanted::default();
+        let dev = &self.device;
+        wanted.desired.insert(Object::Link { name: dev.clone(), link: self.link(local) });
+        // Router advertisements on an overlay device would give it foreign addresses and routes.
+        wanted
+            .desired
+            .insert(Object::Sysctl { path: format!("net/ipv6/conf/{dev}/accept_ra"), value: "0".into() });
+        wanted
+            .desired
+            .insert(Object::Addr { dev: dev.clone(), addr: IpNetwork::from(local.lease.v4.addr()) });
+        for peer in peers {
+            match self.peer_entries(peer) {
+                Ok(entries) => wanted.serve(peer, entries),
+                Err(problem) => wanted.refuse(peer, problem),
+            }
+        }
+        wanted
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataplane::Underlay;
+    use crate::reconcile::object::Key;
+
+    fn plane() -> VxlanPlane {
+        let config = VxlanConfig { vni: 7, port: 8472, mtu: None, gbp: false, learning: false };
+        VxlanPlane::new(config, "02:00:00:00:00:01".parse().expect("mac"))
+    }
+
+    fn local() -> LocalNode {
+        LocalNode {
+            lease: "10.5.1.0-24".parse().expect("key"),
+            underlay: Underlay {
+                iface: "eth0".parse().expect("name"),
+                index: 3,
+                addr: Ipv4Addr::new(192, 0, 2, 1),
+                mtu: 1500,
+            },
+            public_ip: Ipv4Addr::new(192, 0, 2, 1),
+            on_link: Default::default(),
+        }
+    }
+
+    fn peer(key: &str, value: &str) -> Lease {
+        let (key, attrs) = (key.parse().expect(key), serde_json::from_str(value).expect(value));
+        Lease { key, attrs, create_revision: 1 }
+    }
+
+    #[test]
+    fn a_peer_is_three_entries_and_a_dual_stack_peer_six() {
+        let value = r#"{"PublicIP":"192.0.2.2","PublicIPv6":"2001:db8::2","BackendType":"vxlan",
+            "BackendData":{"VNI":7,"VtepMAC":"02:00:00:00:00:02"},"BackendV6Data":{"VNI":7,"VtepMAC":"02:00:00:00:00:06"}}"#;
+        let peers = [peer("10.5.2.0-24&fd00:5:2::-64", value)];
+        let wanted = plane().desired(&local(), &peers);
+        let keys: Vec<String> = wanted.peers[&peers[0].key].keys.iter().map(Key::to_string).collect();
+        assert_eq!(
+            keys,
+            [
+                "neighbour 10.5.2.0 dev flannel.7",
+                "fdb 02:00:00:00:00:02 dev flannel.7",
+                "route 10.5.2.0/24",
+                "neighbour fd00:5:2:: dev flannel-v6.7",
+                "fdb 02:00:00:00:00:06 dev flannel-v6.7",
+                "route fd00:5:2::/64",
+            ]
+        );
+        let v6 = Key::Fdb("flannel-v6.7".parse().expect("name"), "02:00:00:00:00:06".parse().expect("mac"));
+        assert!(
+            matches!(wanted.desired.get(&v6), Some(Object::Fdb { dst, .. }) if dst.to_string() == "2001:db8::2"),
+            "the IPv6 device sends over the peer's IPv6 underlay"
+        );
+    }
+
+    #[test]
+    fn a_peer_that_cannot_be_served_is_named_with_the_reason() {
+        for (value, reason) in [
+            (
+                r#"{"PublicIP":"192.0.2.2","PublicIPv6":null,"BackendType":"host-gw"}"#,
+                "BackendType is \"host-gw\"",
+            ),
+            (
+                r#"{"PublicIP":"192.0.2.2","BackendType":"vxlan"}"#,
+                "BackendData for 10.5.2.0/24 must look like",
+            ),
+            (
+                r#"{"PublicIP":"192.0.2.2","BackendType":"vxlan","BackendData":{"VNI":7,"VtepMAC":"x"}}"#,
+                "must look like",
+            ),
+            (
+                r#"{"PublicIP":"192.0.2.2","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:02"}}"#,
+                "VNI is 1",
+            ),
+            (
+                r#"{"PublicIP":"192.0.2.2","BackendType":"vxlan","BackendData":{"VNI":7,"VtepMAC":"ff:ff:ff:ff:ff:ff"}}"#,
+                "no station",
+            ),
+        ] {
+            let peers = [peer("10.5.2.0-24", value)];
+            let wanted = plane().desired(&local(), &peers);
+            let problem = wanted.peers[&peers[0].key].problem.clone().unwrap_or_default();
+            assert!(problem.contains(reason), "{value}: {problem}");
+            assert_eq!(wanted.desired.len(), 3, "{value}: only the device, its sysctl and its address");
+        }
+    }
+
+    #[test]
+    fn the_device_is_flannels() {
+        let wanted = plane().desired(&local(), &[]);
+        let Some(Object::Link { link, .. }) =
+            wanted.desired.get(&Key::Link("flannel.7".parse().expect("name")))
+        else {
+            panic!("no device in {wanted:?}");
+        };
+        assert_eq!((link.mtu, link.up), (1450, true));
+        assert!(
+            wanted
+                .desired
+                .get(&Key::Addr("flannel.7".parse().expect("name"), "10.5.1.0/32".parse().expect("net")))
+                .is_some()
+        );
+        let published =
+            serde_json::to_string(&plane().lease_attrs(Ipv4Addr::new(192, 0, 2, 1))).expect("json");
+        assert_eq!(
+            published,
+            r#"{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":7,"VtepMAC":"02:00:00:00:00:01"}}"#
+        );
+    }
+}

@@ -1,0 +1,236 @@
+//! The real kernel, in the network namespace of the thread that opened it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::RouteNetlinkMessage as Message;
+use netlink_packet_route::address::AddressMessage;
+use netlink_packet_route::link::LinkMessage;
+use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage};
+use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage};
+use weft_shared::IfName;
+use weft_shared::names::{VETH_GROUP, is_host_ifname};
+
+use super::apply::{self, Indices};
+use super::socket::{Request, RouteSocket};
+use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError, Scope, decode, encode};
+use crate::reconcile::object::Route;
+use crate::reconcile::plan::Op;
+
+#[derive(Debug)]
+pub struct LinuxKernel {
+    socket: RouteSocket,
+    indices: Indices,
+}
+
+impl LinuxKernel {
+    pub fn open() -> Result<Self, KernelError> {
+        Ok(Self { socket: RouteSocket::open()?, indices: Indices::new() })
+    }
+
+    /// Every link and every address: for choosing the underlay.
+    pub fn links_and_addrs(&mut self) -> Result<(BTreeMap<IfName, FoundLink>, Vec<FoundAddr>), KernelError> {
+        let links = self.links()?;
+        let names: BTreeMap<u32, IfName> = links.iter().map(|(name, l)| (l.index, name.clone())).collect();
+        self.indices = links.iter().map(|(name, l)| (name.clone(), l.index)).collect();
+        let addrs = self.addrs(&names)?;
+        Ok((links, addrs))
+    }
+
+    /// The device and the source address that the kernel would choose for `ip`.
+    pub fn route_to(&mut self, ip: IpAddr) -> Result<Option<(u32, Option<IpAddr>)>, KernelError> {
+        match self.socket.get(encode::route_lookup(ip)) {
+            Ok(Some(Message::NewRoute(route))) => {
+                Ok(decode::lookup(&route).map(|(oif, _, source)| (oif, source)))
+            }
+            Ok(_) | Err(KernelError::Refused(_)) => Ok(None),
+            Err(other) => Err(other),
+        }
+    }
+
+    /// Device of the first IPv4 default route of the main table, whatever its metric.
+    pub fn default_route(&mut self) -> Result<Option<u32>, KernelError> {
+        let routes = self.routes(AddressFamily::Inet)?;
+        Ok(routes.iter().filter_map(decode::route).find(|r| r.dst.len() == 0).map(|r| r.oif))
+    }
+
+    /// Deletes a host-side veth if it carries our mark. `Ok(false)`: there is no such veth of ours.
+    pub fn delete_veth(&mut self, name: &IfName) -> Result<bool, KernelError> {
+        let found = match self.socket.get(encode::link_by_name(name)) {
+            Ok(Some(Message::NewLink(message))) => decode::link(&message),
+            Ok(_) | Err(KernelError::Refused(_)) => None,
+            Err(other) => return Err(other),
+        };
+        let Some((_, found, _)) =
+            found.filter(|(_, l, _)| l.group == VETH_GROUP && is_host_ifname(name.as_str()))
+        else {
+            return Ok(false);
+        };
+        let message = Message::DelLink(encode::link_by_index(found.index));
+        match self.socket.request(Request { message, flags: 0 }) {
+            Ok(()) => Ok(true),
+            Err(KernelError::Refused(Errno(nix::libc::ENODEV))) => Ok(false),
+            Err(other) => Err(other),
+        }
+    }
+
+    fn links(&mut self) -> Result<BTreeMap<IfName, FoundLink>, KernelError> {
+        let messages = self.socket.dump(Message::GetLink(LinkMessage::default()))?;
+        let decoded: Vec<_> = messages
+            .iter()
+            .filter_map(|message| match message {
+                Message::NewLink(link) => decode::link(link),
+                _ => None,
+            })
+            .collect();
+        let names: BTreeMap<u32, IfName> =
+            decoded.iter().map(|(name, l, _)| (l.index, name.clone())).collect();
+        let with_bridge = decoded.into_iter().map(|(name, mut found, bridge)| {
+            found.port.bridge = bridge.and_then(|index| names.get(&index).cloned());
+            (name, found)
+        });
+        Ok(with_bridge.collect())
+    }
+
+    fn addrs(&mut self, names: &BTreeMap<u32, IfName>) -> Result<Vec<FoundAddr>, KernelError> {
+        let messages = self.socket.dump(Message::GetAddress(AddressMessage::default()))?;
+        let decoded = messages.iter().filter_map(|message| match message {
+            Message::NewAddress(address) => decode::address(address),
+            _ => None,
+        });
+        let named = decoded.filter_map(|a| {
+            let dev = names.get(&a.index)?.clone();
+            let decode::Address { addr, link_local, deprecated, dynamic, temporary, .. } = a;
+            Some(FoundAddr { dev, addr, link_local, deprecated, dynamic, temporary })
+        });
+        Ok(named.collect())
+    }
+
+    fn routes(&mut self, family: AddressFamily) -> Result<Vec<RouteMessage>, KernelError> {
+        let mut filter = RouteMessage::default();
+        filter.header.address_family = family;
+        filter.attributes.push(RouteAttribute::Table(RouteHeader::RT_TABLE_MAIN.into()));
+        let messages = match self.socket.dump(Message::GetRoute(filter)) {
+            // A table nobody has used yet does not exist.
+            Err(KernelError::Refused(Errno(nix::libc::ENOENT))) => Vec::new(),
+            other => other?,
+        };
+        let routes = messages.into_iter().filter_map(|message| match message {
+            Message::NewRoute(route) => Some(route),
+            _ => None,
+        });
+        Ok(routes.collect())
+    }
+
+    fn neighbours(
+        &mut self,
+        family: AddressFamily,
+        index: u32,
+    ) -> Result<Vec<NeighbourMessage>, KernelError> {
+        let mut filter = NeighbourMessage::default();
+        filter.header.family = family;
+        if family == AddressFamily::Bridge {
+            // The forwarding dump takes the device in the header, the neighbour dump as an attribute.
+            filter.header.ifindex = index;
+        } else {
+            filter.attributes.push(NeighbourAttribute::IfIndex(index));
+        }
+        let messages = self.socket.dump(Message::GetNeighbour(filter))?;
+        let neighbours = messages.into_iter().filter_map(|message| match message {
+            Message::NewNeighbour(neighbour) if neighbour.header.ifindex == index => Some(neighbour),
+            _ => None,
+        });
+        Ok(neighbours.collect())
+    }
+}
+
+impl Kernel for LinuxKernel {
+    fn dump(&mut self, scope: &Scope) -> Result<Dump, KernelError> {
+        let (links, addrs) = self.links_and_addrs()?;
+        let names: BTreeMap<u32, IfName> = links.iter().map(|(name, l)| (l.index, name.clone())).collect();
+        let mut dump = Dump { links, addrs, ..Dump::default() };
+        if let Some((dev, index)) =
+            scope.device.as_ref().and_then(|dev| Some((dev, dump.links.get(dev)?.index)))
+        {
+            for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+                let found = self.neighbours(family, index)?;
+                dump.neighs.extend(
+                    found.iter().filter_map(decode::neighbour).map(|(_, ip, mac)| (dev.clone(), ip, mac)),
+                );
+            }
+            let found = self.neighbours(AddressFamily::Bridge, index)?;
+            dump.fdb
+                .extend(found.iter().filter_map(decode::fdb).map(|(_, mac, dst)| (dev.clone(), mac, dst)));
+        }
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let found = self.routes(family)?;
+            let routes =
+                found.iter().filter_map(decode::route).filter(|r| r.has_default_metric() && !r.is_kernels());
+            dump.routes.extend(routes.filter_map(|r| {
+                let dev = names.get(&r.oif)?.clone();
+                Some((r.dst, Route { gateway: r.gateway, dev, onlink: r.onlink, protocol: r.protocol }))
+            }));
+        }
+        for path in &scope.sysctls {
+            if let Some(value) = read_sysctl(path)? {
+                dump.sysctls.insert(path.clone(), value);
+            }
+        }
+        Ok(dump)
+    }
+
+    fn on_link(&mut self, dev: &IfName, peers: &BTreeSet<IpAddr>) -> Result<BTreeSet<IpAddr>, KernelError> {
+        let Some(index) = self.indices.get(dev).copied() else {
+            return Ok(BTreeSet::new());
+        };
+        let mut on_link = BTreeSet::new();
+        for peer in peers {
+            match self.socket.get(encode::route_lookup(*peer)) {
+                Ok(Some(Message::NewRoute(route))) => {
+                    if matches!(decode::lookup(&route), Some((oif, None, _)) if oif == index) {
+                        on_link.insert(*peer);
+                    }
+                }
+                // Unreachable is an answer: not on-link.
+                Ok(_) | Err(KernelError::Refused(_)) => {}
+                Err(other) => return Err(other),
+            }
+        }
+        Ok(on_link)
+    }
+
+    fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>> {
+        apply::apply(&mut self.socket, &mut self.indices, ops)
+    }
+}
+
+fn sysctl_path(path: &str) -> PathBuf {
+    PathBuf::from("/proc/sys").join(path)
+}
+
+/// `None`: this kernel has no such setting (IPv6 switched off, device gone).
+fn read_sysctl(path: &str) -> Result<Option<String>, KernelError> {
+    match fs::read_to_string(sysctl_path(path)) {
+        Ok(text) => Ok(Some(text.trim().to_owned())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(KernelError::Sysctl { path: path.into(), reason: e.to_string() }),
+    }
+}
+
+/// A setting that this kernel does not have is left alone.
+pub(super) fn write_sysctl(path: &str, value: &str) -> Result<(), KernelError> {
+    match fs::write(sysctl_path(path), value) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(KernelError::Sysctl { path: path.into(), reason: e.to_string() })
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+#[path = "linux_tests.rs"]
+mod tests;

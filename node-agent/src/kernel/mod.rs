@@ -1,0 +1,115 @@
+//! The border to the Linux kernel: one look at it, and operations on it. Nothing of netlink crosses this border.
+
+mod apply;
+mod decode;
+mod encode;
+mod linux;
+mod monitor;
+mod socket;
+
+#[cfg(test)]
+pub(crate) mod fake;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+use weft_shared::{IfName, Mac, Subnet};
+
+use crate::reconcile::object::{BridgePort, Link, Route};
+use crate::reconcile::plan::Op;
+
+pub use linux::LinuxKernel;
+pub use monitor::{Monitor, Wake};
+pub use socket::RouteSocket;
+
+/// A kernel that can be looked at and changed; blocking, one caller at a time.
+pub trait Kernel {
+    /// One consistent look. An interrupted dump is repeated, never returned.
+    fn dump(&mut self, scope: &Scope) -> Result<Dump, KernelError>;
+
+    /// Those of `peers` that are reached through `dev` without a gateway, by the kernel's own route lookup.
+    fn on_link(&mut self, dev: &IfName, peers: &BTreeSet<IpAddr>) -> Result<BTreeSet<IpAddr>, KernelError>;
+
+    /// Carries out every operation it can; one result for each, in order.
+    fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>>;
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Scope {
+    /// Device whose neighbours and forwarding entries matter.
+    pub device: Option<IfName>,
+    /// Paths below `/proc/sys`.
+    pub sysctls: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Dump {
+    pub links: BTreeMap<IfName, FoundLink>,
+    pub addrs: Vec<FoundAddr>,
+    /// Permanent neighbours of the scope's device.
+    pub neighs: Vec<(IfName, IpAddr, Mac)>,
+    /// Permanent unicast forwarding entries of the scope's device.
+    pub fdb: Vec<(IfName, Mac, IpAddr)>,
+    /// Unicast routes of the main table with the default metric.
+    pub routes: Vec<(Subnet, Route)>,
+    /// A path that this kernel does not have is absent.
+    pub sysctls: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundLink {
+    pub index: u32,
+    pub link: Link,
+    pub group: u32,
+    /// What a veth or bridge port needs; found for every link.
+    pub port: BridgePort,
+    /// Administratively up and with carrier.
+    pub running: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundAddr {
+    pub dev: IfName,
+    pub addr: IpNetwork,
+    pub link_local: bool,
+    pub deprecated: bool,
+    /// From a router advertisement or DHCP: it has a lifetime.
+    pub dynamic: bool,
+    pub temporary: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum KernelError {
+    #[error("{0}")]
+    Refused(Errno),
+    #[error("the kernel changed while it was listed, {0} times in a row")]
+    Interrupted(u32),
+    #[error("device {0} does not exist")]
+    NoDevice(IfName),
+    #[error("{name} exists and is a {kind}, not a bridge")]
+    NotABridge { name: IfName, kind: String },
+    #[error("netlink: {0}")]
+    Socket(String),
+    #[error("netlink: a message could not be read: {0}")]
+    Malformed(String),
+    #[error("/proc/sys/{path}: {reason}")]
+    Sysctl { path: String, reason: String },
+}
+
+/// An `errno` with its text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Errno(pub i32);
+
+impl std::fmt::Display for Errno {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(&io::Error::from_raw_os_error(self.0), f)
+    }
+}
+
+impl From<io::Error> for KernelError {
+    fn from(error: io::Error) -> Self {
+        Self::Socket(error.to_string())
+    }
+}

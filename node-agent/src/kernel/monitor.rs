@@ -1,0 +1,135 @@
+//! The kernel's announcements, reduced to one word: look again.
+//!
+//! The monitor never tells what changed. IPv4 routes that go with a link or an address are not announced at all
+//! (net/ipv4/fib_trie.c), so every announcement of a link or an address is a reason to look at everything.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::thread;
+
+use netlink_sys::protocols::NETLINK_ROUTE;
+use netlink_sys::{Socket, SocketAddr};
+use tracing::warn;
+
+use super::KernelError;
+use super::socket::receive_timeout;
+
+// linux/rtnetlink.h, enum rtnetlink_groups.
+const GROUPS: [u32; 8] = [
+    1,  // RTNLGRP_LINK
+    3,  // RTNLGRP_NEIGH
+    5,  // RTNLGRP_IPV4_IFADDR
+    7,  // RTNLGRP_IPV4_ROUTE
+    9,  // RTNLGRP_IPV6_IFADDR
+    11, // RTNLGRP_IPV6_ROUTE
+    24, // RTNLGRP_IPV4_NETCONF
+    25, // RTNLGRP_IPV6_NETCONF
+];
+const RTM_NEWNEIGH: u16 = 28;
+const RTM_DELNEIGH: u16 = 29;
+/// How often a quiet monitor checks whether it is still wanted.
+const CHECK_SECONDS: i64 = 1;
+const RECEIVE_BUFFER: u32 = 1 << 20;
+
+/// Called for every announcement that matters.
+pub type Wake = Arc<dyn Fn() + Send + Sync>;
+
+/// A thread that listens in the network namespace it was started in. Ends when dropped.
+#[derive(Debug)]
+pub struct Monitor {
+    stop: Arc<AtomicBool>,
+    /// Only neighbours of this device matter; 0 means all.
+    device: Arc<AtomicU32>,
+    overruns: Arc<AtomicU64>,
+}
+
+impl Monitor {
+    pub fn start(wake: Wake) -> Result<Self, KernelError> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind(&SocketAddr::new(0, 0))?;
+        let _ = socket.set_rx_buf_sz(RECEIVE_BUFFER);
+        receive_timeout(&socket, CHECK_SECONDS)?;
+        for group in GROUPS {
+            socket.add_membership(group)?;
+        }
+        let monitor = Self { stop: Arc::default(), device: Arc::default(), overruns: Arc::default() };
+        let (stop, device, overruns) =
+            (monitor.stop.clone(), monitor.device.clone(), monitor.overruns.clone());
+        thread::Builder::new().name("netlink-monitor".into()).spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                match socket.recv_from_full() {
+                    Ok((datagram, _)) if matters(&datagram, device.load(Ordering::Relaxed)) => wake(),
+                    Ok(_) => {}
+                    Err(e) if e.raw_os_error() == Some(nix::libc::ENOBUFS) => {
+                        overruns.fetch_add(1, Ordering::Relaxed);
+                        wake();
+                    }
+                    Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                    Err(error) => {
+                        warn!(%error, "netlink monitor ended; changes are now found by the sweep alone");
+                        return;
+                    }
+                }
+            }
+        })?;
+        Ok(monitor)
+    }
+
+    /// Names the overlay's device: pods' own neighbours come and go all the time and are none of our business.
+    pub fn watch_neighbours_of(&self, index: u32) {
+        self.device.store(index, Ordering::Relaxed);
+    }
+
+    /// Times the kernel dropped announcements because they were not read fast enough.
+    pub fn overruns(&self) -> u64 {
+        self.overruns.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Whether any message of a datagram is more than a foreign neighbour's.
+fn matters(datagram: &[u8], device: u32) -> bool {
+    let mut rest = datagram;
+    while rest.len() >= 16 {
+        let length = u32::from_ne_bytes([rest[0], rest[1], rest[2], rest[3]]) as usize;
+        let kind = u16::from_ne_bytes([rest[4], rest[5]]);
+        if !matches!(kind, RTM_NEWNEIGH | RTM_DELNEIGH) || device == 0 {
+            return true;
+        }
+        // struct ndmsg: family and padding, then the interface index.
+        if rest.get(20..24).is_some_and(|index| index == device.to_ne_bytes()) {
+            return true;
+        }
+        rest = &rest[length.clamp(16, rest.len()).next_multiple_of(4).min(rest.len())..];
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(kind: u16, index: u32) -> Vec<u8> {
+        let mut bytes = vec![0; 28];
+        bytes[..4].copy_from_slice(&28_u32.to_ne_bytes());
+        bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
+        bytes[20..24].copy_from_slice(&index.to_ne_bytes());
+        bytes
+    }
+
+    #[test]
+    fn foreign_neighbours_do_not_wake() {
+        assert!(!matters(&message(RTM_NEWNEIGH, 4), 7));
+        assert!(matters(&message(RTM_NEWNEIGH, 7), 7));
+        assert!(matters(&message(RTM_NEWNEIGH, 4), 0));
+        assert!(matters(&message(16, 4), 7), "a link matters whatever its index");
+        let two = [message(RTM_DELNEIGH, 4), message(24, 1)].concat();
+        assert!(matters(&two, 7), "the second message counts");
+    }
+}

@@ -1,0 +1,204 @@
+//! A blocking rtnetlink socket: many messages in one system call, each answer matched to its question.
+//!
+//! What the kernel does not promise and this module takes care of (net/netlink/af_netlink.c): a dump that raced with a
+//! change carries `NLM_F_DUMP_INTR` and is repeated; a message that fails answers even without `NLM_F_ACK`, so answers
+//! are matched by sequence number and never counted; a lost answer (`ENOBUFS`) fails its batch instead of waiting.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_sys::protocols::NETLINK_ROUTE;
+use netlink_sys::{Socket, SocketAddr};
+use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
+use nix::sys::time::{TimeVal, TimeValLike};
+
+use super::{Errno, KernelError};
+
+/// The kernel answers within the system call, unless it waits for the RTNL lock behind a long teardown.
+const ANSWER_SECONDS: i64 = 10;
+/// Messages in one `send`: their answers must fit the receive buffer.
+const BATCH: usize = 256;
+const RECEIVE_BUFFER: u32 = 4 << 20;
+const DUMP_TRIES: u32 = 10;
+
+pub struct RouteSocket {
+    socket: Socket,
+    sequence: u32,
+}
+
+/// A request and its flags beyond `NLM_F_REQUEST | NLM_F_ACK`.
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub message: RouteNetlinkMessage,
+    pub flags: u16,
+}
+
+impl std::fmt::Debug for RouteSocket {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RouteSocket").field("sequence", &self.sequence).finish()
+    }
+}
+
+impl RouteSocket {
+    /// Opens a socket in the network namespace of the calling thread.
+    pub fn open() -> Result<Self, KernelError> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        // Without strict checking the kernel ignores a dump's filter; older kernels do not know the option.
+        let _ = socket.set_netlink_get_strict_chk(true);
+        let _ = socket.set_rx_buf_sz(RECEIVE_BUFFER);
+        receive_timeout(&socket, ANSWER_SECONDS)?;
+        Ok(Self { socket, sequence: 0 })
+    }
+
+    /// Sends every request, in as few system calls as possible; one result for each, in order.
+    pub fn batch(&mut self, requests: &[Request]) -> Vec<Result<(), KernelError>> {
+        requests.chunks(BATCH).flat_map(|chunk| self.chunk(chunk)).collect()
+    }
+
+    /// Sends one request.
+    pub fn request(&mut self, request: Request) -> Result<(), KernelError> {
+        self.batch(&[request]).pop().unwrap_or(Ok(()))
+    }
+
+    /// Asks for one object. `ENODEV` and the like come back as [`KernelError::Refused`].
+    pub fn get(&mut self, message: RouteNetlinkMessage) -> Result<Option<RouteNetlinkMessage>, KernelError> {
+        let sequence = self.send(&[(message, NLM_F_REQUEST | NLM_F_ACK)])?;
+        let mut answer = None;
+        loop {
+            for message in self.receive()? {
+                if message.header.sequence_number != sequence {
+                    continue;
+                }
+                match message.payload {
+                    NetlinkPayload::InnerMessage(inner) => answer = Some(inner),
+                    NetlinkPayload::Error(error) => {
+                        return errno(error.code.map_or(0, |c| c.get())).map(|()| answer);
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Lists everything that `message` asks for, consistently.
+    pub fn dump(&mut self, message: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>, KernelError> {
+        for _ in 0..DUMP_TRIES {
+            if let Some(list) = self.dump_once(message.clone())? {
+                return Ok(list);
+            }
+        }
+        Err(KernelError::Interrupted(DUMP_TRIES))
+    }
+
+    /// `None` when the list changed under the kernel's hands.
+    fn dump_once(
+        &mut self,
+        message: RouteNetlinkMessage,
+    ) -> Result<Option<Vec<RouteNetlinkMessage>>, KernelError> {
+        let sequence = self.send(&[(message, NLM_F_REQUEST | NLM_F_DUMP)])?;
+        let (mut list, mut consistent) = (Vec::new(), true);
+        loop {
+            for message in self.receive()? {
+                if message.header.sequence_number != sequence {
+                    continue;
+                }
+                consistent &= message.header.flags & NLM_F_DUMP_INTR == 0;
+                match message.payload {
+                    NetlinkPayload::InnerMessage(inner) => list.push(inner),
+                    NetlinkPayload::Done(done) => {
+                        errno(done.code)?;
+                        return Ok(consistent.then_some(list));
+                    }
+                    NetlinkPayload::Error(error) => {
+                        errno(error.code.map_or(0, |c| c.get()))?;
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn chunk(&mut self, requests: &[Request]) -> Vec<Result<(), KernelError>> {
+        let messages: Vec<_> =
+            requests.iter().map(|r| (r.message.clone(), NLM_F_REQUEST | NLM_F_ACK | r.flags)).collect();
+        let mut answers = BTreeMap::new();
+        let failure = self.send(&messages).and_then(|first| {
+            while answers.len() < requests.len() {
+                for message in self.receive()? {
+                    let place = message.header.sequence_number.wrapping_sub(first) as usize;
+                    if let NetlinkPayload::Error(error) = message.payload
+                        && place < requests.len()
+                    {
+                        answers.insert(place, errno(error.code.map_or(0, |c| c.get())));
+                    }
+                }
+            }
+            Ok(())
+        });
+        let unanswered = failure.err().unwrap_or_else(|| KernelError::Socket("no answer".into()));
+        (0..requests.len())
+            .map(|place| answers.remove(&place).unwrap_or_else(|| Err(unanswered.clone())))
+            .collect()
+    }
+
+    /// Sends the messages under consecutive sequence numbers and returns the first.
+    fn send(&mut self, messages: &[(RouteNetlinkMessage, u16)]) -> Result<u32, KernelError> {
+        let first = self.sequence.wrapping_add(1);
+        let mut buffer = Vec::new();
+        for (message, flags) in messages {
+            self.sequence = self.sequence.wrapping_add(1);
+            let mut header = NetlinkHeader::default();
+            header.flags = *flags;
+            header.sequence_number = self.sequence;
+            let mut message = NetlinkMessage::new(header, NetlinkPayload::from(message.clone()));
+            message.finalize();
+            let start = buffer.len();
+            buffer.resize(start + message.buffer_len().next_multiple_of(4), 0);
+            message.serialize(&mut buffer[start..]);
+        }
+        self.socket.send(&buffer, 0)?;
+        Ok(first)
+    }
+
+    fn receive(&mut self) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>, KernelError> {
+        let (datagram, _) = loop {
+            match self.socket.recv_from_full() {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(KernelError::Socket(format!(
+                        "no answer from the kernel in {ANSWER_SECONDS} s"
+                    )));
+                }
+                other => break other?,
+            }
+        };
+        let mut messages = Vec::new();
+        let mut rest = datagram.as_slice();
+        while rest.len() >= 16 {
+            let length = u32::from_ne_bytes([rest[0], rest[1], rest[2], rest[3]]) as usize;
+            if length < 16 || length > rest.len() {
+                return Err(KernelError::Malformed(format!("a message of {length} bytes in {}", rest.len())));
+            }
+            let message = NetlinkMessage::deserialize(&rest[..length]);
+            messages.push(message.map_err(|e| KernelError::Malformed(e.to_string()))?);
+            rest = &rest[length.next_multiple_of(4).min(rest.len())..];
+        }
+        Ok(messages)
+    }
+}
+
+fn errno(code: i32) -> Result<(), KernelError> {
+    if code == 0 { Ok(()) } else { Err(KernelError::Refused(Errno(code.abs()))) }
+}
+
+/// A receive that finds nothing ends after `seconds` with `EAGAIN`.
+pub(super) fn receive_timeout(socket: &Socket, seconds: i64) -> Result<(), KernelError> {
+    setsockopt(socket, ReceiveTimeout, &TimeVal::seconds(seconds))
+        .map_err(|e| KernelError::Socket(e.to_string()))
+}

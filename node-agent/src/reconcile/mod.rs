@@ -1,0 +1,240 @@
+//! The one loop that makes the kernel as it should be.
+//!
+//! Level-triggered: whatever happens only says "look again". A pass takes the latest inputs, computes what should be,
+//! looks at what is, plans the difference, applies it and looks once more. What fails stays pending and is tried again
+//! with backoff. The loop has a thread of its own, since netlink calls block; everybody else talks to [`Handle`].
+
+pub mod object;
+pub mod observe;
+pub mod plan;
+
+mod pass;
+mod pods;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tracing::{error, warn};
+use weft_shared::lease::{Lease, LeaseKey};
+use weft_shared::netconf::NetworkConfig;
+use weft_shared::{IfName, Subnet};
+
+use crate::dataplane::{Backend, Underlay};
+use crate::kernel::Kernel;
+use crate::pods::{BridgeFacts, PodPorts, SeenVeths};
+use crate::status::PendingObject;
+
+pub use pass::Memory;
+
+/// Announcements come in bursts: this long after the first a pass begins.
+const SETTLE: Duration = Duration::from_millis(5);
+const BACKOFF_FIRST: Duration = Duration::from_millis(100);
+
+/// Everything a pass depends on, besides the kernel. Replaced by whoever knows better, read whole by the next pass.
+#[derive(Debug, Clone, Default)]
+pub struct Inputs {
+    /// `None` until configuration, underlay and lease are known: nothing is touched before.
+    pub node: Option<NodeInputs>,
+    pub peers: Vec<Lease>,
+    /// The first full snapshot is in: what nobody wants may now be removed.
+    pub has_snapshot: bool,
+    pub pods: PodPorts,
+}
+
+#[derive(Debug, Clone)]
+pub struct NodeInputs {
+    pub config: NetworkConfig,
+    pub backend: Backend,
+    pub lease: LeaseKey,
+    /// As chosen at start; index and MTU are looked up anew in every pass.
+    pub underlay: Underlay,
+    pub public_ip: std::net::Ipv4Addr,
+    /// Nothing durable was found: a flanneld may have run here before.
+    pub first_start: bool,
+}
+
+/// What became of the last pass.
+#[derive(Debug, Clone, Default)]
+pub struct Report {
+    pub passes: u64,
+    /// The latest request that this pass answers ([`Handle::pass`]).
+    generation: u64,
+    pub at: Option<Instant>,
+    /// Why the pass could not be made at all.
+    pub error: Option<String>,
+    /// Objects that should be in the kernel.
+    pub objects: usize,
+    pub pending: Vec<PendingObject>,
+    /// Things found wrong that nobody had asked to change.
+    pub repairs: u64,
+    /// Own device, address and settings are in place: pods can be served.
+    pub usable: bool,
+    /// The usable pass knew every peer.
+    pub after_snapshot: bool,
+    pub peers: BTreeMap<LeaseKey, PeerReport>,
+    pub bridges: BTreeMap<IfName, BridgeFacts>,
+    pub veths: SeenVeths,
+    pub underlay: Option<Underlay>,
+    /// Gateways that each bridge carries.
+    pub gateways: BTreeMap<IfName, Vec<Subnet>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PeerReport {
+    pub programmed: bool,
+    pub problem: Option<String>,
+}
+
+/// The loop, from outside.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    shared: Arc<Shared>,
+    reports: watch::Receiver<Report>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    woken: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    inputs: Inputs,
+    /// Grows with every change of the inputs.
+    revision: u64,
+    requested: u64,
+    dirty: bool,
+    stop: bool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Handle {
+    /// Starts the loop; `resync` is the longest time between two passes.
+    pub fn start(kernel: impl Kernel + Send + 'static, resync: Duration) -> std::io::Result<Self> {
+        let (publish, reports) = watch::channel(Report::default());
+        let shared = Arc::new(Shared::default());
+        let handle = Self { shared: shared.clone(), reports };
+        thread::Builder::new()
+            .name("reconcile".into())
+            .spawn(move || run(kernel, &shared, &publish, resync))?;
+        Ok(handle)
+    }
+
+    /// Changes the inputs and asks for a pass.
+    pub fn update(&self, change: impl FnOnce(&mut Inputs)) {
+        let mut state = self.shared.lock();
+        change(&mut state.inputs);
+        state.revision += 1;
+        state.dirty = true;
+        self.shared.woken.notify_one();
+    }
+
+    /// Something may have changed in the kernel.
+    pub fn wake(&self) {
+        self.shared.lock().dirty = true;
+        self.shared.woken.notify_one();
+    }
+
+    /// Waits for a pass that begins after this call, and returns its report.
+    pub async fn pass(&self) -> Report {
+        let wanted = {
+            let mut state = self.shared.lock();
+            state.requested += 1;
+            state.dirty = true;
+            state.requested
+        };
+        self.shared.woken.notify_one();
+        let mut reports = self.reports.clone();
+        match reports.wait_for(|report| report.generation >= wanted).await {
+            Ok(report) => report.clone(),
+            Err(_) => Report { error: Some("the agent is shutting down".into()), ..Report::default() },
+        }
+    }
+
+    pub fn reports(&self) -> watch::Receiver<Report> {
+        self.reports.clone()
+    }
+
+    /// Ends the loop after the pass under way. The kernel stays as it is.
+    pub fn stop(&self) {
+        self.shared.lock().stop = true;
+        self.shared.woken.notify_one();
+    }
+}
+
+fn run(mut kernel: impl Kernel, shared: &Shared, publish: &watch::Sender<Report>, resync: Duration) {
+    let mut memory = Memory::default();
+    let mut due = Instant::now();
+    loop {
+        let (inputs, revision, generation) = {
+            let mut state = shared.lock();
+            while !state.dirty && !state.stop {
+                let left = due.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    break;
+                }
+                state = shared.woken.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            }
+            if state.stop {
+                return;
+            }
+            drop(state);
+            thread::sleep(SETTLE);
+            let mut state = shared.lock();
+            state.dirty = false;
+            (state.inputs.clone(), state.revision, state.requested)
+        };
+        let last = publish.borrow().clone();
+        let mut report = pass::pass(&mut kernel, &mut memory, &inputs, revision);
+        report.passes = last.passes + 1;
+        report.generation = generation;
+        report.veths.pass = report.passes;
+        report.repairs += last.repairs;
+        report.at = Some(Instant::now());
+        complain(&last, &report);
+        due = Instant::now() + next_pass(&report, &memory, resync);
+        publish.send_replace(report);
+    }
+}
+
+/// The sweep, or sooner when something failed.
+fn next_pass(report: &Report, memory: &Memory, resync: Duration) -> Duration {
+    if report.error.is_none() && report.pending.is_empty() {
+        // A tenth of jitter, from the only thing that differs between nodes and passes: the clock.
+        let jitter =
+            f64::from(std::time::UNIX_EPOCH.elapsed().map_or(0, |t| t.subsec_micros() % 1000)) / 10_000.0;
+        return resync.mul_f64(1.0 - jitter);
+    }
+    BACKOFF_FIRST.saturating_mul(1 << memory.failures().min(10)).min(resync)
+}
+
+/// Says a trouble once, when it begins.
+fn complain(last: &Report, report: &Report) {
+    if let Some(error) = &report.error
+        && last.error != report.error
+    {
+        error!(%error, "the kernel could not be brought in order");
+    }
+    for pending in &report.pending {
+        let known = last.pending.iter().any(|p| p.object == pending.object && p.error == pending.error);
+        if !known {
+            warn!(object = %pending.object, error = %pending.error, "kernel object is not as it should be; will be tried again");
+        }
+    }
+    for (key, peer) in &report.peers {
+        if let Some(problem) = &peer.problem
+            && last.peers.get(key).is_none_or(|p| p.problem != peer.problem)
+        {
+            warn!(peer = %key, %problem, "peer cannot be served");
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! One pass: desired, observed, plan, apply, and a second look.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use tracing::{debug, info};
+use weft_shared::names::{VETH_GROUP, is_host_ifname};
+
+use super::object::{Desired, Key, LinkMac, Object};
+use super::observe::{Ownership, observe};
+use super::plan::{Op, plan};
+use super::{Inputs, NodeInputs, PeerReport, Report, pods};
+use crate::dataplane::{Backend, Dataplane, LocalNode, PeerPlan, Underlay};
+use crate::kernel::{Dump, Kernel, KernelError, Scope};
+use crate::pods::{BridgeFacts, SeenVeth};
+use crate::status::PendingObject;
+
+/// Looks in one pass: a recreated device takes its entries with it, and those come back in the next.
+const ROUNDS: usize = 4;
+
+/// What the loop remembers between passes.
+#[derive(Debug, Default)]
+pub struct Memory {
+    /// Operations that failed last time, with how often they have.
+    failed: BTreeMap<Key, (KernelError, u32)>,
+    /// Passes in a row that could not be made at all.
+    aborted: u32,
+    /// Revision of the inputs that the last pass brought about completely.
+    settled: Option<u64>,
+    /// Routes of a flanneld that ran here before have been taken over.
+    adopted: bool,
+}
+
+impl Memory {
+    /// The longest series of failures.
+    pub(super) fn failures(&self) -> u32 {
+        self.failed.values().map(|(_, attempts)| *attempts).max().unwrap_or(0).max(self.aborted)
+    }
+}
+
+pub(super) fn pass(kernel: &mut impl Kernel, memory: &mut Memory, inputs: &Inputs, revision: u64) -> Report {
+    match try_pass(kernel, memory, inputs, revision) {
+        Ok(report) => {
+            memory.aborted = 0;
+            report
+        }
+        Err(error) => {
+            memory.aborted += 1;
+            memory.settled = None;
+            Report { error: Some(error), ..Report::default() }
+        }
+    }
+}
+
+fn try_pass(
+    kernel: &mut impl Kernel,
+    memory: &mut Memory,
+    inputs: &Inputs,
+    revision: u64,
+) -> Result<Report, String> {
+    let Some(node) = &inputs.node else {
+        return Ok(Report::default());
+    };
+    let scope = scope(node);
+    let settled = memory.settled == Some(revision);
+    let mut report = Report::default();
+    let mut failed = BTreeMap::new();
+    for round in 0..ROUNDS {
+        let dump = kernel.dump(&scope).map_err(|e| e.to_string())?;
+        let local = local_node(kernel, node, inputs, &dump)?;
+        let wanted = node.backend.desired(&local, &inputs.peers);
+        let mut desired = wanted.desired;
+        desired.extend(pods::desired(&inputs.pods, node.public_ip));
+        desired.insert(Object::Sysctl { path: IP_FORWARD.into(), value: "1".into() });
+        let ownership = ownership(node, inputs, memory);
+        let observed = observe(&dump, &desired, &ownership);
+        let ops = plan(&desired, &observed, inputs.has_snapshot);
+        // What failed a moment ago fails again: the next pass tries it, after a while.
+        let ops: Vec<Op> = ops.into_iter().filter(|op| !failed.contains_key(&op.key())).collect();
+        if ops.is_empty() || round == ROUNDS - 1 {
+            for op in ops {
+                failed.entry(op.key()).or_insert(KernelError::Socket("does not stay as it was set".into()));
+            }
+            finish(&mut report, &dump, &desired, &wanted.peers, &failed, &local);
+            break;
+        }
+        for (op, result) in ops.iter().zip(kernel.apply(&ops)) {
+            match result {
+                Ok(()) => log(op, settled && round == 0, &mut report.repairs),
+                Err(error) => {
+                    failed.insert(op.key(), error);
+                }
+            }
+        }
+    }
+    remember(memory, failed, &mut report, revision);
+    memory.adopted |= inputs.has_snapshot;
+    report.after_snapshot = inputs.has_snapshot;
+    Ok(report)
+}
+
+const IP_FORWARD: &str = "net/ipv4/ip_forward";
+
+fn scope(node: &NodeInputs) -> Scope {
+    let device = node.backend.device().cloned();
+    let mut sysctls = vec![IP_FORWARD.to_owned()];
+    sysctls.extend(device.iter().map(|dev| format!("net/ipv6/conf/{dev}/accept_ra")));
+    Scope { device, sysctls }
+}
+
+fn ownership(node: &NodeInputs, inputs: &Inputs, memory: &Memory) -> Ownership {
+    Ownership {
+        networks: [Some(node.config.v4), node.config.v6].into_iter().flatten().map(|r| r.network).collect(),
+        subnet_len: node.config.v4.subnet_len,
+        underlay: node.underlay.iface.clone(),
+        device: node.backend.device().cloned(),
+        bridges: inputs.pods.bridges.keys().cloned().collect(),
+        adopt_flannels: node.first_start && !memory.adopted,
+    }
+}
+
+/// This node with the underlay as it is now.
+fn local_node(
+    kernel: &mut impl Kernel,
+    node: &NodeInputs,
+    inputs: &Inputs,
+    dump: &Dump,
+) -> Result<LocalNode, String> {
+    let iface = &node.underlay.iface;
+    let found = dump.links.get(iface).ok_or_else(|| format!("underlay interface {iface} is gone"))?;
+    let underlay = Underlay { index: found.index, mtu: found.link.mtu, ..node.underlay.clone() };
+    let on_link = match node.backend {
+        Backend::HostGw(_) => {
+            let peers =
+                inputs.peers.iter().flat_map(|p| p.key.subnets().filter_map(|s| p.attrs.public_addr(s)));
+            kernel.on_link(iface, &peers.collect::<BTreeSet<IpAddr>>()).map_err(|e| e.to_string())?
+        }
+        Backend::Vxlan(_) => BTreeSet::new(),
+    };
+    Ok(LocalNode { lease: node.lease, underlay, public_ip: node.public_ip, on_link })
+}
+
+fn log(op: &Op, is_repair: bool, repairs: &mut u64) {
+    let key = op.key();
+    match (op, is_repair) {
+        (_, true) => {
+            *repairs += 1;
+            info!(object = %key, "repaired");
+        }
+        (Op::Set { .. }, false) => debug!(object = %key, "set"),
+        (Op::Remove(_), false) => info!(object = %key, "removed what nothing wants"),
+    }
+}
+
+fn finish(
+    report: &mut Report,
+    dump: &Dump,
+    desired: &Desired,
+    peers: &BTreeMap<weft_shared::lease::LeaseKey, PeerPlan>,
+    failed: &BTreeMap<Key, KernelError>,
+    local: &LocalNode,
+) {
+    report.objects = desired.len();
+    report.usable = !failed.keys().any(|key| matches!(key, Key::Link(_) | Key::Sysctl(_) | Key::Addr(..)));
+    report.underlay = Some(local.underlay.clone());
+    for (key, plan) in peers {
+        let missing = plan.keys.iter().find_map(|key| failed.get(key).map(|error| format!("{key}: {error}")));
+        let problem = plan.problem.clone().or(missing);
+        report.peers.insert(*key, PeerReport { programmed: problem.is_none(), problem });
+    }
+    for (key, object) in desired.objects() {
+        match (key, object) {
+            (Key::Link(name), _) => {
+                if let Some(found) = dump.links.get(name)
+                    && let LinkMac::Exactly(mac) | LinkMac::AtCreation(mac) = found.link.mac
+                    && object.satisfied_by(&Object::Link { name: name.clone(), link: found.link.clone() })
+                {
+                    report.bridges.insert(name.clone(), BridgeFacts { ifindex: found.index, mac });
+                }
+            }
+            (Key::Addr(dev, addr), _) if !failed.contains_key(key) => {
+                report.gateways.entry(dev.clone()).or_default().push((*addr).into());
+            }
+            _ => {}
+        }
+    }
+    let ours = dump.links.iter().filter(|(name, l)| l.group == VETH_GROUP && is_host_ifname(name.as_str()));
+    report.veths.veths = ours.map(|(name, l)| SeenVeth { name: name.clone(), ifindex: l.index }).collect();
+}
+
+fn remember(memory: &mut Memory, failed: BTreeMap<Key, KernelError>, report: &mut Report, revision: u64) {
+    let before = std::mem::take(&mut memory.failed);
+    for (key, error) in failed {
+        let attempts = before.get(&key).map_or(0, |(_, attempts)| *attempts) + 1;
+        report.pending.push(PendingObject { object: key.to_string(), error: error.to_string(), attempts });
+        memory.failed.insert(key, (error, attempts));
+    }
+    memory.settled = memory.failed.is_empty().then_some(revision);
+}
+
+#[cfg(test)]
+#[path = "pass_tests.rs"]
+mod tests;

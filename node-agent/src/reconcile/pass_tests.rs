@@ -1,0 +1,142 @@
+//! Whole passes against a kernel in memory: what is reported, what stays pending, what counts as a repair.
+
+use weft_shared::lease::Lease;
+use weft_shared::netconf::NetworkConfig;
+
+use super::*;
+use crate::kernel::fake::FakeKernel;
+use crate::pods::{BridgeNeed, PodPorts};
+use crate::reconcile::object::Route;
+
+fn inputs(config: &str, peers: &[(&str, &str)]) -> Inputs {
+    let config = NetworkConfig::parse(config).expect("valid");
+    let backend = Backend::new(&config, "02:00:00:00:00:01".parse().expect("mac"));
+    let underlay = Underlay {
+        iface: "eth0".parse().expect("name"),
+        index: 0,
+        addr: "192.0.2.1".parse().expect("ip"),
+        mtu: 0,
+    };
+    let node = NodeInputs {
+        config,
+        backend,
+        lease: "10.5.1.0-24".parse().expect("key"),
+        public_ip: underlay.addr,
+        underlay,
+        first_start: false,
+    };
+    let lease = |(key, value): &(&str, &str)| Lease {
+        key: key.parse().expect("key"),
+        attrs: serde_json::from_str(value).expect("attrs"),
+        create_revision: 1,
+    };
+    let peers = peers.iter().map(lease).collect();
+    Inputs { node: Some(node), peers, has_snapshot: true, pods: PodPorts::default() }
+}
+
+const VXLAN: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#;
+const HOST_GW: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}"#;
+const PEER: (&str, &str) = (
+    "10.5.2.0-24",
+    r#"{"PublicIP":"192.0.2.2","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:02"}}"#,
+);
+
+#[test]
+fn a_first_pass_makes_everything_and_a_second_nothing() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let mut inputs = inputs(VXLAN, &[PEER]);
+    let need = BridgeNeed { subnets: vec!["10.5.1.0/24".parse().expect("net")], mtu: 1450 };
+    inputs.pods.bridges.insert("cni0".parse().expect("name"), need);
+    let report = pass(&mut kernel, &mut memory, &inputs, 1);
+    assert_eq!((report.error.as_deref(), report.pending.len(), report.repairs), (None, 0, 0));
+    assert!(report.usable && report.after_snapshot);
+    let bridge = &report.bridges[&"cni0".parse().expect("name")];
+    assert_eq!(
+        bridge.mac,
+        weft_shared::names::bridge_mac("192.0.2.1".parse().expect("ip"), &"cni0".parse().expect("name"))
+    );
+    assert!(report.peers.values().all(|p| p.programmed));
+    assert!(!kernel.applied.is_empty());
+
+    kernel.applied.clear();
+    let report = pass(&mut kernel, &mut memory, &inputs, 1);
+    assert_eq!((kernel.applied.len(), report.repairs), (0, 0));
+}
+
+#[test]
+fn a_foreign_hand_is_a_repair_and_a_changed_input_is_not() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let inputs = inputs(VXLAN, &[PEER]);
+    pass(&mut kernel, &mut memory, &inputs, 1);
+    kernel.delete_link(&"flannel.1".parse().expect("name"));
+    let report = pass(&mut kernel, &mut memory, &inputs, 1);
+    assert_eq!(report.pending.len(), 0);
+    assert!(report.repairs >= 4, "device, address and three entries came back: {}", report.repairs);
+    let mut fewer = inputs.clone();
+    fewer.peers.clear();
+    let report = pass(&mut kernel, &mut memory, &fewer, 2);
+    assert_eq!(report.repairs, 0);
+    assert!(kernel.dump.routes.is_empty() && kernel.dump.fdb.is_empty() && kernel.dump.neighs.is_empty());
+}
+
+#[test]
+fn a_refused_operation_is_pending_and_tried_again() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let inputs = inputs(VXLAN, &[PEER]);
+    // Device, sysctls and address succeed; the neighbour does not, in one pass.
+    kernel.faults = [false, false, false, false, true].into();
+    let report = pass(&mut kernel, &mut memory, &inputs, 1);
+    assert_eq!(report.pending.len(), 1, "{:?}", report.pending);
+    assert_eq!(report.pending[0].object, "neighbour 10.5.2.0 dev flannel.1");
+    assert!(report.usable, "one peer's trouble does not stop the node");
+    let peer = report.peers.values().next().expect("one peer");
+    assert!(
+        !peer.programmed && peer.problem.as_deref().is_some_and(|p| p.contains("neighbour 10.5.2.0")),
+        "{peer:?}"
+    );
+    assert_eq!(memory.failures(), 1);
+    let report = pass(&mut kernel, &mut memory, &inputs, 1);
+    assert_eq!((report.pending.len(), memory.failures()), (0, 0));
+}
+
+#[test]
+fn without_its_underlay_a_node_touches_nothing() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let inputs = inputs(VXLAN, &[PEER]);
+    pass(&mut kernel, &mut memory, &inputs, 1);
+    kernel.dump.links.remove(&"eth0".parse::<weft_shared::IfName>().expect("name"));
+    let before = kernel.dump.clone();
+    let report = pass(&mut kernel, &mut memory, &inputs, 1);
+    assert_eq!(report.error.as_deref(), Some("underlay interface eth0 is gone"));
+    assert_eq!(kernel.dump, before);
+}
+
+#[test]
+fn flannels_host_gw_routes_are_taken_over_once_at_a_first_start() {
+    let via = |gateway: &str| Route {
+        gateway: gateway.parse().ok(),
+        dev: "eth0".parse().expect("name"),
+        onlink: false,
+        protocol: 3,
+    };
+    let stale = ("10.5.7.0/24".parse().expect("net"), via("192.0.2.7"));
+    let operators = ("10.5.64.0/20".parse().expect("net"), via("192.0.2.9"));
+    let mut inputs = inputs(
+        HOST_GW,
+        &[("10.5.2.0-24", r#"{"PublicIP":"192.0.2.2","PublicIPv6":null,"BackendType":"host-gw"}"#)],
+    );
+
+    for (first_start, left) in [(true, 2), (false, 3)] {
+        let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+        kernel.on_link.insert("192.0.2.2".parse().expect("ip"));
+        kernel.dump.routes = vec![stale.clone(), operators.clone()];
+        inputs.node.as_mut().expect("node").first_start = first_start;
+        let report = pass(&mut kernel, &mut memory, &inputs, 1);
+        assert_eq!(report.pending.len(), 0);
+        assert_eq!(kernel.dump.routes.len(), left, "{:?}", kernel.dump.routes);
+        assert!(kernel.dump.routes.contains(&operators), "another length is an operator's");
+        kernel.dump.routes.push(stale.clone());
+        pass(&mut kernel, &mut memory, &inputs, 1);
+        assert!(kernel.dump.routes.contains(&stale), "later ones are an operator's");
+    }
+}

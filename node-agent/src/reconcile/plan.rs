@@ -1,0 +1,64 @@
+//! From what is there to what should be: the operations, in an order that never breaks what works.
+//!
+//! Creation in the order of [`Key`], then removal in reverse: a change is a replacement, made before anything is
+//! taken away. Pure; `plan(d, d)` is empty.
+
+use std::collections::BTreeSet;
+
+use weft_shared::IfName;
+
+use super::object::{Desired, Found, Key, Object, Observed};
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Op {
+    /// Make it so; `found` is what the key holds now.
+    Set {
+        object: Object,
+        found: Option<Found>,
+    },
+    Remove(Object),
+}
+
+impl Op {
+    pub fn key(&self) -> Key {
+        match self {
+            Self::Set { object, .. } | Self::Remove(object) => object.key(),
+        }
+    }
+}
+
+/// `may_remove` stays false until the first full snapshot: before it nobody knows what is stale.
+pub fn plan(desired: &Desired, observed: &Observed, may_remove: bool) -> Vec<Op> {
+    let mut ops = Vec::new();
+    let mut recreated: BTreeSet<&IfName> = BTreeSet::new();
+    for (key, object) in desired.objects() {
+        let gone_with_its_device = object.stands_on().is_some_and(|dev| recreated.contains(dev));
+        let found = observed.objects.get(key).filter(|_| !gone_with_its_device);
+        match found {
+            Some(found) if object.satisfied_by(&found.object) => continue,
+            Some(found) if object.needs_recreation(&found.object) => {
+                if let Key::Link(name) = key {
+                    recreated.insert(name);
+                }
+            }
+            // A port is altered, never made: the pair comes from the plugin and goes with the container.
+            None if matches!(key, Key::Port(_)) => continue,
+            _ => {}
+        }
+        ops.push(Op::Set { object: object.clone(), found: found.cloned() });
+    }
+    if may_remove {
+        let surplus = observed.surplus.iter();
+        let stale =
+            observed.objects.iter().rev().filter(|(key, found)| found.ours && desired.get(key).is_none());
+        let mut removals: Vec<&Object> = surplus.chain(stale.map(|(_, found)| &found.object)).collect();
+        removals.retain(|object| object.stands_on().is_none_or(|dev| !recreated.contains(dev)));
+        removals.sort_by_key(|object| std::cmp::Reverse(object.key()));
+        ops.extend(removals.into_iter().cloned().map(Op::Remove));
+    }
+    ops
+}
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

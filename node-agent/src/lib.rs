@@ -6,11 +6,25 @@
 //! timer ------------------ resync ----+
 //! plugin --socket--> server::cni --> ipam (records in /run) --> bridge and ports become desired state
 //! ```
-//! `lease::{table, allocator}`, `ipam::pool`, `dataplane` and `reconcile::plan` do no I/O; only `app` sees both sides.
+//! `lease::{table, allocator}`, `ipam::{pool, table}`, `dataplane` and `reconcile::plan` do no I/O; only `app` and
+//! what it composes (`node`, `bringup`) see both sides.
 
+pub mod app;
+pub mod bringup;
+pub mod config;
+pub mod ctl;
 pub mod dataplane;
+pub mod durable;
+pub mod host;
+pub mod ipam;
 pub mod kernel;
 pub mod lease;
+pub mod log;
+pub mod metrics;
+pub mod node;
+pub mod notify;
+pub mod ping;
 pub mod pods;
 pub mod reconcile;
+pub mod server;
 pub mod status;

@@ -19,7 +19,7 @@ use netlink_packet_route::route::{
 };
 use weft_shared::{IfName, Mac, Subnet};
 
-use super::FoundLink;
+use super::{AddrScope, FoundLink};
 use crate::reconcile::object::{BridgePort, Link, LinkKind, LinkMac, Vxlan};
 
 /// IPv6 routes get this metric when none is asked for (`IP6_RT_PRIO_USER`).
@@ -65,7 +65,7 @@ pub(super) fn link(message: &LinkMessage) -> Option<(IfName, FoundLink, Option<u
 pub(super) struct Address {
     pub(super) index: u32,
     pub(super) addr: IpNetwork,
-    pub(super) link_local: bool,
+    pub(super) scope: AddrScope,
     pub(super) deprecated: bool,
     pub(super) dynamic: bool,
     pub(super) temporary: bool,
@@ -94,7 +94,11 @@ pub(super) fn address(message: &AddressMessage) -> Option<Address> {
     Some(Address {
         index: message.header.index,
         addr,
-        link_local: message.header.scope == AddressScope::Link,
+        scope: match message.header.scope {
+            AddressScope::Link => AddrScope::Link,
+            AddressScope::Host | AddressScope::Nowhere => AddrScope::Host,
+            _ => AddrScope::Global,
+        },
         deprecated,
         dynamic: !permanent,
         // The flag's two names (linux/if_addr.h): IFA_F_SECONDARY in IPv4, IFA_F_TEMPORARY in IPv6.

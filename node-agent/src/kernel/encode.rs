@@ -35,10 +35,9 @@ pub(super) fn new_link(name: &IfName, link: &Link) -> LinkMessage {
         LinkKind::Other(kind) => info.push(LinkInfo::Kind(InfoKind::Other(kind.clone()))),
     }
     let mut message = up_or_down(0, link.up);
-    let (LinkMac::Exactly(mac) | LinkMac::AtCreation(mac)) = link.mac;
     message.attributes = vec![
         LinkAttribute::IfName(name.to_string()),
-        LinkAttribute::Address(mac.0.to_vec()),
+        LinkAttribute::Address(link.mac.value().0.to_vec()),
         LinkAttribute::Mtu(link.mtu),
         LinkAttribute::LinkInfo(info),
     ];

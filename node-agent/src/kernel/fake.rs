@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use weft_shared::IfName;
 
-use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError, Scope};
+use super::{AddrScope, Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError, Scope};
 use crate::reconcile::object::{BridgePort, Found, Key, Link, LinkKind, LinkMac, Object};
 use crate::reconcile::plan::Op;
 
@@ -71,8 +71,8 @@ impl FakeKernel {
                     Some(_) if found.is_none() => return Err(KernelError::Refused(Errno(nix::libc::EEXIST))),
                     _ => {
                         self.delete_link(name);
-                        let (LinkMac::Exactly(mac) | LinkMac::AtCreation(mac)) = link.mac;
-                        self.add_link(name.clone(), Link { mac: LinkMac::Exactly(mac), ..link.clone() }, 0);
+                        let mac = LinkMac::Exactly(link.mac.value());
+                        self.add_link(name.clone(), Link { mac, ..link.clone() }, 0);
                     }
                 }
             }
@@ -135,7 +135,7 @@ pub(crate) fn found_addr(dev: &IfName, addr: ipnetwork::IpNetwork) -> FoundAddr 
     FoundAddr {
         dev: dev.clone(),
         addr,
-        link_local: false,
+        scope: AddrScope::Global,
         deprecated: false,
         dynamic: false,
         temporary: false,

@@ -62,7 +62,7 @@ impl LinuxKernel {
     pub fn delete_veth(&mut self, name: &IfName) -> Result<bool, KernelError> {
         let found = match self.socket.get(encode::link_by_name(name)) {
             Ok(Some(Message::NewLink(message))) => decode::link(&message),
-            Ok(_) | Err(KernelError::Refused(_)) => None,
+            Ok(_) | Err(KernelError::Refused(Errno(nix::libc::ENODEV))) => None,
             Err(other) => return Err(other),
         };
         let Some((_, found, _)) =
@@ -73,6 +73,15 @@ impl LinuxKernel {
         let message = Message::DelLink(encode::link_by_index(found.index));
         match self.socket.request(Request { message, flags: 0 }) {
             Ok(()) => Ok(true),
+            Err(KernelError::Refused(Errno(nix::libc::ENODEV))) => Ok(false),
+            Err(other) => Err(other),
+        }
+    }
+
+    /// Whether a link of this index exists here, whatever it is.
+    pub fn link_exists(&mut self, index: u32) -> Result<bool, KernelError> {
+        match self.socket.get(Message::GetLink(encode::link_by_index(index))) {
+            Ok(answer) => Ok(answer.is_some()),
             Err(KernelError::Refused(Errno(nix::libc::ENODEV))) => Ok(false),
             Err(other) => Err(other),
         }
@@ -104,8 +113,8 @@ impl LinuxKernel {
         });
         let named = decoded.filter_map(|a| {
             let dev = names.get(&a.index)?.clone();
-            let decode::Address { addr, link_local, deprecated, dynamic, temporary, .. } = a;
-            Some(FoundAddr { dev, addr, link_local, deprecated, dynamic, temporary })
+            let decode::Address { addr, scope, deprecated, dynamic, temporary, .. } = a;
+            Some(FoundAddr { dev, addr, scope, deprecated, dynamic, temporary })
         });
         Ok(named.collect())
     }

@@ -73,11 +73,19 @@ pub struct FoundLink {
 pub struct FoundAddr {
     pub dev: IfName,
     pub addr: IpNetwork,
-    pub link_local: bool,
+    pub scope: AddrScope,
     pub deprecated: bool,
     /// From a router advertisement or DHCP: it has a lifetime.
     pub dynamic: bool,
     pub temporary: bool,
+}
+
+/// How far an address is valid (`rtm_scope`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AddrScope {
+    Global,
+    Link,
+    Host,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -75,11 +75,19 @@ pub struct Report {
     /// The usable pass knew every peer.
     pub after_snapshot: bool,
     pub peers: BTreeMap<LeaseKey, PeerReport>,
-    pub bridges: BTreeMap<IfName, BridgeFacts>,
+    /// Every device of ours that is as it should be.
+    pub devices: BTreeMap<IfName, BridgeFacts>,
     pub veths: SeenVeths,
     pub underlay: Option<Underlay>,
     /// Gateways that each bridge carries.
     pub gateways: BTreeMap<IfName, Vec<Subnet>>,
+}
+
+impl Report {
+    /// Whether the pass got as far as seeing the kernel.
+    fn looked(&self) -> bool {
+        self.underlay.is_some()
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -129,13 +137,14 @@ impl Handle {
         Ok(handle)
     }
 
-    /// Changes the inputs and asks for a pass.
-    pub fn update(&self, change: impl FnOnce(&mut Inputs)) {
+    /// Changes the inputs and, if `change` says that anything did, asks for a pass.
+    pub fn update_if(&self, change: impl FnOnce(&mut Inputs) -> bool) {
         let mut state = self.shared.lock();
-        change(&mut state.inputs);
-        state.revision += 1;
-        state.dirty = true;
-        self.shared.woken.notify_one();
+        if change(&mut state.inputs) {
+            state.revision += 1;
+            state.dirty = true;
+            self.shared.woken.notify_one();
+        }
     }
 
     /// Something may have changed in the kernel.
@@ -197,8 +206,12 @@ fn run(mut kernel: impl Kernel, shared: &Shared, publish: &watch::Sender<Report>
         let mut report = pass::pass(&mut kernel, &mut memory, &inputs, revision);
         report.passes = last.passes + 1;
         report.generation = generation;
-        report.veths.pass = report.passes;
         report.repairs += last.repairs;
+        // A pass that could not look has seen nothing, which is not the same as seeing that nothing is there.
+        match report.looked() {
+            true => report.veths.pass = last.veths.pass + 1,
+            false => report.veths = last.veths.clone(),
+        }
         report.at = Some(Instant::now());
         complain(&last, &report);
         due = Instant::now() + next_pass(&report, &memory, resync);

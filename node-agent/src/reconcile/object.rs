@@ -89,6 +89,13 @@ pub struct Route {
     pub protocol: u8,
 }
 
+impl LinkMac {
+    pub fn value(self) -> Mac {
+        let (Self::Exactly(mac) | Self::AtCreation(mac)) = self;
+        mac
+    }
+}
+
 impl Object {
     pub fn key(&self) -> Key {
         match self {

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use tracing::{debug, info};
 use weft_shared::names::{VETH_GROUP, is_host_ifname};
 
-use super::object::{Desired, Key, LinkMac, Object};
+use super::object::{Desired, Key, Object};
 use super::observe::{Ownership, observe};
 use super::plan::{Op, plan};
 use super::{Inputs, NodeInputs, PeerReport, Report, pods};
@@ -172,10 +172,9 @@ fn finish(
         match (key, object) {
             (Key::Link(name), _) => {
                 if let Some(found) = dump.links.get(name)
-                    && let LinkMac::Exactly(mac) | LinkMac::AtCreation(mac) = found.link.mac
                     && object.satisfied_by(&Object::Link { name: name.clone(), link: found.link.clone() })
                 {
-                    report.bridges.insert(name.clone(), BridgeFacts { ifindex: found.index, mac });
+                    report.devices.insert(name.clone(), BridgeFacts { ifindex: found.index, mac: found.link.mac.value() });
                 }
             }
             (Key::Addr(dev, addr), _) if !failed.contains_key(key) => {

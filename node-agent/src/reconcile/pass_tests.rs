@@ -50,7 +50,7 @@ fn a_first_pass_makes_everything_and_a_second_nothing() {
     let report = pass(&mut kernel, &mut memory, &inputs, 1);
     assert_eq!((report.error.as_deref(), report.pending.len(), report.repairs), (None, 0, 0));
     assert!(report.usable && report.after_snapshot);
-    let bridge = &report.bridges[&"cni0".parse().expect("name")];
+    let bridge = &report.devices[&"cni0".parse().expect("name")];
     assert_eq!(
         bridge.mac,
         weft_shared::names::bridge_mac("192.0.2.1".parse().expect("ip"), &"cni0".parse().expect("name"))

@@ -1,0 +1,157 @@
+//! The composition root: builds every part, connects them, and decides what ends the agent. Only here do the pure and
+//! the effectful sides meet.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::bringup::bring_up;
+use crate::config::{Config, StoreConfig};
+use crate::ipam::{self, Boottime, Ipam};
+use crate::kernel::{LinuxKernel, Monitor};
+use crate::lease::{self, EmbeddedStore, EtcdStore, Store, StoreHealth};
+use crate::metrics::Metrics;
+use crate::node::{Node, NodeFabric};
+use crate::pods::{PodPorts, SeenVeths};
+use crate::reconcile::Handle;
+use crate::server::admin::{Admin, AdminState};
+use crate::server::cni::{Limits, Server};
+
+/// What is still under way when the agent is told to stop has this long.
+const DRAIN: Duration = Duration::from_secs(8);
+
+/// Runs until `stop`; the kernel stays as it is, so that pods go on and the next agent finds everything.
+pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    info!(version = env!("CARGO_PKG_VERSION"), node = %config.node_name, "weftd starts");
+    let config = Arc::new(config);
+    std::fs::create_dir_all(&config.run_dir)
+        .with_context(|| format!("--run-dir = {}: cannot be made", config.run_dir.display()))?;
+    let store = Arc::new(open_store(&config.store).await?);
+    if store.one_machine_only() {
+        warn!("the embedded store serves the agents of one machine only");
+    }
+    let kernel = LinuxKernel::open().context("netlink: weftd needs CAP_NET_ADMIN")?;
+    let reconcile = Handle::start(kernel, config.resync).context("the reconcile thread")?;
+    let monitor = config.netlink_monitor.then(|| start_monitor(&reconcile)).flatten();
+
+    let (ports_sender, ports) = watch::channel(PodPorts::default());
+    let (seen_sender, seen) = watch::channel(SeenVeths::default());
+    let (health_sender, health) = watch::channel(StoreHealth::default());
+    let name = config.node_name.clone();
+    let node = Arc::new(Node::new(name, store, health, reconcile.clone(), ports, monitor));
+
+    let ipam_config = ipam::Config::new(&config.run_dir, &config.cni_socket).context("this boot's id")?;
+    let clock = Box::new(Boottime::now);
+    let ipam = Ipam::open(ipam_config, clock, NodeFabric(node.clone()), ports_sender, seen)?;
+    let status_source = {
+        let (node, ipam) = (node.clone(), ipam.clone());
+        Arc::new(move || node.status(ipam.status()))
+    };
+    let admin = Admin::bind(config.admin_listen, &config.admin_socket).await?;
+    let server = Server::bind(&config.cni_socket, ipam.clone(), Limits::default()).await?;
+
+    let mut tasks = JoinSet::new();
+    let metrics = Arc::new(Metrics::new(status_source.clone()));
+    let admin_state = AdminState { status: status_source, metrics };
+    tasks.spawn(ended("admin", admin.serve(admin_state, stop.clone())));
+    tasks.spawn(ended("cni socket", server.serve(stop.clone())));
+    tasks.spawn(ended("address management", ipam.run(stop.clone())));
+    tasks.spawn(ended("pods' ports", pass_on_ports(node.clone(), stop.clone())));
+    tasks.spawn(ended("seen veths", pass_on_seen(reconcile.clone(), seen_sender, stop.clone())));
+    let fatal = {
+        let (node, config, stop) = (node.clone(), config.clone(), stop.clone());
+        async move {
+            tokio::select! {
+                result = bring_up(node, config, health_sender) => result,
+                () = stop.cancelled() => Ok(()),
+            }
+        }
+    };
+    let result = tokio::select! {
+        result = fatal => result,
+        Some(task) = tasks.join_next(), if !stop.is_cancelled() => match task {
+            Ok(name) if !stop.is_cancelled() => Err(anyhow::anyhow!("{name} ended by itself")),
+            Ok(_) => Ok(()),
+            Err(panic) => Err(panic.into()),
+        },
+    };
+    stop.cancel();
+    let drained = tokio::time::timeout(DRAIN, async { while tasks.join_next().await.is_some() {} });
+    if drained.await.is_err() {
+        warn!(seconds = DRAIN.as_secs(), "stopping although not everything has ended");
+    }
+    reconcile.stop();
+    info!("weftd stops; devices, routes and addresses stay");
+    result
+}
+
+async fn ended<T>(name: &'static str, task: impl Future<Output = T>) -> &'static str {
+    task.await;
+    name
+}
+
+async fn open_store(config: &StoreConfig) -> anyhow::Result<Store> {
+    match config {
+        StoreConfig::Etcd(etcd) => {
+            let store = EtcdStore::new(lease::EtcdConfig::from(etcd))?;
+            Ok(Store::Etcd(store))
+        }
+        StoreConfig::Embedded(embedded) => {
+            let store = EmbeddedStore::open(lease::EmbeddedConfig { path: embedded.file.clone() }).await?;
+            if let Some(file) = &embedded.net_config {
+                let json = std::fs::read_to_string(file)
+                    .with_context(|| format!("--net-config = {}: cannot be read", file.display()))?;
+                store.put_config_if_empty(&json).await.with_context(|| format!("--net-config = {}", file.display()))?;
+            }
+            Ok(Store::Embedded(store))
+        }
+    }
+}
+
+/// Without announcements the sweep still repairs everything, later.
+fn start_monitor(reconcile: &Handle) -> Option<Monitor> {
+    let reconcile = reconcile.clone();
+    match Monitor::start(Arc::new(move || reconcile.wake())) {
+        Ok(monitor) => Some(monitor),
+        Err(error) => {
+            warn!(%error, "no netlink monitor: changes are found by the sweep alone");
+            None
+        }
+    }
+}
+
+/// What pods need becomes desired state.
+async fn pass_on_ports(node: Arc<Node>, stop: CancellationToken) {
+    let mut ports = node.ports.clone();
+    loop {
+        node.pass_on_ports();
+        tokio::select! {
+            changed = ports.changed() => if changed.is_err() { return },
+            () = stop.cancelled() => return,
+        }
+    }
+}
+
+/// What passes see of pods' veths goes to address management.
+async fn pass_on_seen(reconcile: Handle, seen: watch::Sender<SeenVeths>, stop: CancellationToken) {
+    let mut reports = reconcile.reports();
+    loop {
+        let veths = reports.borrow_and_update().veths.clone();
+        seen.send_if_modified(|old| {
+            let newer = veths.pass != old.pass;
+            if newer {
+                *old = veths;
+            }
+            newer
+        });
+        tokio::select! {
+            changed = reports.changed() => if changed.is_err() { return },
+            () = stop.cancelled() => return,
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! From nothing to a node that serves pods, and what keeps it one: configuration, underlay, VTEP MAC, lease, first
+//! pass, subnet.env, READY. Every step waits for as long as it takes and says what for; none ends the process.
+
+use std::io::Read;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::sleep;
+use tracing::{info, warn};
+use weft_shared::Mac;
+use weft_shared::lease::LeaseKey;
+use weft_shared::netconf::{BackendConfig, NetworkConfig};
+use weft_shared::subnet_env::{SubnetEnv, previous_lease};
+
+use crate::config::{
+    AddrScope, Config, HostAddr, HostIface, HostNetwork, ReachRoute, Underlay, UnderlayChoice, choose_underlay,
+};
+use crate::dataplane::{self, Backend, Dataplane};
+use crate::durable::{Durable, DurableFile};
+use crate::kernel::{self, KernelError, LinuxKernel};
+use crate::lease::{
+    AcquireRequest, Keeper, KeeperHandle, LeaseState, LeaseStore, LeaseTable, LeaseUpdate, StoreHealth,
+    wait_for_config,
+};
+use crate::node::Node;
+use crate::notify::notify;
+use crate::reconcile::{NodeInputs, Report};
+use crate::reconcile::object::LinkKind;
+
+const UNDERLAY_RETRY: Duration = Duration::from_secs(1);
+/// Updates of the watch under way: a snapshot is one.
+const UPDATES: usize = 256;
+
+/// Runs for as long as the agent does.
+pub async fn bring_up(
+    node: Arc<Node>,
+    config: Arc<Config>,
+    health: watch::Sender<StoreHealth>,
+) -> anyhow::Result<()> {
+    let wait = |what: Option<String>| node.facts().waiting_for = what;
+    wait(Some(format!("the network configuration from {}", node.store.location())));
+    let network = wait_for_config(&*node.store, |problem| {
+        if let Some(problem) = problem {
+            wait(Some(problem.to_string()));
+        }
+    })
+    .await;
+    node.facts().config = Some(network.clone());
+
+    let underlay = loop {
+        match find_underlay(config.underlay.clone()).await {
+            Ok(underlay) => break underlay,
+            Err(problem) => {
+                let told = node.facts().waiting_for.replace(problem.to_string());
+                if told.as_deref() != Some(&problem.to_string()) {
+                    warn!(%problem, "no underlay yet");
+                }
+                sleep(UNDERLAY_RETRY).await;
+            }
+        }
+    };
+    info!(iface = %underlay.iface, address = %underlay.addr, public_ip = %underlay.public_ip, mtu = underlay.mtu,
+        chosen_by = %underlay.chosen_by, "underlay");
+
+    let file = DurableFile::in_dir(&config.state_dir);
+    let durable = file.load().with_context(|| format!("durable state in {}", config.state_dir.display()))?;
+    let first_start = durable.is_none();
+    let mut durable = durable.unwrap_or_default();
+    let vtep_mac = vtep_mac(&network, &underlay, durable.vtep_mac).await?;
+    durable.vtep_mac = Some(vtep_mac);
+    save(&file, &durable);
+
+    let backend = Backend::new(&network, vtep_mac);
+    let previous = durable.lease.or_else(|| left_in(&config.subnet_file));
+    let want = AcquireRequest {
+        config: network.clone(),
+        attrs: backend.lease_attrs(underlay.public_ip),
+        previous,
+        ttl: config.lease_ttl,
+    };
+    let (keeper, handle) = Keeper::new(node.store.clone(), want, config.renew_margin);
+    {
+        let mut facts = node.facts();
+        facts.underlay = Some(underlay.clone());
+        facts.backend = Some(backend.clone());
+        facts.lease = Some(handle.state.clone());
+        facts.waiting_for = None;
+    }
+    let (sender, updates) = mpsc::channel(UPDATES);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        match keeper.run().await {}
+    });
+    let store = node.store.clone();
+    tasks.spawn(async move { store.watch(sender, health).await });
+    let tending = Tending {
+        table: LeaseTable::new(network.clone()),
+        node: node.clone(),
+        network,
+        backend,
+        underlay,
+        subnet_file: config.subnet_file.clone(),
+        file,
+        durable,
+        first_start,
+        written: None,
+        announced: false,
+    };
+    tokio::select! {
+        ended = tending.run(handle, updates) => ended,
+        task = tasks.join_next() => anyhow::bail!("the lease keeper or the watch ended: {task:?}"),
+    }
+}
+
+/// Keeps inputs, subnet.env and durable state in step with lease, peers and passes.
+struct Tending {
+    node: Arc<Node>,
+    table: LeaseTable,
+    network: NetworkConfig,
+    backend: Backend,
+    underlay: Underlay,
+    subnet_file: PathBuf,
+    file: DurableFile,
+    durable: Durable,
+    first_start: bool,
+    written: Option<SubnetEnv>,
+    announced: bool,
+}
+
+impl Tending {
+    async fn run(
+        mut self,
+        handle: KeeperHandle,
+        mut updates: mpsc::Receiver<LeaseUpdate>,
+    ) -> anyhow::Result<()> {
+        let mut lease = handle.state.clone();
+        let mut reports = self.node.reconcile.reports();
+        loop {
+            tokio::select! {
+                update = updates.recv() => {
+                    let update = update.context("the watch over leases ended")?;
+                    handle.observe(&update);
+                    if self.table.apply(update) {
+                        self.pass_on_peers();
+                    }
+                }
+                changed = lease.changed() => {
+                    changed.context("the lease keeper ended")?;
+                    let state = lease.borrow_and_update().clone();
+                    self.lease_changed(&state);
+                }
+                changed = reports.changed() => {
+                    changed.context("the reconciler ended")?;
+                    let report = reports.borrow_and_update().clone();
+                    self.report_changed(&report, &handle.state.borrow().clone());
+                }
+            }
+        }
+    }
+
+    fn lease_changed(&mut self, state: &LeaseState) {
+        let Some(held) = state.held() else { return };
+        self.table.set_own(Some(&held.lease));
+        self.pass_on_peers();
+        let inputs = NodeInputs {
+            config: self.network.clone(),
+            backend: self.backend.clone(),
+            lease: held.lease.key,
+            underlay: dataplane::Underlay {
+                iface: self.underlay.iface.clone(),
+                index: self.underlay.index,
+                addr: self.underlay.addr,
+                mtu: self.underlay.mtu,
+            },
+            public_ip: self.underlay.public_ip,
+            first_start: self.first_start,
+        };
+        self.node.reconcile.update_if(|all| {
+            let changed = all.node.as_ref().is_none_or(|node| node.lease != inputs.lease);
+            all.node = Some(inputs);
+            changed
+        });
+        if self.durable.lease != Some(held.lease.key) {
+            self.durable.lease = Some(held.lease.key);
+            save(&self.file, &self.durable);
+        }
+    }
+
+    fn pass_on_peers(&self) {
+        let peers: Vec<_> = self.table.peers().cloned().collect();
+        let has_snapshot = self.table.has_snapshot();
+        {
+            let mut facts = self.node.facts();
+            facts.peers.clone_from(&peers);
+            facts.refused = self.table.refused();
+        }
+        self.node.reconcile.update_if(|inputs| {
+            let changed = inputs.peers != peers || inputs.has_snapshot != has_snapshot;
+            inputs.peers = peers;
+            inputs.has_snapshot = has_snapshot;
+            changed
+        });
+    }
+
+    /// subnet.env after the kernel is right, READY after subnet.env.
+    fn report_changed(&mut self, report: &Report, lease: &LeaseState) {
+        if let (Some(monitor), Some(index)) = (&self.node.monitor, self.device_index(report)) {
+            monitor.watch_neighbours_of(index);
+        }
+        let (Some(held), Some(underlay)) = (lease.held(), &report.underlay) else { return };
+        if !(report.usable && report.after_snapshot) {
+            return;
+        }
+        let env = SubnetEnv {
+            network: self.network.v4.network,
+            subnet: held.lease.key.v4,
+            ipv6: None,
+            mtu: self.backend.pod_mtu(underlay.mtu),
+            ip_masq: false,
+        };
+        if self.written.as_ref() != Some(&env) {
+            match env.write(&self.subnet_file) {
+                Ok(()) => info!(file = %self.subnet_file.display(), subnet = %env.subnet, mtu = env.mtu, "subnet file written"),
+                Err(error) => warn!(file = %self.subnet_file.display(), %error, "subnet file cannot be written"),
+            }
+            self.written = Some(env);
+        }
+        if !std::mem::replace(&mut self.announced, true) {
+            info!("ready: pods can be added");
+            if let Err(error) = notify(std::env::var_os("NOTIFY_SOCKET").as_deref(), "READY=1") {
+                warn!(%error, "the service manager could not be told");
+            }
+        }
+    }
+
+    /// Without a device there are no neighbours to watch.
+    fn device_index(&self, report: &Report) -> Option<u32> {
+        let Some(device) = self.backend.device() else { return Some(u32::MAX) };
+        report.devices.get(device).map(|facts| facts.ifindex)
+    }
+}
+
+fn save(file: &DurableFile, durable: &Durable) {
+    if let Err(error) = file.save(durable) {
+        warn!(%error, "durable state cannot be written: a reboot may cost this node its subnet and its MAC");
+    }
+}
+
+fn left_in(subnet_file: &Path) -> Option<LeaseKey> {
+    previous_lease(&std::fs::read_to_string(subnet_file).ok()?)
+}
+
+/// What the kernel knows, handed to the choice.
+async fn find_underlay(choice: UnderlayChoice) -> anyhow::Result<Underlay> {
+    spawn_blocking(move || {
+        let host = host_network(&mut LinuxKernel::open()?, choice.can_reach.map(IpAddr::from))?;
+        Ok(choose_underlay(&choice, &host)?)
+    })
+    .await?
+}
+
+fn host_network(kernel: &mut LinuxKernel, reach: Option<IpAddr>) -> Result<HostNetwork, KernelError> {
+    let (links, addrs) = kernel.links_and_addrs()?;
+    let host_addr = |found: &kernel::FoundAddr| HostAddr {
+        addr: found.addr,
+        scope: match found.scope {
+            kernel::AddrScope::Global => AddrScope::Global,
+            kernel::AddrScope::Link => AddrScope::Link,
+            kernel::AddrScope::Host => AddrScope::Host,
+        },
+        deprecated: found.deprecated,
+        dynamic: found.dynamic,
+        temporary: found.temporary,
+    };
+    let ifaces = links.iter().map(|(name, found)| HostIface {
+        index: found.index,
+        name: name.clone(),
+        mtu: found.link.mtu,
+        up: found.link.up,
+        addrs: addrs.iter().filter(|a| a.dev == *name).map(host_addr).collect(),
+    });
+    let reach = match reach {
+        Some(ip) => kernel.route_to(ip)?.map(|(index, source)| ReachRoute {
+            index,
+            source: source.and_then(|ip| match ip {
+                IpAddr::V4(ip) => Some(ip),
+                IpAddr::V6(_) => None,
+            }),
+        }),
+        None => None,
+    };
+    Ok(HostNetwork { ifaces: ifaces.collect(), default_route: kernel.default_route()?, reach })
+}
+
+/// The MAC that peers have in their tables: that of a device which can be taken over as it is, else the one this node
+/// always had, else a new one.
+async fn vtep_mac(network: &NetworkConfig, underlay: &Underlay, durable: Option<Mac>) -> anyhow::Result<Mac> {
+    let (network, underlay) = (network.clone(), underlay.clone());
+    let adopted = spawn_blocking(move || adoptable_mac(&network, &underlay)).await??;
+    match adopted.or(durable) {
+        Some(mac) => Ok(mac),
+        None => {
+            let mut bytes = [0; 6];
+            std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes).context("random bytes for the VTEP MAC")?;
+            Ok(Mac::local_unicast(bytes))
+        }
+    }
+}
+
+fn adoptable_mac(network: &NetworkConfig, underlay: &Underlay) -> Result<Option<Mac>, KernelError> {
+    let BackendConfig::Vxlan(wanted) = &network.backend else {
+        return Ok(None);
+    };
+    let (links, _) = LinuxKernel::open()?.links_and_addrs()?;
+    let name = format!("flannel.{}", wanted.vni);
+    let found = links.iter().find(|(n, _)| n.as_str() == name).map(|(_, found)| &found.link);
+    Ok(found.and_then(|link| match &link.kind {
+        LinkKind::Vxlan(have) => {
+            let same = (have.vni, have.port) == (wanted.vni, wanted.port)
+                && have.underlay == underlay.index
+                && have.local == IpAddr::from(underlay.addr);
+            same.then(|| link.mac.value())
+        }
+        _ => None,
+    }))
+}

@@ -1,0 +1,283 @@
+//! This node as the rest of the agent and its readers see it: one place that knows everything, and answers from it.
+
+use std::future::Future;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::watch;
+use tokio::task::spawn_blocking;
+use weft_shared::IfName;
+use weft_shared::lease::Lease;
+use weft_shared::netconf::{BackendConfig, NetworkConfig};
+use weft_shared::protocol::Failure;
+
+use crate::config::Underlay;
+use crate::dataplane::{Backend, Dataplane};
+use crate::host::Host;
+use crate::kernel::{KernelError, LinuxKernel, Monitor};
+use crate::lease::{LeaseState, LeaseStore, Store, StoreHealth};
+use crate::pods::{BridgeFacts, Fabric, NotReady, PodNetwork, PodPorts};
+use crate::reconcile::{Handle, Report};
+use crate::status::{
+    DataplaneStatus, LeaseStatus, NetworkStatus, PeerStatus, PodStatus, RefusedLease, Status, StoreStatus,
+    UnderlayStatus,
+};
+
+/// A bridge that is not there after so long is a failure of the ADD that asked for it.
+const BRIDGE_DEADLINE: Duration = Duration::from_secs(5);
+
+#[derive(Debug)]
+pub struct Node {
+    pub name: String,
+    pub store: Arc<Store>,
+    pub health: watch::Receiver<StoreHealth>,
+    pub reconcile: Handle,
+    /// Written by address management.
+    pub ports: watch::Receiver<PodPorts>,
+    /// `None`: switched off, or refused by the kernel.
+    pub monitor: Option<Monitor>,
+    host: Mutex<Host>,
+    facts: Mutex<Facts>,
+}
+
+/// What was found out on the way to readiness, and what changes afterwards.
+#[derive(Debug, Default)]
+pub struct Facts {
+    /// What bringing the node up is waiting for.
+    pub waiting_for: Option<String>,
+    pub config: Option<NetworkConfig>,
+    pub underlay: Option<Underlay>,
+    pub backend: Option<Backend>,
+    pub lease: Option<watch::Receiver<LeaseState>>,
+    pub peers: Vec<Lease>,
+    pub refused: Vec<RefusedLease>,
+}
+
+impl Node {
+    pub fn new(
+        name: String,
+        store: Arc<Store>,
+        health: watch::Receiver<StoreHealth>,
+        reconcile: Handle,
+        ports: watch::Receiver<PodPorts>,
+        monitor: Option<Monitor>,
+    ) -> Self {
+        let (host, facts) = (Mutex::new(Host::new()), Mutex::default());
+        Self { name, store, health, reconcile, ports, monitor, host, facts }
+    }
+
+    pub fn facts(&self) -> MutexGuard<'_, Facts> {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Everything but the pods, which address management adds.
+    pub fn status(&self, pods: PodStatus) -> Status {
+        let facts = self.facts();
+        let report = self.reconcile.reports().borrow().clone();
+        let health = self.health.borrow().clone();
+        let network = self.pod_network_from(&facts, &report);
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            node: self.name.clone(),
+            ready: network.is_ok(),
+            waiting_for: network.err().map(|e| e.to_string()).into_iter().collect(),
+            store: StoreStatus {
+                kind: self.store.kind().into(),
+                location: self.store.location(),
+                connected: health.connected,
+                problem: health.problem,
+                one_machine_only: self.store.one_machine_only(),
+                relists: health.relists,
+            },
+            network: facts.config.as_ref().map(network_status),
+            lease: facts.lease_status(),
+            underlay: facts.underlay.as_ref().map(|u| UnderlayStatus {
+                iface: u.iface.clone(),
+                address: u.addr.into(),
+                mtu: report.underlay.as_ref().map_or(u.mtu, |now| now.mtu),
+                chosen_by: u.chosen_by.clone(),
+            }),
+            dataplane: facts.backend.as_ref().map(|backend| DataplaneStatus {
+                device: backend.device().cloned(),
+                mtu: facts.pod_mtu(&report).unwrap_or(0),
+                objects: report.objects,
+                pending: report.pending.clone(),
+                passes: report.passes,
+                repairs: report.repairs,
+                last_error: report.error.clone(),
+                last_pass_ago: report.at.map(|at| at.elapsed().as_secs_f64()),
+                monitor: self.monitor.is_some(),
+            }),
+            peers: facts.peer_status(&report),
+            refused: facts.refused.clone(),
+            pods,
+            host: self.host.lock().unwrap_or_else(PoisonError::into_inner).status(),
+        }
+    }
+
+    fn pod_network_from(&self, facts: &Facts, report: &Report) -> Result<PodNetwork, NotReady> {
+        let waiting = |what: &str| Err(NotReady::Waiting(what.into()));
+        if let Some(what) = &facts.waiting_for {
+            return waiting(what);
+        }
+        let Some(config) = &facts.config else {
+            return waiting("the network configuration from the store");
+        };
+        let lease = match facts.lease.as_ref().map(|l| l.borrow().clone()) {
+            Some(LeaseState::Held { lease, .. }) => lease,
+            Some(LeaseState::Lost { key, owner: Some(owner), .. }) => {
+                return Err(NotReady::Degraded(format!("a new subnet: {key} is now held by {owner}")));
+            }
+            Some(LeaseState::Lost { key, owner: None, .. }) => {
+                return waiting(&format!("the lease of {key}, which is gone from the store, to be taken again"));
+            }
+            Some(LeaseState::Acquiring { problem: Some(problem) }) => {
+                return waiting(&format!("a subnet lease: {problem}"));
+            }
+            Some(LeaseState::Acquiring { problem: None }) | None => return waiting("a subnet lease"),
+        };
+        if let Some(error) = &report.error {
+            return Err(NotReady::Degraded(format!("the kernel to be brought in order: {error}")));
+        }
+        if !report.usable {
+            let first = report.pending.first().map(|p| format!("{}: {}", p.object, p.error));
+            let what = first.unwrap_or_else(|| "the first pass".into());
+            return waiting(&format!("the kernel to be brought in order: {what}"));
+        }
+        if !report.after_snapshot {
+            let problem = self.health.borrow().problem.clone();
+            let detail = problem.map(|p| format!(": {p}")).unwrap_or_default();
+            return waiting(&format!("the first list of leases from the store{detail}"));
+        }
+        match facts.pod_mtu(report) {
+            Some(mtu) => Ok(PodNetwork { subnet: lease.lease.key.v4, overlay: vec![config.v4.network], mtu }),
+            None => waiting("the underlay interface"),
+        }
+    }
+
+    /// Hands the newest needs of pods to the reconciler, if it does not have them.
+    pub fn pass_on_ports(&self) {
+        let ports = self.ports.borrow().clone();
+        self.reconcile.update_if(|inputs| {
+            let changed = inputs.pods != ports;
+            inputs.pods = ports;
+            changed
+        });
+    }
+}
+
+impl Facts {
+    fn pod_mtu(&self, report: &Report) -> Option<u32> {
+        let underlay = report.underlay.as_ref().map(|u| u.mtu).or(self.underlay.as_ref().map(|u| u.mtu))?;
+        Some(self.backend.as_ref()?.pod_mtu(underlay))
+    }
+
+    fn lease_status(&self) -> Option<LeaseStatus> {
+        let state = self.lease.as_ref()?.borrow().clone();
+        let public_ip = IpAddr::from(self.underlay.as_ref()?.public_ip);
+        let (key, expires) = match &state {
+            LeaseState::Held { lease, .. } => (lease.lease.key, lease.expires),
+            LeaseState::Lost { key, .. } => (*key, None),
+            LeaseState::Acquiring { .. } => return None,
+        };
+        let left = |at: SystemTime| at.duration_since(SystemTime::now()).unwrap_or_default().as_secs();
+        Some(LeaseStatus {
+            key,
+            public_ip,
+            state: state.name().into(),
+            expires_in: expires.map(left),
+            problem: state.problem().map(Into::into),
+        })
+    }
+
+    fn peer_status(&self, report: &Report) -> Vec<PeerStatus> {
+        let Some(backend) = &self.backend else {
+            return Vec::new();
+        };
+        let status = |lease: &Lease| {
+            let known = report.peers.get(&lease.key).cloned().unwrap_or_default();
+            PeerStatus {
+                key: lease.key,
+                public_ip: lease.attrs.public_ip.into(),
+                backend: lease.attrs.backend_type.clone(),
+                programmed: known.programmed,
+                problem: known.problem,
+                overlay_probe: backend.probe(&lease.key),
+            }
+        };
+        self.peers.iter().map(status).collect()
+    }
+}
+
+fn network_status(config: &NetworkConfig) -> NetworkStatus {
+    let (port, vni) = match &config.backend {
+        BackendConfig::Vxlan(vxlan) => (Some(vxlan.port), Some(vxlan.vni)),
+        BackendConfig::HostGw => (None, None),
+    };
+    NetworkStatus {
+        network: config.v4.network,
+        subnet_len: config.v4.subnet_len,
+        backend: config.backend.kind().into(),
+        port,
+        vni,
+    }
+}
+
+/// What address management asks of the node.
+#[derive(Debug, Clone)]
+pub struct NodeFabric(pub Arc<Node>);
+
+impl Fabric for NodeFabric {
+    fn pod_network(&self) -> Result<PodNetwork, NotReady> {
+        let facts = self.0.facts();
+        let report = self.0.reconcile.reports().borrow().clone();
+        self.0.pod_network_from(&facts, &report)
+    }
+
+    async fn ensure_bridge(&self, name: &IfName) -> Result<BridgeFacts, Failure> {
+        self.0.pass_on_ports();
+        let need = self.0.ports.borrow().bridges.get(name).map(|n| n.subnets.clone()).unwrap_or_default();
+        let in_place = |report: &Report| {
+            let carried = report.gateways.get(name);
+            let complete = need.iter().all(|subnet| carried.is_some_and(|c| c.contains(subnet)));
+            report.devices.get(name).copied().filter(|_| complete && report.error.is_none())
+        };
+        let known = in_place(&self.0.reconcile.reports().borrow());
+        if let Some(facts) = known {
+            return Ok(facts);
+        }
+        let report = tokio::time::timeout(BRIDGE_DEADLINE, self.0.reconcile.pass()).await;
+        let (facts, why) = match &report {
+            Ok(report) => (in_place(report), trouble(report, name)),
+            Err(_) => (None, format!("the kernel did not answer in {} s", BRIDGE_DEADLINE.as_secs())),
+        };
+        facts.ok_or_else(|| Failure { code: 11, msg: format!("bridge {name} is not in place yet"), details: why })
+    }
+
+    async fn delete_veth(&self, name: &IfName) -> Result<(), String> {
+        let name = name.clone();
+        in_kernel(move |kernel| kernel.delete_veth(&name).map(|_| ())).await
+    }
+
+    fn link_exists(&self, ifindex: u32) -> impl Future<Output = Result<bool, String>> + Send {
+        in_kernel(move |kernel| kernel.link_exists(ifindex))
+    }
+}
+
+/// What a report has against a bridge.
+fn trouble(report: &Report, bridge: &IfName) -> String {
+    let about = report.pending.iter().find(|p| p.object.ends_with(bridge.as_str()));
+    let pending = about.map(|p| format!("{}: {}", p.object, p.error));
+    pending.or_else(|| report.error.clone()).unwrap_or_else(|| "the pass did not get to it".into())
+}
+
+/// A blocking call on a socket of its own: deleting a link waits for the kernel's grace periods.
+async fn in_kernel<T: Send + 'static>(
+    call: impl FnOnce(&mut LinuxKernel) -> Result<T, KernelError> + Send + 'static,
+) -> Result<T, String> {
+    match spawn_blocking(move || call(&mut LinuxKernel::open()?)).await {
+        Ok(result) => result.map_err(|e| e.to_string()),
+        Err(panic) => Err(panic.to_string()),
+    }
+}

@@ -9,7 +9,11 @@
 //! `lease::{table, allocator}`, `ipam::pool`, `dataplane` and `reconcile::plan` do no I/O; only `app` sees both sides.
 
 pub mod config;
+pub mod ctl;
 pub mod host;
 pub mod lease;
+pub mod metrics;
+pub mod ping;
 pub mod pods;
+pub mod server;
 pub mod status;

@@ -30,7 +30,7 @@ fn describe(text: &mut String, opt: &Opt) {
     let value = match opt.shape {
         Shape::Value(name) => format!(" {name}"),
         Shape::List(name) => format!(" {name} ..."),
-        Shape::Switch => String::new(),
+        Shape::Switch => "[=true|false]".to_owned(),
     };
     let _ = writeln!(text, "  {dashes}{}{value}  [{}]", opt.name, opt.variable());
     let default = match opt.default {

@@ -313,7 +313,15 @@ mod tests {
 
     #[test]
     fn the_first_match_in_flannels_order_wins() {
-        let cases: &[(&[&str], &[&str], Option<&str>, Option<&str>, &str)] = &[
+        /// `--iface`, `--iface-regex`, `--iface-can-reach`, `--public-ip`, and what comes out.
+        type Case = (
+            &'static [&'static str],
+            &'static [&'static str],
+            Option<&'static str>,
+            Option<&'static str>,
+            &'static str,
+        );
+        let cases: &[Case] = &[
             (&[], &[], None, None, "eth0 10.0.0.2 10.0.0.2 default route"),
             (&[], &[], None, Some("172.16.31.5"), "dummy0 172.16.31.5 172.16.31.5 --public-ip 172.16.31.5"),
             (&["dummy0"], &[], None, None, "dummy0 172.16.30.5 172.16.30.5 --iface dummy0"),

@@ -243,30 +243,22 @@ impl StoreConfig {
         if let Some(given) = options::etcd_only().find_map(|name| settings.source(name)) {
             return Err(clash(given, "only for --store etcd, but the store is embedded"));
         }
-        let net_config = settings.parse("net-config", "a file's path", |text| Some(PathBuf::from(text)))?;
+        let net_config = settings.text("net-config").map(PathBuf::from);
         Ok(Self::Embedded(EmbeddedConfig { file, net_config }))
     }
 }
 
 impl EtcdConfig {
     fn from_settings(settings: &Settings) -> Result<Self, UsageError> {
-        let file = |name| settings.parse(name, "a file's path", |text| Some(PathBuf::from(text)));
-        let text = |name| settings.text(name).map(str::to_owned);
-        let client_cert = match both(
-            settings,
-            "etcd-certfile",
-            "etcd-keyfile",
-            file("etcd-certfile")?,
-            file("etcd-keyfile")?,
-        )? {
-            None => None,
-            Some((cert_file, key_file)) => Some(ClientCert { cert_file, key_file }),
-        };
-        let ca_file = file("etcd-cafile")?;
+        let ca_file = settings.text("etcd-cafile").map(PathBuf::from);
+        let client_cert = pair(settings, "etcd-certfile", "etcd-keyfile")?
+            .map(|(cert, key)| ClientCert { cert_file: cert.into(), key_file: key.into() });
+        let login = pair(settings, "etcd-username", "etcd-password")?.map(|(username, password)| Login {
+            username: username.into(),
+            password: Secret(password.into()),
+        });
         // An endpoint without a scheme is spoken to as the other settings suggest.
         let scheme = if ca_file.is_some() || client_cert.is_some() { "https" } else { "http" };
-        let login =
-            both(settings, "etcd-username", "etcd-password", text("etcd-username"), text("etcd-password"))?;
         Ok(Self {
             endpoints: settings.required(
                 "etcd-endpoints",
@@ -276,7 +268,7 @@ impl EtcdConfig {
             prefix: settings.required("etcd-prefix", "a key such as /coreos.com/network", clean_key)?,
             ca_file,
             client_cert,
-            login: login.map(|(username, password)| Login { username, password: Secret(password) }),
+            login,
         })
     }
 }
@@ -314,7 +306,7 @@ impl fmt::Debug for Secret {
 }
 
 /// Time to live and renewal margin. flannel's margin has a lower bound of a minute, which a short-lived lease of a
-/// test cluster cannot afford: unless the two contradict each other in writing, the margin gives way.
+/// test cluster cannot afford: the default margin gives way.
 fn lease_times(settings: &Settings) -> Result<(Duration, Duration), UsageError> {
     let shortest = Duration::from_secs(2);
     let ttl = settings.required("lease-ttl", "a duration of 2s or more such as 24h", |text| {
@@ -330,7 +322,8 @@ fn lease_times(settings: &Settings) -> Result<(Duration, Duration), UsageError> 
             given,
             &format!("{minutes} minutes, which must be less than --lease-ttl ({} s)", ttl.as_secs()),
         )),
-        _ => Ok((ttl, margin.min(ttl / 2))),
+        Some(_) => Ok((ttl, margin)),
+        None => Ok((ttl, margin.min(ttl / 2))),
     }
 }
 
@@ -354,23 +347,20 @@ fn log_level(settings: &Settings) -> Result<Level, UsageError> {
     }
 }
 
-/// Two options of which neither means anything without the other.
-fn both<A, B>(
-    settings: &Settings,
+/// The values of two options of which neither means anything without the other.
+fn pair<'a>(
+    settings: &'a Settings,
     first: &str,
     second: &str,
-    a: Option<A>,
-    b: Option<B>,
-) -> Result<Option<(A, B)>, UsageError> {
-    let missing = match (a, b) {
+) -> Result<Option<(&'a str, &'a str)>, UsageError> {
+    let (lonely, missing) = match (settings.text(first), settings.text(second)) {
         (Some(a), Some(b)) => return Ok(Some((a, b))),
         (None, None) => return Ok(None),
         (Some(_), None) => (first, second),
         (None, Some(_)) => (second, first),
     };
-    let (given, other) = missing;
-    let given = settings.source(given).cloned().unwrap_or(Source::Flag(given.to_owned()));
-    Err(clash(&given, &format!("--{other} must be given as well")))
+    let given = settings.source(lonely).cloned().unwrap_or_else(|| Source::Flag(lonely.to_owned()));
+    Err(clash(&given, &format!("--{missing} must be given as well")))
 }
 
 fn clash(given: &Source, why: &str) -> UsageError {

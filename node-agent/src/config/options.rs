@@ -67,9 +67,9 @@ impl Group {
 
     pub(super) fn title(self) -> &'static str {
         match self {
-            Group::Store => "Store: where network configuration and leases live",
+            Group::Store => "Store (where network configuration and leases live)",
             Group::Etcd => "etcd (only with --store etcd)",
-            Group::Underlay => "Underlay: the interface whose address peers send to",
+            Group::Underlay => "Underlay (the interface whose address peers send to)",
             Group::Lease => "Subnet lease",
             Group::Agent => "Agent",
             Group::Log => "Log",
@@ -187,7 +187,7 @@ pub(super) const OPTIONS: &[Opt] = &[
         Lease,
         Value("MINUTES"),
         "60",
-        "renew this long before the lease ends, 1 to 1439; at most half of --lease-ttl",
+        "renew this long before the lease ends, 1 to 1439; unset, at most half of --lease-ttl",
     ),
     own(
         "lease-ttl",

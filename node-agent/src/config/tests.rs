@@ -186,6 +186,7 @@ fn refusals_name_setting_value_and_expectation() {
 #[test]
 fn times_and_levels() {
     assert_eq!(config(&["--lease-ttl=10s"], &[]).renew_margin, Duration::from_secs(5));
+    assert_eq!(config(&["--subnet-lease-renew-margin=1439"], &[]).renew_margin, Duration::from_secs(86_340));
     assert_eq!(config(&["--lease-ttl=1h30m"], &[]).lease_ttl, Duration::from_secs(5400));
     assert_eq!(config(&["--resync=500ms"], &[]).resync, Duration::from_millis(500));
     assert_eq!(config(&["--resync=0.5"], &[]).resync, Duration::from_millis(500));

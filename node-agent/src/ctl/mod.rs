@@ -31,7 +31,7 @@ const PING_DEADLINE: Duration = Duration::from_secs(600);
 ///
 /// Exit status: 0 all is well, 1 not ready, not reachable or weftd does not answer, 2 wrong usage.
 #[derive(Debug, Parser)]
-#[command(name = "weftctl", disable_version_flag = true, disable_help_subcommand = true)]
+#[command(name = "weftctl", version, disable_help_subcommand = true)]
 pub struct Cli {
     /// weftd's --admin-socket
     #[arg(long, value_name = "FILE", default_value = ADMIN_SOCKET, global = true)]
@@ -95,7 +95,7 @@ impl Cli {
         match &self.verb {
             Verb::Status => {
                 let status = self.status()?;
-                Ok(Answer { well: status.ready, text: self.print(&status, |s| render::status(s)) })
+                Ok(Answer { well: status.ready, text: self.print(&status, render::status) })
             }
             Verb::Peers => {
                 let status = self.status()?;

@@ -66,6 +66,9 @@ pub struct UnderlayStatus {
     pub iface: IfName,
     pub address: IpAddr,
     pub mtu: u32,
+    /// Which setting decided: `--iface eth0`, `default route`.
+    #[serde(default)]
+    pub chosen_by: String,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -134,4 +137,109 @@ pub struct HostStatus {
     pub agent_memory: u64,
     /// Seconds of processor time since the agent's start.
     pub agent_cpu: f64,
+}
+
+/// Documents that the tests of status' readers share.
+#[cfg(test)]
+pub(crate) mod sample {
+    use super::*;
+
+    /// A node in service, with one peer that is not programmed and one lease refused.
+    pub(crate) fn ready() -> Status {
+        let peer = |key: &str, public_ip: &str, problem: Option<&str>| PeerStatus {
+            key: key.parse().expect(key),
+            public_ip: public_ip.parse().expect(public_ip),
+            backend: "vxlan".into(),
+            programmed: problem.is_none(),
+            problem: problem.map(Into::into),
+            overlay_probe: key.split('-').next().and_then(|addr| addr.parse().ok()).expect(key),
+        };
+        Status {
+            version: "0.1.0".into(),
+            node: "node-a".into(),
+            ready: true,
+            waiting_for: vec![],
+            store: StoreStatus {
+                kind: "etcd".into(),
+                location: "http://10.0.0.1:2379, prefix /coreos.com/network".into(),
+                connected: true,
+                problem: None,
+                one_machine_only: false,
+                relists: 2,
+            },
+            network: Some(NetworkStatus {
+                network: "10.5.0.0/16".parse().expect("network"),
+                subnet_len: 24,
+                backend: "vxlan".into(),
+                port: Some(8472),
+                vni: Some(1),
+            }),
+            lease: Some(LeaseStatus {
+                key: "10.5.1.0-24".parse().expect("key"),
+                public_ip: "192.168.9.1".parse().expect("ip"),
+                state: "held".into(),
+                expires_in: Some(82_800),
+                problem: None,
+            }),
+            underlay: Some(UnderlayStatus {
+                iface: "eth0".parse().expect("name"),
+                address: "192.168.9.1".parse().expect("ip"),
+                mtu: 1500,
+                chosen_by: "default route".into(),
+            }),
+            dataplane: Some(DataplaneStatus {
+                device: Some("flannel.1".parse().expect("name")),
+                mtu: 1450,
+                objects: 9,
+                pending: vec![PendingObject {
+                    object: "route 10.5.3.0/24".into(),
+                    error: "no such device".into(),
+                    attempts: 4,
+                }],
+                passes: 41,
+                repairs: 3,
+                last_error: None,
+                last_pass_ago: Some(1.5),
+                monitor: true,
+            }),
+            peers: vec![
+                peer("10.5.2.0-24", "192.168.9.2", None),
+                peer("10.5.3.0-24", "192.168.9.3", Some("no such device")),
+            ],
+            refused: vec![RefusedLease {
+                key: "10.9.1.0-24".into(),
+                reason: "outside Network 10.5.0.0/16".into(),
+            }],
+            pods: PodStatus {
+                attachments: 4,
+                addresses_used: 4,
+                addresses_total: 253,
+                bridges: vec!["cni0".parse().expect("name")],
+            },
+            host: HostStatus {
+                hostname: "node-a".into(),
+                kernel: "6.18.0".into(),
+                distribution: "Linux (Debian 12)".into(),
+                host_uptime: 90_061,
+                agent_uptime: 7_325,
+                agent_memory: 9_437_184,
+                agent_cpu: 12.25,
+            },
+        }
+    }
+
+    /// A node whose store does not answer.
+    pub(crate) fn waiting() -> Status {
+        let problem = "http://127.0.0.1:2379 does not answer: connection refused (--etcd-endpoints)";
+        let mut status = ready();
+        status.ready = false;
+        status.waiting_for = vec![format!("the store: {problem}")];
+        status.store.connected = false;
+        status.store.problem = Some(problem.into());
+        (status.network, status.lease, status.dataplane) = (None, None, None);
+        status.peers.clear();
+        status.refused.clear();
+        status.pods = PodStatus::default();
+        status
+    }
 }

@@ -1,0 +1,368 @@
+//! The command line of weftd and what it comes to: a checked [`Config`].
+//!
+//! Names, syntax and variables are flanneld's (main.go), so that its unit files and manifests start weftd unchanged;
+//! weft's own settings stand beside them. Unlike flanneld's, a wrong option exits with status 2 and none is ignored.
+
+mod help;
+mod iface;
+mod options;
+mod settings;
+#[cfg(test)]
+mod tests;
+mod values;
+
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use regex::bytes::Regex;
+use tracing::Level;
+use weft_shared::IfName;
+
+pub use iface::{
+    AddrScope, HostAddr, HostIface, HostNetwork, NoUnderlay, ReachRoute, Underlay, choose_underlay,
+};
+pub use settings::Source;
+
+use settings::Settings;
+use values::{absolute, clean_key, duration, endpoint, node_name, regex, socket_path};
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub enum Invocation {
+    Run(Box<Config>),
+    /// Print this on standard output and exit with status 0.
+    Print(String),
+}
+
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub node_name: String,
+    pub store: StoreConfig,
+    pub underlay: UnderlayChoice,
+    pub subnet_file: PathBuf,
+    pub lease_ttl: Duration,
+    /// Always shorter than `lease_ttl`.
+    pub renew_margin: Duration,
+    /// Period of the sweep over the kernel.
+    pub resync: Duration,
+    pub netlink_monitor: bool,
+    pub run_dir: PathBuf,
+    pub state_dir: PathBuf,
+    pub cni_socket: PathBuf,
+    pub admin_socket: PathBuf,
+    pub admin_listen: Option<SocketAddr>,
+    pub log_format: LogFormat,
+    pub log_level: Level,
+}
+
+#[derive(Debug, Clone)]
+pub enum StoreConfig {
+    Etcd(EtcdConfig),
+    Embedded(EmbeddedConfig),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EtcdConfig {
+    /// URLs with their scheme.
+    pub endpoints: Vec<String>,
+    /// Without a trailing slash: `{prefix}/config` is the key of the network configuration.
+    pub prefix: String,
+    pub ca_file: Option<PathBuf>,
+    pub client_cert: Option<ClientCert>,
+    pub login: Option<Login>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClientCert {
+    pub cert_file: PathBuf,
+    pub key_file: PathBuf,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Login {
+    pub username: String,
+    pub password: Secret,
+}
+
+/// A text that no log shows.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(pub String);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EmbeddedConfig {
+    pub file: PathBuf,
+    /// Network configuration to put into the store if it has none.
+    pub net_config: Option<PathBuf>,
+}
+
+/// How the operator wants the underlay's interface to be found; all empty means by the default route.
+#[derive(Debug, Clone, Default)]
+pub struct UnderlayChoice {
+    pub ifaces: Vec<IfaceSpec>,
+    pub regexes: Vec<Regex>,
+    pub can_reach: Option<Ipv4Addr>,
+    pub public_ip: Option<Ipv4Addr>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum IfaceSpec {
+    Addr(Ipv4Addr),
+    Name(IfName),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// A command line or variable that weftd does not take; exit status 2.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum UsageError {
+    #[error("{given} = {value:?}: expected {expected}")]
+    Value { given: Source, value: String, expected: String },
+    #[error("{0} needs a value")]
+    NoValue(Source),
+    #[error(
+        "{given} is a setting of flannel's that this version of weftd does not have{}{instead}",
+        if instead.is_empty() { "" } else { "; " }
+    )]
+    NotYet { given: Source, instead: &'static str },
+    #[error(
+        "{given} is no setting of weftd{}",
+        suggestion.as_ref().map_or(String::new(), |s| format!("; did you mean {s}?"))
+    )]
+    Unknown { given: Source, suggestion: Option<Source> },
+    #[error("unexpected argument {0:?}: weftd takes options only, and a switch's value is written --x=false")]
+    Argument(String),
+    /// A value that is right alone and wrong beside another.
+    #[error("{given}: {why}")]
+    Clash { given: Source, why: String },
+    #[error("{0} is not UTF-8 text")]
+    NotText(String),
+}
+
+/// Reads the command line and the variables of this process.
+pub fn from_process() -> Result<Invocation, UsageError> {
+    let not_text = |what: std::ffi::OsString| UsageError::NotText(what.to_string_lossy().into_owned());
+    let args: Vec<String> = std::env::args_os()
+        .skip(1)
+        .map(|arg| arg.into_string().map_err(not_text))
+        .collect::<Result<_, _>>()?;
+    let mut variables = Vec::new();
+    for (name, value) in std::env::vars_os() {
+        // Other programs' variables may hold anything.
+        let Ok(name) = name.into_string() else { continue };
+        if options::Origin::ALL.iter().any(|origin| name.starts_with(origin.prefix())) {
+            let value = value.into_string().map_err(|_| UsageError::NotText(name.clone()))?;
+            variables.push((name, value));
+        }
+    }
+    read(args, variables, &crate::host::hostname())
+}
+
+/// Reads a command line without the program's name, and variables, of which only weft's and flannel's count.
+pub fn read(
+    args: impl IntoIterator<Item = String>,
+    variables: impl IntoIterator<Item = (String, String)>,
+    hostname: &str,
+) -> Result<Invocation, UsageError> {
+    let Some(mut settings) = Settings::from_args(args)? else {
+        return Ok(Invocation::Print(help::text()));
+    };
+    // As flanneld: the version is printed whatever the variables hold.
+    if settings.switch("version")? {
+        return Ok(Invocation::Print(format!("weftd {}\n", env!("CARGO_PKG_VERSION"))));
+    }
+    settings.add_variables(variables)?;
+    if settings.switch("version")? {
+        return Ok(Invocation::Print(format!("weftd {}\n", env!("CARGO_PKG_VERSION"))));
+    }
+    Config::from_settings(&settings, hostname).map(|config| Invocation::Run(Box::new(config)))
+}
+
+impl Config {
+    fn from_settings(settings: &Settings, hostname: &str) -> Result<Self, UsageError> {
+        let run_dir = settings.required("run-dir", "an absolute path", absolute)?;
+        let state_dir = settings.required("state-dir", "an absolute path", absolute)?;
+        let socket = |name: &str, file: &str| {
+            let given = settings.parse(name, "an absolute path of at most 107 bytes", socket_path)?;
+            Ok::<_, UsageError>(given.unwrap_or_else(|| run_dir.join(file)))
+        };
+        let (lease_ttl, renew_margin) = lease_times(settings)?;
+        Ok(Self {
+            node_name: settings
+                .parse("node-name", "1 to 253 characters without white space", node_name)?
+                .unwrap_or_else(|| hostname.to_owned()),
+            store: StoreConfig::from_settings(settings, &state_dir)?,
+            underlay: UnderlayChoice::from_settings(settings)?,
+            subnet_file: settings.required("subnet-file", "an absolute path", absolute)?,
+            lease_ttl,
+            renew_margin,
+            resync: settings.required("resync", "seconds, from 0.1 to 3600", |text| {
+                duration(text)
+                    .filter(|d| (Duration::from_millis(100)..=Duration::from_secs(3600)).contains(d))
+            })?,
+            netlink_monitor: settings.switch("netlink-monitor")?,
+            cni_socket: socket("cni-socket", "cni.sock")?,
+            admin_socket: socket("admin-socket", "admin.sock")?,
+            admin_listen: settings.required(
+                "admin-listen",
+                "an address and port such as 127.0.0.1:9474, or off",
+                |text| if text == "off" { Some(None) } else { text.parse().ok().map(Some) },
+            )?,
+            log_format: settings.required("log-format", "text or json", |text| match text {
+                "text" => Some(LogFormat::Text),
+                "json" => Some(LogFormat::Json),
+                _ => None,
+            })?,
+            log_level: log_level(settings)?,
+            run_dir,
+            state_dir,
+        })
+    }
+}
+
+impl StoreConfig {
+    fn from_settings(settings: &Settings, state_dir: &Path) -> Result<Self, UsageError> {
+        let expected = "etcd, embedded or embedded=FILE with an absolute path";
+        let embedded = settings.required("store", expected, |text| match text.split_once('=') {
+            None if text == "etcd" => Some(None),
+            None if text == "embedded" => Some(Some(state_dir.join("store.db"))),
+            Some(("embedded", file)) => absolute(file).map(Some),
+            _ => None,
+        })?;
+        let Some(file) = embedded else {
+            return match settings.source("net-config") {
+                None => EtcdConfig::from_settings(settings).map(Self::Etcd),
+                Some(given) => Err(clash(given, "only for --store embedded; etcd's is written with etcdctl")),
+            };
+        };
+        if let Some(given) = options::etcd_only().find_map(|name| settings.source(name)) {
+            return Err(clash(given, "only for --store etcd, but the store is embedded"));
+        }
+        let net_config = settings.text("net-config").map(PathBuf::from);
+        Ok(Self::Embedded(EmbeddedConfig { file, net_config }))
+    }
+}
+
+impl EtcdConfig {
+    fn from_settings(settings: &Settings) -> Result<Self, UsageError> {
+        let ca_file = settings.text("etcd-cafile").map(PathBuf::from);
+        let client_cert = pair(settings, "etcd-certfile", "etcd-keyfile")?
+            .map(|(cert, key)| ClientCert { cert_file: cert.into(), key_file: key.into() });
+        let login = pair(settings, "etcd-username", "etcd-password")?.map(|(username, password)| Login {
+            username: username.into(),
+            password: Secret(password.into()),
+        });
+        // An endpoint without a scheme is spoken to as the other settings suggest.
+        let scheme = if ca_file.is_some() || client_cert.is_some() { "https" } else { "http" };
+        Ok(Self {
+            endpoints: settings.required(
+                "etcd-endpoints",
+                "comma-separated URLs such as http://10.0.0.1:2379, without user or path",
+                |list| list.split(',').map(|url| endpoint(url.trim(), scheme)).collect(),
+            )?,
+            prefix: settings.required("etcd-prefix", "a key such as /coreos.com/network", clean_key)?,
+            ca_file,
+            client_cert,
+            login,
+        })
+    }
+}
+
+impl UnderlayChoice {
+    fn from_settings(settings: &Settings) -> Result<Self, UsageError> {
+        let ip = |name| {
+            settings.parse(name, "an IPv4 address of a host", |text| {
+                text.parse::<Ipv4Addr>()
+                    .ok()
+                    .filter(|ip| !ip.is_unspecified() && !ip.is_multicast() && !ip.is_broadcast())
+            })
+        };
+        Ok(Self {
+            ifaces: settings.list("iface", "an interface's name or IPv4 address", |text| {
+                let addr = text.parse().ok().map(IfaceSpec::Addr);
+                addr.or_else(|| text.parse().ok().map(IfaceSpec::Name))
+            })?,
+            regexes: settings.list("iface-regex", "a regular expression (RE2)", regex)?,
+            can_reach: ip("iface-can-reach")?,
+            public_ip: ip("public-ip")?,
+        })
+    }
+
+    /// Whether nothing says which interface, so that the public address or the default route decides.
+    pub fn is_open(&self) -> bool {
+        self.ifaces.is_empty() && self.regexes.is_empty() && self.can_reach.is_none()
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+/// Time to live and renewal margin. flannel's margin has a lower bound of a minute, which a short-lived lease of a
+/// test cluster cannot afford: the default margin gives way.
+fn lease_times(settings: &Settings) -> Result<(Duration, Duration), UsageError> {
+    let shortest = Duration::from_secs(2);
+    let ttl = settings.required("lease-ttl", "a duration of 2s or more such as 24h", |text| {
+        duration(text).filter(|d| *d >= shortest)
+    })?;
+    let name = "subnet-lease-renew-margin";
+    let minutes = settings.required(name, "minutes from 1 to 1439", |text| {
+        text.parse::<u64>().ok().filter(|m| (1..=1439).contains(m))
+    })?;
+    let margin = Duration::from_secs(minutes * 60);
+    match settings.source(name) {
+        Some(given) if margin >= ttl => Err(clash(
+            given,
+            &format!("{minutes} minutes, which must be less than --lease-ttl ({} s)", ttl.as_secs()),
+        )),
+        Some(_) => Ok((ttl, margin)),
+        None => Ok((ttl, margin.min(ttl / 2))),
+    }
+}
+
+/// klog's verbosity counts upwards without end; its users run 2 by default, 4 to debug and more to trace.
+fn log_level(settings: &Settings) -> Result<Level, UsageError> {
+    let verbosity = settings.parse("v", "a whole number", |text| text.parse::<u8>().ok())?;
+    let level = settings.required("log-level", "error, warn, info, debug or trace", |text| match text {
+        "error" => Some(Level::ERROR),
+        "warn" => Some(Level::WARN),
+        "info" => Some(Level::INFO),
+        "debug" => Some(Level::DEBUG),
+        "trace" => Some(Level::TRACE),
+        _ => None,
+    })?;
+    match (verbosity, settings.source("log-level")) {
+        (None, _) => Ok(level),
+        (Some(_), Some(given)) => Err(clash(given, "-v (FLANNELD_V) says the same; give one of them")),
+        (Some(0..=3), None) => Ok(Level::INFO),
+        (Some(4..=5), None) => Ok(Level::DEBUG),
+        (Some(_), None) => Ok(Level::TRACE),
+    }
+}
+
+/// The values of two options of which neither means anything without the other.
+fn pair<'a>(
+    settings: &'a Settings,
+    first: &str,
+    second: &str,
+) -> Result<Option<(&'a str, &'a str)>, UsageError> {
+    let (lonely, missing) = match (settings.text(first), settings.text(second)) {
+        (Some(a), Some(b)) => return Ok(Some((a, b))),
+        (None, None) => return Ok(None),
+        (Some(_), None) => (first, second),
+        (None, Some(_)) => (second, first),
+    };
+    let given = settings.source(lonely).cloned().unwrap_or_else(|| Source::Flag(lonely.to_owned()));
+    Err(clash(&given, &format!("--{missing} must be given as well")))
+}
+
+fn clash(given: &Source, why: &str) -> UsageError {
+    UsageError::Clash { given: given.clone(), why: why.to_owned() }
+}

@@ -1,0 +1,258 @@
+//! Every option of weftd, once: the command line, the variables, the help and `conf/weftd.env` all follow this table.
+
+/// One option.
+#[derive(Debug)]
+pub(super) struct Opt {
+    pub name: &'static str,
+    pub origin: Origin,
+    pub shape: Shape,
+    pub group: Group,
+    /// Empty: none, or one that follows from another option, as the help says.
+    pub default: &'static str,
+    pub help: &'static str,
+}
+
+/// Whose name it is, and so how its variable begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Origin {
+    Flannel,
+    Weft,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Shape {
+    /// Takes a value, shown in the help under this name; the last one given counts.
+    Value(&'static str),
+    /// Takes a value and may be given many times.
+    List(&'static str),
+    /// `--x`, or `--x=true|false`, as Go's flag package reads it.
+    Switch,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Group {
+    Store,
+    Etcd,
+    Lease,
+    Underlay,
+    Agent,
+    Log,
+}
+
+impl Origin {
+    pub(super) const ALL: [Origin; 2] = [Origin::Flannel, Origin::Weft];
+
+    pub(super) fn prefix(self) -> &'static str {
+        match self {
+            Origin::Flannel => "FLANNELD_",
+            Origin::Weft => "WEFTD_",
+        }
+    }
+
+    /// The variable behind an option: `FLANNELD_ETCD_ENDPOINTS`.
+    pub(super) fn variable(self, option: &str) -> String {
+        format!("{}{}", self.prefix(), option.to_uppercase().replace('-', "_"))
+    }
+}
+
+impl Opt {
+    pub(super) fn variable(&self) -> String {
+        self.origin.variable(self.name)
+    }
+}
+
+impl Group {
+    pub(super) const ALL: [Group; 6] =
+        [Group::Store, Group::Etcd, Group::Underlay, Group::Lease, Group::Agent, Group::Log];
+
+    pub(super) fn title(self) -> &'static str {
+        match self {
+            Group::Store => "Store (where network configuration and leases live)",
+            Group::Etcd => "etcd (only with --store etcd)",
+            Group::Underlay => "Underlay (the interface whose address peers send to)",
+            Group::Lease => "Subnet lease",
+            Group::Agent => "Agent",
+            Group::Log => "Log",
+        }
+    }
+}
+
+const fn flannel(
+    name: &'static str,
+    group: Group,
+    shape: Shape,
+    default: &'static str,
+    help: &'static str,
+) -> Opt {
+    Opt { name, origin: Origin::Flannel, shape, group, default, help }
+}
+
+const fn own(
+    name: &'static str,
+    group: Group,
+    shape: Shape,
+    default: &'static str,
+    help: &'static str,
+) -> Opt {
+    Opt { name, origin: Origin::Weft, shape, group, default, help }
+}
+
+use Group::{Agent, Etcd, Lease, Log, Store, Underlay};
+use Shape::{List, Switch, Value};
+
+pub(super) const OPTIONS: &[Opt] = &[
+    own(
+        "store",
+        Store,
+        Value("KIND"),
+        "etcd",
+        "etcd, or embedded[=FILE]: an SQLite file for the agents of one machine (FILE: store.db in --state-dir)",
+    ),
+    own(
+        "net-config",
+        Store,
+        Value("FILE"),
+        "",
+        "network configuration (JSON) for an embedded store that has none yet",
+    ),
+    flannel(
+        "etcd-endpoints",
+        Etcd,
+        Value("URLS"),
+        "http://127.0.0.1:4001,http://127.0.0.1:2379",
+        "comma-separated; any that answers will do",
+    ),
+    flannel("etcd-prefix", Etcd, Value("KEY"), "/coreos.com/network", "prefix of all keys"),
+    flannel(
+        "etcd-cafile",
+        Etcd,
+        Value("FILE"),
+        "",
+        "PEM file of the authority that signed the servers' certificates",
+    ),
+    flannel(
+        "etcd-certfile",
+        Etcd,
+        Value("FILE"),
+        "",
+        "PEM file of the client certificate; needs --etcd-keyfile",
+    ),
+    flannel("etcd-keyfile", Etcd, Value("FILE"), "", "PEM file of the client certificate's key"),
+    flannel("etcd-username", Etcd, Value("NAME"), "", "needs --etcd-password"),
+    flannel(
+        "etcd-password",
+        Etcd,
+        Value("TEXT"),
+        "",
+        "better given by its variable: a command line is visible to every user",
+    ),
+    flannel(
+        "iface",
+        Underlay,
+        List("NAME|IP"),
+        "",
+        "interface by name or address; repeated: the first that exists. Without any of these three: the interface \
+         with --public-ip, else that of the default route",
+    ),
+    flannel(
+        "iface-regex",
+        Underlay,
+        List("REGEX"),
+        "",
+        "first interface with a matching IPv4 address, else with a matching name; repeated: tried in order, after --iface",
+    ),
+    flannel(
+        "iface-can-reach",
+        Underlay,
+        Value("IP"),
+        "",
+        "the interface that the kernel routes this address through; tried last",
+    ),
+    flannel(
+        "public-ip",
+        Underlay,
+        Value("IP"),
+        "",
+        "address that peers send to, if it is not the interface's own",
+    ),
+    flannel(
+        "subnet-file",
+        Lease,
+        Value("FILE"),
+        "/run/flannel/subnet.env",
+        "where the leased subnet is written for others",
+    ),
+    flannel(
+        "subnet-lease-renew-margin",
+        Lease,
+        Value("MINUTES"),
+        "60",
+        "renew this long before the lease ends, 1 to 1439; unset, at most half of --lease-ttl",
+    ),
+    own(
+        "lease-ttl",
+        Lease,
+        Value("DURATION"),
+        "24h",
+        "how long a lease lasts unless renewed, such as 24h or 90s",
+    ),
+    own("node-name", Agent, Value("NAME"), "", "name in logs and status (default: the host's name)"),
+    own(
+        "resync",
+        Agent,
+        Value("SECONDS"),
+        "10",
+        "compare the kernel with what should be in it at least this often",
+    ),
+    own(
+        "netlink-monitor",
+        Agent,
+        Switch,
+        "true",
+        "repair at once when the kernel reports a change; without it only every --resync",
+    ),
+    own("run-dir", Agent, Value("DIR"), "/run/weft", "state that ends with this boot"),
+    own("state-dir", Agent, Value("DIR"), "/var/lib/weft", "state that survives a reboot"),
+    own("cni-socket", Agent, Value("FILE"), "", "where the CNI plugin asks (default: cni.sock in --run-dir)"),
+    own("admin-socket", Agent, Value("FILE"), "", "where weftctl asks (default: admin.sock in --run-dir)"),
+    own(
+        "admin-listen",
+        Agent,
+        Value("IP:PORT"),
+        "127.0.0.1:9474",
+        "HTTP for /metrics, /healthz, /readyz and /debug/state; off for none",
+    ),
+    flannel("v", Log, Value("N"), "", "klog's verbosity: 0 to 3 is level info, 4 and 5 debug, from 6 trace"),
+    own("log-level", Log, Value("LEVEL"), "info", "error, warn, info, debug or trace; not together with -v"),
+    own("log-format", Log, Value("FORMAT"), "text", "text or json, on standard error"),
+    flannel("version", Log, Switch, "false", "print the version and exit"),
+];
+
+/// Options of flannel's that this version has not, each with what to do instead, if there is anything.
+pub(super) const NOT_YET: &[(&str, &str)] = &[
+    ("public-ipv6", ""),
+    ("ip-masq", ""),
+    ("ip-masq-fully-random-disable", ""),
+    ("kube-subnet-mgr", ""),
+    ("kube-api-url", ""),
+    ("kube-annotation-prefix", ""),
+    ("kubeconfig-file", ""),
+    ("healthz-ip", "use --admin-listen=ADDRESS:PORT, which answers /healthz and /readyz"),
+    ("healthz-port", "use --admin-listen=ADDRESS:PORT, which answers /healthz and /readyz"),
+    ("iptables-resync", "use --resync"),
+    ("iptables-forward-rules", ""),
+    ("ip-blackhole-route", ""),
+    ("net-config-path", "with --store embedded, use --net-config"),
+    ("set-node-network-unavailable", ""),
+    ("vmodule", "use --log-level"),
+    ("log_backtrace_at", ""),
+];
+
+pub(super) fn find(name: &str) -> Option<&'static Opt> {
+    OPTIONS.iter().find(|o| o.name == name)
+}
+
+/// Options that mean nothing to another store.
+pub(super) fn etcd_only() -> impl Iterator<Item = &'static str> {
+    OPTIONS.iter().filter(|o| o.group == Group::Etcd).map(|o| o.name)
+}

@@ -1,0 +1,262 @@
+use super::*;
+
+fn run(args: &[&str], variables: &[(&str, &str)]) -> Result<Config, UsageError> {
+    let args = args.iter().map(|a| (*a).to_owned());
+    let variables = variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+    match read(args, variables, "node-a")? {
+        Invocation::Run(config) => Ok(*config),
+        Invocation::Print(text) => panic!("printed {text}"),
+    }
+}
+
+fn config(args: &[&str], variables: &[(&str, &str)]) -> Config {
+    run(args, variables).unwrap_or_else(|e| panic!("{args:?} {variables:?}: {e}"))
+}
+
+fn etcd(config: &Config) -> &EtcdConfig {
+    match &config.store {
+        StoreConfig::Etcd(etcd) => etcd,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn without_any_setting_it_is_flanneld() {
+    let config = config(&[], &[]);
+    assert_eq!(
+        etcd(&config),
+        &EtcdConfig {
+            endpoints: vec!["http://127.0.0.1:4001".into(), "http://127.0.0.1:2379".into()],
+            prefix: "/coreos.com/network".into(),
+            ca_file: None,
+            client_cert: None,
+            login: None,
+        }
+    );
+    assert_eq!(config.subnet_file, Path::new("/run/flannel/subnet.env"));
+    assert_eq!(config.lease_ttl, Duration::from_secs(86400));
+    assert_eq!(config.renew_margin, Duration::from_secs(3600));
+    assert_eq!(config.resync, Duration::from_secs(10));
+    assert!(config.netlink_monitor && config.underlay.is_open());
+    assert_eq!(config.cni_socket, Path::new("/run/weft/cni.sock"));
+    assert_eq!(config.admin_socket, Path::new("/run/weft/admin.sock"));
+    assert_eq!(config.admin_listen.map(|a| a.to_string()).as_deref(), Some("127.0.0.1:9474"));
+    assert_eq!((config.node_name.as_str(), config.log_level), ("node-a", Level::INFO));
+}
+
+#[test]
+fn gos_flag_syntax() {
+    for args in [
+        &["-etcd-prefix=/a", "-iface=eth0", "-iface", "10.0.0.1"][..],
+        &["--etcd-prefix", "/x", "--iface", "eth0", "--iface=10.0.0.1", "--etcd-prefix", "//a/"],
+    ] {
+        let config = config(args, &[]);
+        assert_eq!(etcd(&config).prefix, "/a");
+        assert_eq!(
+            config.underlay.ifaces,
+            [IfaceSpec::Name("eth0".parse().expect("name")), IfaceSpec::Addr(Ipv4Addr::new(10, 0, 0, 1))]
+        );
+    }
+    // A value may look like a flag, and an equals sign may be in it.
+    let config = config(&["--node-name", "-x=y", "--store=embedded=/tmp/a=b.db"], &[]);
+    assert_eq!(config.node_name, "-x=y");
+    assert!(matches!(&config.store, StoreConfig::Embedded(e) if e.file == Path::new("/tmp/a=b.db")));
+    for (value, expected) in
+        [("1", true), ("T", true), ("TRUE", true), ("0", false), ("f", false), ("False", false)]
+    {
+        assert_eq!(self::config(&[&format!("--netlink-monitor={value}")], &[]).netlink_monitor, expected);
+    }
+}
+
+#[test]
+fn variables_fill_what_the_command_line_leaves_out() {
+    let variables = [
+        ("FLANNELD_ETCD_ENDPOINTS", "https://a:2379, b:2379"),
+        ("FLANNELD_IFACE", "eth0"),
+        ("FLANNELD_PUBLIC_IP", ""),
+        ("FLANNELD_ETCD_PREFIX", "/from/env"),
+        ("WEFTD_RESYNC", "2"),
+        ("WEFTD_RUN_DIR", "/run/other"),
+        ("PATH", "/bin"),
+        ("WEFTD_SERVICE_HOST", "10.96.0.9"),
+        ("FLANNELD_PORT_8472_UDP_ADDR", "10.96.0.9"),
+    ];
+    let config = config(&["--etcd-prefix=/line", "--iface=eth1", "--iface=eth2"], &variables);
+    assert_eq!(etcd(&config).endpoints, ["https://a:2379", "http://b:2379"]);
+    assert_eq!(etcd(&config).prefix, "/line");
+    let names: Vec<String> = config.underlay.ifaces.iter().map(|i| format!("{i:?}")).collect();
+    assert_eq!(names, ["Name(eth1)", "Name(eth2)"]);
+    assert_eq!(config.underlay.public_ip, None);
+    assert_eq!(config.resync, Duration::from_secs(2));
+    assert_eq!(config.cni_socket, Path::new("/run/other/cni.sock"));
+    // One entry, never split.
+    let error = run(&[], &[("FLANNELD_IFACE", "eth0,/eth1")]).expect_err("one name");
+    assert_eq!(
+        error.to_string(),
+        "FLANNELD_IFACE = \"eth0,/eth1\": expected an interface's name or IPv4 address"
+    );
+    // An empty value on the command line hides the variable and means the default.
+    assert_eq!(etcd(&self::config(&["--etcd-prefix="], &variables)).prefix, "/coreos.com/network");
+}
+
+#[test]
+fn refusals_name_setting_value_and_expectation() {
+    for (args, variables, expected) in [
+        (&["--resync=x"][..], &[][..], "--resync = \"x\": expected seconds, from 0.1 to 3600"),
+        (&["--resync=0"], &[], "--resync = \"0\": expected"),
+        (&[], &[("WEFTD_RESYNC", "x")], "WEFTD_RESYNC = \"x\": expected"),
+        (
+            &["-subnet-lease-renew-margin", "1440"],
+            &[],
+            "--subnet-lease-renew-margin = \"1440\": expected minutes from 1 to 1439",
+        ),
+        (&["--subnet-lease-renew-margin=0"], &[], "expected minutes from 1 to 1439"),
+        (
+            &["--subnet-lease-renew-margin=60", "--lease-ttl=1h"],
+            &[],
+            "which must be less than --lease-ttl (3600 s)",
+        ),
+        (&["--lease-ttl=1s"], &[], "--lease-ttl = \"1s\": expected a duration of 2s or more"),
+        (&["--public-ip=fd00::1"], &[], "--public-ip = \"fd00::1\": expected an IPv4 address"),
+        (&["--iface-can-reach=0.0.0.0"], &[], "--iface-can-reach"),
+        (&["--iface=fd00::1"], &[], "--iface = \"fd00::1\": expected"),
+        (&["--iface-regex=eth("], &[], "--iface-regex = \"eth(\": expected a regular expression"),
+        (
+            &["--etcd-endpoints=ftp://a:1"],
+            &[],
+            "--etcd-endpoints = \"ftp://a:1\": expected comma-separated URLs",
+        ),
+        (&["--etcd-endpoints=http://a"], &[], "--etcd-endpoints"),
+        (&["--etcd-endpoints=http://me:pw@a:2379"], &[], "without user"),
+        (&["--etcd-endpoints=http://a:1,"], &[], "--etcd-endpoints"),
+        (&["--etcd-prefix=/a/../b"], &[], "--etcd-prefix"),
+        (&["--etcd-certfile=/c"], &[], "--etcd-certfile: --etcd-keyfile must be given as well"),
+        (
+            &[],
+            &[("FLANNELD_ETCD_PASSWORD", "pw")],
+            "FLANNELD_ETCD_PASSWORD: --etcd-username must be given as well",
+        ),
+        (&["--store=redis"], &[], "--store = \"redis\": expected etcd, embedded or embedded=FILE"),
+        (&["--store=embedded=rel.db"], &[], "--store = \"embedded=rel.db\""),
+        (
+            &["--store=embedded"],
+            &[("FLANNELD_ETCD_PREFIX", "/a")],
+            "FLANNELD_ETCD_PREFIX: only for --store etcd",
+        ),
+        (&["--net-config=/f"], &[], "--net-config: only for --store embedded"),
+        (&["--netlink-monitor=maybe"], &[], "--netlink-monitor = \"maybe\": expected true or false"),
+        (&["--admin-listen=:9474"], &[], "--admin-listen = \":9474\": expected an address and port"),
+        (&["--log-format=xml"], &[], "--log-format"),
+        (&["-v=loud"], &[], "-v = \"loud\": expected a whole number"),
+        (&["-v=4", "--log-level=info"], &[], "--log-level: -v (FLANNELD_V) says the same"),
+        (&["--run-dir=run"], &[], "--run-dir = \"run\": expected an absolute path"),
+        (&["--node-name=a b"], &[], "--node-name"),
+        (&["--iface"], &[], "--iface needs a value"),
+        (&["eth0"], &[], "unexpected argument \"eth0\""),
+        (
+            &["--netlink-monitor", "false"],
+            &[],
+            "unexpected argument \"false\": weftd takes options only, and a switch's value is written --x=false",
+        ),
+        (&["--"], &[], "unexpected argument \"--\""),
+        (&["---iface=a"], &[], "unexpected argument"),
+        (&["--iface-regx=a"], &[], "--iface-regx is no setting of weftd; did you mean --iface-regex?"),
+        (&["--etcd_endpoints=a"], &[], "did you mean --etcd-endpoints?"),
+        (&["--frobnicate"], &[], "--frobnicate is no setting of weftd"),
+        (
+            &[],
+            &[("FLANNELD_ETCD_ENDPOINT", "a")],
+            "FLANNELD_ETCD_ENDPOINT is no setting of weftd; did you mean FLANNELD_ETCD_ENDPOINTS?",
+        ),
+        (&[], &[("WEFTD_IFACE", "a")], "WEFTD_IFACE is no setting of weftd; did you mean FLANNELD_IFACE?"),
+        (&["--ip-masq"], &[], "--ip-masq is a setting of flannel's that this version of weftd does not have"),
+        (&["--healthz-port=1"], &[], "does not have; use --admin-listen=ADDRESS:PORT"),
+        (&[], &[("FLANNELD_IP_MASQ", "true")], "FLANNELD_IP_MASQ is a setting of flannel's"),
+        (&[], &[("FLANNELD_LOG_BACKTRACE_AT", "x:1")], "FLANNELD_LOG_BACKTRACE_AT is a setting of flannel's"),
+    ] {
+        let error = run(args, variables).expect_err(&format!("{args:?} {variables:?}")).to_string();
+        assert!(
+            error.contains(expected),
+            "{args:?} {variables:?}\n  gave     {error}\n  expected {expected}"
+        );
+    }
+    assert!(run(&[], &[("FLANNELD_IP_MASQ", ""), ("FLANNELD_NO_SUCH", "")]).is_ok(), "empty is unset");
+}
+
+#[test]
+fn times_and_levels() {
+    assert_eq!(config(&["--lease-ttl=10s"], &[]).renew_margin, Duration::from_secs(5));
+    assert_eq!(config(&["--subnet-lease-renew-margin=1439"], &[]).renew_margin, Duration::from_secs(86_340));
+    assert_eq!(config(&["--lease-ttl=1h30m"], &[]).lease_ttl, Duration::from_secs(5400));
+    assert_eq!(config(&["--resync=500ms"], &[]).resync, Duration::from_millis(500));
+    assert_eq!(config(&["--resync=0.5"], &[]).resync, Duration::from_millis(500));
+    for (v, level) in [("0", Level::INFO), ("2", Level::INFO), ("4", Level::DEBUG), ("10", Level::TRACE)] {
+        assert_eq!(config(&["-v", v], &[]).log_level, level);
+    }
+    assert!(config(&["--admin-listen=off"], &[]).admin_listen.is_none());
+}
+
+#[test]
+fn no_password_in_a_log() {
+    let config =
+        config(&["--etcd-username=me", "--etcd-cafile=/ca"], &[("FLANNELD_ETCD_PASSWORD", "hunter2")]);
+    assert_eq!(etcd(&config).login.as_ref().map(|l| l.password.0.as_str()), Some("hunter2"));
+    assert!(!format!("{config:?}").contains("hunter2"));
+    let bare = self::config(&["--etcd-cafile=/ca", "--etcd-endpoints=a:2379"], &[]);
+    assert_eq!(etcd(&bare).endpoints, ["https://a:2379"]);
+}
+
+#[test]
+fn help_and_version_come_before_any_refusal() {
+    let print = |args: &[&str]| match read(
+        args.iter().map(|a| (*a).to_owned()),
+        [("FLANNELD_IP_MASQ".into(), "true".into())],
+        "n",
+    ) {
+        Ok(Invocation::Print(text)) => text,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(print(&["-version"]), format!("weftd {}\n", env!("CARGO_PKG_VERSION")));
+    let help = print(&["--iface=x", "-h"]);
+    for opt in options::OPTIONS {
+        assert!(help.contains(&format!("[{}]", opt.variable())), "{} is not in the help", opt.name);
+    }
+    assert!(help.lines().all(|line| line.len() <= 120), "{help}");
+}
+
+/// Every option stands in `conf/weftd.env`, commented out, with its default as value.
+#[test]
+fn the_shipped_environment_file_is_complete_and_true() {
+    let text = include_str!("../../../conf/weftd.env");
+    let mut lines = Vec::new();
+    for line in text.lines().filter(|l| !l.is_empty()) {
+        let bare = line.strip_prefix('#').unwrap_or_else(|| panic!("{line:?} is not commented out"));
+        if options::Origin::ALL.iter().any(|origin| bare.starts_with(origin.prefix())) {
+            lines.push(bare.split_once('=').expect(line));
+        }
+    }
+    for opt in options::OPTIONS.iter().filter(|o| o.name != "version") {
+        let line = lines.iter().find(|(name, _)| *name == opt.variable());
+        assert_eq!(line.map(|(_, value)| *value), Some(opt.default), "{}", opt.variable());
+    }
+    // Uncommented as it stands, it changes nothing.
+    assert_eq!(format!("{:?}", config(&[], &lines)), format!("{:?}", config(&[], &[])));
+}
+
+#[test]
+fn the_shipped_network_configuration_is_valid() {
+    let text = include_str!("../../../conf/net-conf.json");
+    let config = weft_shared::netconf::NetworkConfig::parse(text).expect("valid");
+    assert_eq!((config.v4.network.to_string().as_str(), config.backend.kind()), ("10.5.0.0/16", "vxlan"));
+}
+
+#[test]
+fn the_shipped_conflist_names_the_plugin() {
+    let text = include_str!("../../../conf/10-weft.conflist");
+    let list: serde_json::Value = serde_json::from_str(text).expect("JSON");
+    let types: Vec<_> =
+        list["plugins"].as_array().expect("plugins").iter().map(|p| p["type"].as_str()).collect();
+    assert_eq!(types, [Some("weft"), Some("portmap")]);
+    assert_eq!((list["name"].as_str(), list["cniVersion"].as_str()), (Some("weft"), Some("1.0.0")));
+    assert_eq!(list["plugins"][1]["capabilities"]["portMappings"], true);
+}

@@ -1,0 +1,135 @@
+//! weftctl: what it asks the agent, how it prints the answer, with which status it exits.
+//!
+//! Synchronous and small: one request over the admin socket, one text. It works with the store down, for everything it
+//! shows is what the agent knows.
+
+mod client;
+mod render;
+#[cfg(test)]
+mod tests;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+use weft_shared::names::ADMIN_SOCKET;
+
+pub use client::ClientError;
+
+use crate::ping::PingReport;
+use crate::status::Status;
+
+/// The agent answers from memory.
+const STATUS_DEADLINE: Duration = Duration::from_secs(5);
+/// Silent peers are waited for.
+const PING_DEADLINE: Duration = Duration::from_secs(600);
+
+/// See and test the pod network of this node. Asks weftd over its admin socket.
+///
+/// Exit status: 0 all is well, 1 not ready, not reachable or weftd does not answer, 2 wrong usage.
+#[derive(Debug, Parser)]
+#[command(name = "weftctl", version, disable_help_subcommand = true)]
+pub struct Cli {
+    /// weftd's --admin-socket
+    #[arg(long, value_name = "FILE", default_value = ADMIN_SOCKET, global = true)]
+    socket: PathBuf,
+    /// Print JSON instead of text
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// The node at a glance: readiness, store, lease, dataplane, pods
+    Status,
+    /// Every other node with a lease, and whether this node has a path to it
+    Peers,
+    /// Ping a peer beside the overlay and through it, and name the broken leg
+    Ping {
+        /// all, a number as in peers, a public IP, a leased subnet, or an address inside one
+        peer: String,
+        /// Probes on each leg, 1 to 100
+        #[arg(long, short, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+        count: u32,
+    },
+    /// The versions of weftctl and of the agent
+    Version,
+}
+
+/// What is printed, and whether all is well.
+#[derive(Debug, PartialEq, Eq)]
+struct Answer {
+    text: String,
+    well: bool,
+}
+
+#[derive(Serialize)]
+struct Versions<'a> {
+    weftctl: &'a str,
+    weftd: Option<&'a str>,
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match cli.answer() {
+        Ok(answer) => {
+            // A reader that has seen enough (`weftctl peers | head`) is no error.
+            let _ = std::io::stdout().write_all(answer.text.as_bytes());
+            if answer.well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "weftctl: {error}");
+            ExitCode::from(error.exit_status())
+        }
+    }
+}
+
+impl Cli {
+    fn answer(&self) -> Result<Answer, ClientError> {
+        match &self.verb {
+            Verb::Status => {
+                let status = self.status()?;
+                Ok(Answer { well: status.ready, text: self.print(&status, render::status) })
+            }
+            Verb::Peers => {
+                let status = self.status()?;
+                let well = status.peers.iter().all(|peer| peer.programmed);
+                let text = if self.json { json(&status.peers) } else { render::peers(&status) };
+                Ok(Answer { well, text })
+            }
+            Verb::Ping { peer, count } => {
+                let path = format!("/ping?peer={}&count={count}", client::escape(peer));
+                let reports: Vec<PingReport> = client::request(&self.socket, "POST", &path, PING_DEADLINE)?;
+                let well = reports.iter().all(|report| report.reachable);
+                Ok(Answer { well, text: self.print(&reports, |r| render::ping(r)) })
+            }
+            Verb::Version => {
+                // The own version is worth printing without an agent.
+                let agent = self.status().ok().map(|status| status.version);
+                let versions = Versions { weftctl: env!("CARGO_PKG_VERSION"), weftd: agent.as_deref() };
+                Ok(Answer { well: true, text: self.print(&versions, render::versions) })
+            }
+        }
+    }
+
+    fn status(&self) -> Result<Status, ClientError> {
+        client::request(&self.socket, "GET", "/debug/state", STATUS_DEADLINE)
+    }
+
+    fn print<T: Serialize>(&self, value: &T, text: impl Fn(&T) -> String) -> String {
+        if self.json { json(value) } else { text(value) }
+    }
+}
+
+fn json(value: &impl Serialize) -> String {
+    // Maps with keys that are no strings are the one thing that fails here, and none is printed.
+    let mut text = serde_json::to_string_pretty(value).unwrap_or_default();
+    text.push('\n');
+    text
+}

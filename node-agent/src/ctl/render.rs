@@ -1,0 +1,236 @@
+//! The texts of weftctl: short, aligned, what is wrong first.
+
+use std::fmt::Write as _;
+
+use super::Versions;
+use crate::ping::{Leg, PingReport};
+use crate::status::{DataplaneStatus, LeaseStatus, NetworkStatus, Status};
+
+pub(super) fn status(status: &Status) -> String {
+    let mut page = Page::default();
+    page.line("node", format!("{}, weftd {}", status.node, status.version));
+    if status.ready {
+        page.line("state", "ready".to_owned());
+    } else {
+        page.line("state", "NOT READY: pods cannot be added".to_owned());
+        for awaited in &status.waiting_for {
+            page.line("", format!("waiting for {awaited}"));
+        }
+    }
+    store(&mut page, status);
+    if let Some(network) = &status.network {
+        page.line("network", describe_network(network));
+    }
+    if let Some(lease) = &status.lease {
+        self::lease(&mut page, lease);
+    }
+    if let Some(underlay) = &status.underlay {
+        let by = if underlay.chosen_by.is_empty() {
+            String::new()
+        } else {
+            format!(", by {}", underlay.chosen_by)
+        };
+        page.line("underlay", format!("{} {}, MTU {}{by}", underlay.iface, underlay.address, underlay.mtu));
+    }
+    if let Some(dataplane) = &status.dataplane {
+        self::dataplane(&mut page, dataplane);
+    }
+    peer_summary(&mut page, status);
+    let pods = &status.pods;
+    let bridges: Vec<&str> = pods.bridges.iter().map(|b| b.as_str()).collect();
+    let on = if bridges.is_empty() { String::new() } else { format!(" on {}", bridges.join(", ")) };
+    let addresses = format!("{} of {} addresses used", pods.addresses_used, pods.addresses_total);
+    page.line("pods", format!("{}{on}, {addresses}", pods.attachments));
+    let host = &status.host;
+    page.line(
+        "host",
+        format!(
+            "{}, {}, Linux {}, up {}",
+            host.hostname,
+            host.distribution,
+            host.kernel,
+            span(host.host_uptime)
+        ),
+    );
+    let memory = host.agent_memory as f64 / f64::from(1 << 20);
+    page.line(
+        "agent",
+        format!("up {}, {memory:.1} MiB, {:.2} s of CPU", span(host.agent_uptime), host.agent_cpu),
+    );
+    page.text
+}
+
+fn store(page: &mut Page, status: &Status) {
+    let store = &status.store;
+    let state = if store.connected { "connected" } else { "NOT CONNECTED" };
+    page.line("store", format!("{} at {}: {state}", store.kind, store.location));
+    if let Some(problem) = &store.problem {
+        page.line("", problem.clone());
+    }
+    if store.one_machine_only {
+        page.line("", "ONE MACHINE ONLY: nodes on other machines cannot join an embedded store".to_owned());
+    }
+}
+
+fn lease(page: &mut Page, lease: &LeaseStatus) {
+    let subnets: Vec<String> = lease.key.subnets().map(|s| s.to_string()).collect();
+    let end = match lease.expires_in {
+        Some(seconds) => format!("expires in {}", span(seconds)),
+        None => "does not expire".to_owned(),
+    };
+    page.line(
+        "lease",
+        format!("{} {}, public IP {}, {end}", subnets.join(" + "), lease.state, lease.public_ip),
+    );
+    if let Some(problem) = &lease.problem {
+        page.line("", problem.clone());
+    }
+}
+
+fn dataplane(page: &mut Page, dataplane: &DataplaneStatus) {
+    let device = dataplane.device.as_ref().map_or(String::new(), |d| format!("{d}, "));
+    let monitor = if dataplane.monitor { "" } else { ", monitor off: only the sweep repairs" };
+    page.line(
+        "dataplane",
+        format!(
+            "{device}pod MTU {}, {} objects right, {} pending, {} repairs{monitor}",
+            dataplane.mtu,
+            dataplane.objects,
+            dataplane.pending.len(),
+            dataplane.repairs
+        ),
+    );
+    for pending in &dataplane.pending {
+        page.line(
+            "",
+            format!("PENDING {}: {} (tried {} times)", pending.object, pending.error, pending.attempts),
+        );
+    }
+    if let Some(error) = &dataplane.last_error {
+        page.line("", format!("last error: {error}"));
+    }
+}
+
+fn peer_summary(page: &mut Page, status: &Status) {
+    let programmed = status.peers.iter().filter(|peer| peer.programmed).count();
+    page.line("peers", format!("{programmed} of {} programmed", status.peers.len()));
+    for peer in status.peers.iter().filter(|peer| !peer.programmed) {
+        let problem = peer.problem.as_deref().unwrap_or("not programmed yet");
+        page.line("", format!("{} via {}: {problem}", peer.key, peer.public_ip));
+    }
+    for refused in &status.refused {
+        page.line("", format!("REFUSED {}: {}", refused.key, refused.reason));
+    }
+}
+
+fn describe_network(network: &NetworkStatus) -> String {
+    let port = network.port.map_or(String::new(), |port| format!(", UDP port {port}"));
+    let vni = network.vni.map_or(String::new(), |vni| format!(", VNI {vni}"));
+    format!("{} in /{} subnets, {}{vni}{port}", network.network, network.subnet_len, network.backend)
+}
+
+pub(super) fn peers(status: &Status) -> String {
+    if status.peers.is_empty() && status.refused.is_empty() {
+        return "no peers: no other node has a lease\n".to_owned();
+    }
+    let mut table = Table::new(["#", "SUBNET", "PUBLIC IP", "BACKEND", "STATE"]);
+    for (index, peer) in status.peers.iter().enumerate() {
+        let subnets: Vec<String> = peer.key.subnets().map(|s| s.to_string()).collect();
+        let state = match (&peer.problem, peer.programmed) {
+            (None, true) => "programmed".to_owned(),
+            (None, false) => "NOT PROGRAMMED".to_owned(),
+            (Some(problem), true) => format!("programmed: {problem}"),
+            (Some(problem), false) => format!("NOT PROGRAMMED: {problem}"),
+        };
+        let (number, ip) = ((index + 1).to_string(), peer.public_ip.to_string());
+        table.row([number, subnets.join(" + "), ip, peer.backend.clone(), state]);
+    }
+    for refused in &status.refused {
+        let state = format!("REFUSED: {}", refused.reason);
+        table.row(["-".to_owned(), refused.key.clone(), String::new(), String::new(), state]);
+    }
+    table.print()
+}
+
+pub(super) fn ping(reports: &[PingReport]) -> String {
+    let mut text = String::new();
+    for report in reports {
+        let _ = writeln!(text, "{} ({})", report.peer, report.public_ip);
+        for (name, leg) in [("underlay", &report.underlay), ("overlay", &report.overlay)] {
+            let _ = writeln!(text, "  {name:<9} {}", describe_leg(leg));
+        }
+        let _ = writeln!(text, "  {}", report.verdict);
+    }
+    if let [_, _, ..] = reports {
+        let reachable = reports.iter().filter(|report| report.reachable).count();
+        let _ = writeln!(text, "{reachable} of {} peers reachable through the overlay", reports.len());
+    }
+    text
+}
+
+fn describe_leg(leg: &Leg) -> String {
+    let mut text = format!("{:<15} {} of {} answered", leg.target.to_string(), leg.received, leg.sent);
+    if let (Some(min), Some(avg), Some(max)) = (leg.rtt_min, leg.rtt_avg, leg.rtt_max) {
+        let _ = write!(text, ", RTT {min:.2}/{avg:.2}/{max:.2} ms (min/avg/max)");
+    }
+    if let Some(problem) = &leg.problem {
+        let _ = write!(text, ", {problem}");
+    }
+    text
+}
+
+pub(super) fn versions(versions: &Versions<'_>) -> String {
+    format!("weftctl {}\nweftd   {}\n", versions.weftctl, versions.weftd.unwrap_or("does not answer"))
+}
+
+/// `1 d 4 h`, `2 h 3 min`, `40 s`: the two largest units.
+pub(super) fn span(seconds: u64) -> String {
+    let units = [(86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")];
+    let first = units.iter().position(|(size, _)| seconds >= *size).unwrap_or(units.len() - 1);
+    let (size, name) = units[first];
+    let mut text = format!("{} {name}", seconds / size);
+    if let Some((next, name)) = units.get(first + 1).filter(|(next, _)| seconds % size >= *next) {
+        let _ = write!(text, " {} {name}", seconds % size / next);
+    }
+    text
+}
+
+/// Lines with a name in a column of its own.
+#[derive(Default)]
+struct Page {
+    text: String,
+}
+
+impl Page {
+    fn line(&mut self, name: &str, value: String) {
+        let _ = writeln!(self.text, "{name:<10} {value}");
+    }
+}
+
+/// Columns as wide as their widest cell.
+struct Table<const N: usize> {
+    rows: Vec<[String; N]>,
+}
+
+impl<const N: usize> Table<N> {
+    fn new(head: [&str; N]) -> Self {
+        Self { rows: vec![head.map(str::to_owned)] }
+    }
+
+    fn row(&mut self, row: [String; N]) {
+        self.rows.push(row);
+    }
+
+    fn print(&self) -> String {
+        let width =
+            |column: usize| self.rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+        let widths: [usize; N] = std::array::from_fn(width);
+        let mut text = String::new();
+        for row in &self.rows {
+            let cells: Vec<String> =
+                row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+            let _ = writeln!(text, "{}", cells.join("  ").trim_end());
+        }
+        text
+    }
+}

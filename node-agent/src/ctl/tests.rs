@@ -1,0 +1,215 @@
+//! Against an agent's admin server on a real socket.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use clap::error::ErrorKind;
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::metrics::Metrics;
+use crate::ping::Leg;
+use crate::server::admin::{Admin, AdminState};
+use crate::status::sample;
+
+/// The agent of `status`, served on another thread for as long as `body` runs.
+fn with_agent(status: fn() -> Status, body: impl FnOnce(&Path)) {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let socket = dir.path().join("admin.sock");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+    let admin = runtime.block_on(Admin::bind(None, &socket)).expect("bind");
+    let state = AdminState { status: Arc::new(status), metrics: Arc::new(Metrics::new(Arc::new(status))) };
+    let stop = CancellationToken::new();
+    let stop_with_scope = stop.clone().drop_guard();
+    std::thread::scope(|scope| {
+        scope.spawn(|| runtime.block_on(admin.serve(state, stop)));
+        let _stop = stop_with_scope;
+        body(&socket);
+    });
+}
+
+fn ask(socket: &Path, args: &[&str]) -> Result<Answer, ClientError> {
+    let socket = socket.to_str().expect("UTF-8");
+    let args = ["weftctl", "--socket", socket].into_iter().chain(args.iter().copied());
+    Cli::try_parse_from(args).expect("usage").answer()
+}
+
+#[test]
+fn status_of_a_node_in_service() {
+    with_agent(sample::ready, |socket| {
+        let answer = ask(socket, &["status"]).expect("answer");
+        assert!(answer.well);
+        assert_eq!(
+            answer.text,
+            "node       node-a, weftd 0.1.0
+state      ready
+store      etcd at http://10.0.0.1:2379, prefix /coreos.com/network: connected
+network    10.5.0.0/16 in /24 subnets, vxlan, VNI 1, UDP port 8472
+lease      10.5.1.0/24 held, public IP 192.168.9.1, expires in 23 h
+underlay   eth0 192.168.9.1, MTU 1500, by default route
+dataplane  flannel.1, pod MTU 1450, 9 objects right, 1 pending, 3 repairs
+           PENDING route 10.5.3.0/24: no such device (tried 4 times)
+peers      1 of 2 programmed
+           10.5.3.0-24 via 192.168.9.3: no such device
+           REFUSED 10.9.1.0-24: outside Network 10.5.0.0/16
+pods       4 on cni0, 4 of 253 addresses used
+host       node-a, Linux (Debian 12), Linux 6.18.0, up 1 d 1 h
+agent      up 2 h 2 min, 9.0 MiB, 12.25 s of CPU
+"
+        );
+    });
+}
+
+#[test]
+fn status_of_a_node_that_waits() {
+    with_agent(sample::waiting, |socket| {
+        let answer = ask(socket, &["status"]).expect("answer");
+        assert!(!answer.well);
+        assert!(
+            answer.text.starts_with(
+                "node       node-a, weftd 0.1.0
+state      NOT READY: pods cannot be added
+           waiting for the store: http://127.0.0.1:2379 does not answer: connection refused (--etcd-endpoints)
+store      etcd at http://10.0.0.1:2379, prefix /coreos.com/network: NOT CONNECTED
+"
+            ),
+            "{}",
+            answer.text
+        );
+    });
+}
+
+fn embedded() -> Status {
+    let mut status = sample::ready();
+    status.store.one_machine_only = true;
+    status.peers.clear();
+    status.refused.clear();
+    status
+}
+
+#[test]
+fn an_embedded_store_says_what_it_is() {
+    with_agent(embedded, |socket| {
+        let text = ask(socket, &["status"]).expect("answer").text;
+        assert!(
+            text.contains("\n           ONE MACHINE ONLY: nodes on other machines cannot join"),
+            "{text}"
+        );
+        assert_eq!(ask(socket, &["peers"]).expect("answer").text, "no peers: no other node has a lease\n");
+        let error = ask(socket, &["ping", "all"]).expect_err("alone");
+        assert_eq!(
+            (error.to_string().as_str(), error.exit_status()),
+            ("no peer yet: no other node has a lease in use", 2)
+        );
+    });
+}
+
+#[test]
+fn peers_are_a_table() {
+    with_agent(sample::ready, |socket| {
+        let answer = ask(socket, &["peers"]).expect("answer");
+        assert!(!answer.well, "one is not programmed");
+        assert_eq!(
+            answer.text,
+            "#  SUBNET       PUBLIC IP    BACKEND  STATE
+1  10.5.2.0/24  192.168.9.2  vxlan    programmed
+2  10.5.3.0/24  192.168.9.3  vxlan    NOT PROGRAMMED: no such device
+-  10.9.1.0-24                        REFUSED: outside Network 10.5.0.0/16
+"
+        );
+    });
+}
+
+#[test]
+fn json_is_the_agents_own() {
+    with_agent(sample::ready, |socket| {
+        let status: Status =
+            serde_json::from_str(&ask(socket, &["status", "--json"]).expect("answer").text).expect("JSON");
+        assert_eq!(status.peers, sample::ready().peers);
+        let peers = ask(socket, &["--json", "peers"]).expect("answer").text;
+        assert_eq!(
+            serde_json::from_str::<Vec<crate::status::PeerStatus>>(&peers).expect("JSON"),
+            status.peers
+        );
+        let version = ask(socket, &["version", "--json"]).expect("answer").text;
+        assert!(version.contains("\"weftd\": \"0.1.0\""), "{version}");
+    });
+}
+
+#[test]
+fn ping_names_what_it_cannot_find() {
+    with_agent(sample::ready, |socket| {
+        let error = ask(socket, &["ping", "no de&b"]).expect_err("no such peer");
+        assert!(
+            error.to_string().starts_with("no peer \"no de&b\": expected all, a number from 1 to 2"),
+            "{error}"
+        );
+        assert_eq!(error.exit_status(), 2);
+    });
+}
+
+#[test]
+fn ping_shows_both_legs() {
+    let leg = |target: &str, received: u32| Leg {
+        target: target.parse().expect(target),
+        sent: 3,
+        received,
+        rtt_min: (received > 0).then_some(0.118),
+        rtt_avg: (received > 0).then_some(0.25),
+        rtt_max: (received > 0).then_some(1.5),
+        problem: None,
+    };
+    let report = PingReport {
+        peer: "10.5.2.0-24".parse().expect("key"),
+        public_ip: "192.168.9.2".parse().expect("ip"),
+        underlay: leg("192.168.9.2", 3),
+        overlay: leg("10.5.2.0", 0),
+        reachable: false,
+        verdict: "overlay broken".into(),
+    };
+    assert_eq!(
+        render::ping(std::slice::from_ref(&report)),
+        "10.5.2.0-24 (192.168.9.2)
+  underlay  192.168.9.2     3 of 3 answered, RTT 0.12/0.25/1.50 ms (min/avg/max)
+  overlay   10.5.2.0        0 of 3 answered
+  overlay broken
+"
+    );
+    let both = render::ping(&[report.clone(), PingReport { reachable: true, ..report }]);
+    assert!(both.ends_with("\n1 of 2 peers reachable through the overlay\n"), "{both}");
+}
+
+#[test]
+fn without_an_agent_it_says_where_and_what_to_do() {
+    let socket = Path::new("/nonexistent/admin.sock");
+    let error = ask(socket, &["status"]).expect_err("no agent");
+    assert_eq!(error.exit_status(), 1);
+    for part in ["does not answer at /nonexistent/admin.sock", "Is it running", "--socket FILE"] {
+        assert!(error.to_string().contains(part), "{error}");
+    }
+    let version = ask(socket, &["version"]).expect("needs no agent");
+    assert!(version.well && version.text.ends_with("weftd   does not answer\n"), "{version:?}");
+}
+
+#[test]
+fn wrong_usage_is_refused() {
+    for (args, kind) in [
+        (&["weftctl"][..], ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand),
+        (&["weftctl", "frob"], ErrorKind::InvalidSubcommand),
+        (&["weftctl", "ping"], ErrorKind::MissingRequiredArgument),
+        (&["weftctl", "ping", "all", "--count=0"], ErrorKind::ValueValidation),
+    ] {
+        let error = Cli::try_parse_from(args).expect_err("refused");
+        assert_eq!((error.kind(), error.exit_code()), (kind, 2), "{args:?}");
+    }
+}
+
+#[test]
+fn spans_and_escapes() {
+    for (seconds, text) in
+        [(0, "0 s"), (59, "59 s"), (60, "1 min"), (3_725, "1 h 2 min"), (90_000, "1 d 1 h"), (86_460, "1 d")]
+    {
+        assert_eq!(render::span(seconds), text);
+    }
+    assert_eq!(client::escape("10.5.2.0/24&x"), "10.5.2.0%2F24%26x");
+}

@@ -1,0 +1,197 @@
+//! Prometheus figures. Most are read off the agent's [`Status`] at scrape time, so that they cannot disagree with
+//! `weftctl status`; parts that count events register their own counters here.
+//!
+//! Names follow the OpenMetrics rules: base units, `_total` on counters only.
+
+use std::fmt;
+use std::sync::Arc;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::status::Status;
+
+/// What the agent says of itself now.
+pub type StatusSource = Arc<dyn Fn() -> Status + Send + Sync>;
+
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+}
+
+impl Metrics {
+    pub fn new(status: StatusSource) -> Self {
+        let mut registry = Registry::with_prefix("weft");
+        registry.register_collector(Box::new(StatusCollector(status)));
+        Self { registry }
+    }
+
+    /// Where parts register what they count; names get the prefix `weft_`.
+    pub fn registry(&mut self) -> &mut Registry {
+        &mut self.registry
+    }
+
+    /// The exposition, in the OpenMetrics text format.
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        // Writing to a String does not fail, and no encoder of ours does.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+}
+
+struct StatusCollector(StatusSource);
+
+impl fmt::Debug for StatusCollector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("StatusCollector")
+    }
+}
+
+impl Collector for StatusCollector {
+    fn encode(&self, encoder: DescriptorEncoder) -> fmt::Result {
+        let status = (self.0)();
+        let mut out = Exposition(encoder);
+        let host = &status.host;
+        out.put(
+            "node",
+            "The node and its agent",
+            None,
+            &Info::new(vec![
+                ("node", status.node.clone()),
+                ("version", status.version.clone()),
+                ("kernel", host.kernel.clone()),
+                ("distribution", host.distribution.clone()),
+            ]),
+        )?;
+        out.gauge("ready", "1 when the first ADD can succeed", flag(status.ready))?;
+        out.gauge("store_connected", "1 when the lease store answers", flag(status.store.connected))?;
+        out.counter("store_relists", "Watches begun anew with a snapshot", status.store.relists)?;
+        if let Some(lease) = &status.lease {
+            out.gauge("lease_held", "1 when the node's subnet lease is held", flag(lease.state == "held"))?;
+            if let Some(left) = lease.expires_in {
+                let help = "Time until the node's subnet lease expires";
+                out.put("lease_expiry", help, Some(Unit::Seconds), &ConstGauge::new(left))?;
+            }
+        }
+        let programmed = status.peers.iter().filter(|peer| peer.programmed).count();
+        out.gauge("peers", "Peers with a lease that is used", status.peers.len() as u64)?;
+        out.gauge("peers_programmed", "Peers whose every object is in the kernel", programmed as u64)?;
+        out.gauge("leases_refused", "Entries of the store that are not used", status.refused.len() as u64)?;
+        if let Some(dataplane) = &status.dataplane {
+            let pending = dataplane.pending.len() as u64;
+            out.gauge("objects", "Kernel objects that are as they should be", dataplane.objects as u64)?;
+            out.gauge("objects_pending", "Kernel objects that are not as they should be", pending)?;
+            out.counter(
+                "reconcile_passes",
+                "Comparisons of the kernel with the desired state",
+                dataplane.passes,
+            )?;
+            let help = "Operations that mended something after the first complete pass";
+            out.counter("reconcile_repairs", help, dataplane.repairs)?;
+            if let Some(ago) = dataplane.last_pass_ago {
+                let help = "Time since the last complete comparison";
+                out.put("reconcile_last_pass_age", help, Some(Unit::Seconds), &ConstGauge::new(ago))?;
+            }
+            out.gauge(
+                "netlink_monitor",
+                "1 when changes are reported by the kernel",
+                flag(dataplane.monitor),
+            )?;
+        }
+        let pods = &status.pods;
+        out.gauge("pod_attachments", "Pods attached to this node", pods.attachments as u64)?;
+        out.gauge("pod_addresses_used", "Addresses of the leased subnet in use", pods.addresses_used as u64)?;
+        out.gauge("pod_addresses", "Addresses of the leased subnet", pods.addresses_total as u64)?;
+        let bytes = &ConstGauge::new(host.agent_memory);
+        out.put("agent_resident_memory", "Resident memory of the agent", Some(Unit::Bytes), bytes)?;
+        let seconds = &ConstCounter::new(host.agent_cpu);
+        out.put("agent_cpu", "Processor time of the agent", Some(Unit::Seconds), seconds)?;
+        let uptime = &ConstGauge::new(host.agent_uptime);
+        out.put("agent_uptime", "Time since the agent's start", Some(Unit::Seconds), uptime)
+    }
+}
+
+struct Exposition<'a>(DescriptorEncoder<'a>);
+
+impl Exposition<'_> {
+    fn gauge(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        self.put(name, help, None, &ConstGauge::new(value))
+    }
+
+    fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        self.put(name, help, None, &ConstCounter::new(value))
+    }
+
+    fn put(&mut self, name: &str, help: &str, unit: Option<Unit>, metric: &impl EncodeMetric) -> fmt::Result {
+        // The full stop is what a Registry writes behind the help of its own metrics.
+        let help = &format!("{help}.");
+        metric.encode(self.0.encode_descriptor(name, help, unit.as_ref(), metric.metric_type())?)
+    }
+}
+
+fn flag(yes: bool) -> u64 {
+    u64::from(yes)
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::metrics::counter::Counter;
+
+    use super::*;
+    use crate::status::sample;
+
+    #[test]
+    fn the_exposition_says_what_the_status_says() {
+        let mut metrics = Metrics::new(Arc::new(sample::ready));
+        let added: Counter = Counter::default();
+        metrics.registry().register("adds", "ADDs served", added.clone());
+        added.inc_by(7);
+        let text = metrics.render();
+        for line in [
+            "# HELP weft_node The node and its agent.",
+            "weft_node_info{node=\"node-a\",version=\"0.1.0\",kernel=\"6.18.0\",distribution=\"Linux (Debian 12)\"} 1",
+            "weft_ready 1",
+            "weft_store_connected 1",
+            "weft_store_relists_total 2",
+            "weft_lease_held 1",
+            "# UNIT weft_lease_expiry_seconds seconds",
+            "weft_lease_expiry_seconds 82800",
+            "weft_peers 2",
+            "weft_peers_programmed 1",
+            "weft_leases_refused 1",
+            "weft_objects 9",
+            "weft_objects_pending 1",
+            "weft_reconcile_passes_total 41",
+            "weft_reconcile_repairs_total 3",
+            "weft_reconcile_last_pass_age_seconds 1.5",
+            "weft_netlink_monitor 1",
+            "weft_pod_attachments 4",
+            "weft_pod_addresses_used 4",
+            "weft_pod_addresses 253",
+            "weft_agent_resident_memory_bytes 9437184",
+            "weft_agent_cpu_seconds_total 12.25",
+            "weft_agent_uptime_seconds 7325",
+            "weft_adds_total 7",
+            "# EOF",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line:?} is not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_known_is_not_shown() {
+        let text = Metrics::new(Arc::new(sample::waiting)).render();
+        for absent in ["lease_expiry", "objects", "reconcile"] {
+            assert!(!text.contains(absent), "{absent} in\n{text}");
+        }
+        assert!(text.contains("weft_ready 0\n") && text.contains("weft_store_connected 0\n"), "{text}");
+    }
+}

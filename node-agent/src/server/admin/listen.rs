@@ -1,0 +1,113 @@
+//! Sockets and connections: every connection has a deadline, and their number a bound.
+
+use std::fs::{self, DirBuilder, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::serve::Listener;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::UnixListener;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+
+use super::BindError;
+
+const CONNECTIONS: usize = 64;
+const HEADER_DEADLINE: Duration = Duration::from_secs(5);
+/// As flannel's health server.
+const STOP_DEADLINE: Duration = Duration::from_secs(3);
+
+/// Listens at `path` with mode 0600 from the first moment on, replacing a socket that a dead agent left.
+pub(super) fn bind_socket(path: &Path) -> Result<UnixListener, BindError> {
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        return Err(BindError::InUse { path: path.to_owned() });
+    }
+    let bound = || -> io::Result<UnixListener> {
+        if let Some(dir) = path.parent().filter(|dir| !dir.is_dir()) {
+            DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        }
+        // Bound under another name, closed to others, then moved into place.
+        let temporary = path.with_extension(format!("{}", std::process::id()));
+        remove_stale(&temporary)?;
+        let listener = UnixListener::bind(&temporary)?;
+        fs::set_permissions(&temporary, Permissions::from_mode(0o600))?;
+        fs::rename(&temporary, path)?;
+        Ok(listener)
+    };
+    bound().map_err(|error| BindError::Socket { path: path.to_owned(), error })
+}
+
+fn remove_stale(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Serves connections until `stop`; `deadline` bounds each of them as a whole.
+pub(super) async fn serve<L>(mut listener: L, router: Router, deadline: Duration, stop: CancellationToken)
+where
+    L: Listener,
+{
+    let slots = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        let slot = tokio::select! {
+            slot = Arc::clone(&slots).acquire_owned() => slot,
+            () = stop.cancelled() => break,
+        };
+        let (io, _peer) = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stop.cancelled() => break,
+        };
+        let (router, stop) = (router.clone(), stop.clone());
+        connections.spawn(async move {
+            let _slot = slot;
+            if tokio::time::timeout(deadline, connection::<L>(io, router, HEADER_DEADLINE, stop))
+                .await
+                .is_err()
+            {
+                debug!(seconds = deadline.as_secs(), "admin connection closed at its deadline");
+            }
+        });
+        while connections.try_join_next().is_some() {}
+    }
+    drop(listener);
+    let drained =
+        tokio::time::timeout(STOP_DEADLINE, async { while connections.join_next().await.is_some() {} });
+    if drained.await.is_err() {
+        connections.abort_all();
+    }
+}
+
+pub(super) async fn connection<L: Listener>(
+    io: L::Io,
+    router: Router,
+    header: Duration,
+    stop: CancellationToken,
+) {
+    let service = TowerToHyperService::new(router);
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(header)
+        .serve_connection(TokioIo::new(io), service);
+    tokio::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        debug!(%error, "admin connection broke");
+    }
+}

@@ -1,0 +1,3 @@
+//! What the agent answers: HTTP for operators, the socket for the CNI plugin.
+
+pub mod admin;

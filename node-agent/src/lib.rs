@@ -8,6 +8,8 @@
 //! ```
 //! `lease::{table, allocator}`, `ipam::pool`, `dataplane` and `reconcile::plan` do no I/O; only `app` sees both sides.
 
+pub mod ipam;
 pub mod lease;
 pub mod pods;
+pub mod server;
 pub mod status;

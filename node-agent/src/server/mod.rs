@@ -1,0 +1,3 @@
+//! What the agent answers to: the plugin's socket.
+
+pub mod cni;

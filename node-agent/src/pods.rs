@@ -1,9 +1,38 @@
 //! The border between address management and the rest of the agent: what a pod gets, and what wired pods need kept.
 
 use std::collections::BTreeMap;
+use std::future::Future;
 
-use weft_shared::protocol::BridgeOptions;
+use weft_shared::protocol::{BridgeOptions, Failure};
 use weft_shared::{IfName, Mac, Subnet};
+
+/// The rest of the agent, as address management sees it.
+///
+/// A future that is returned here is always driven to its end: what it asked of the kernel is over when it is.
+pub trait Fabric: Send + Sync + 'static {
+    fn pod_network(&self) -> Result<PodNetwork, NotReady>;
+
+    /// Makes the bridge real, with the gateways that [`PodPorts::bridges`] names for it (published before the call).
+    fn ensure_bridge(&self, name: &IfName) -> impl Future<Output = Result<BridgeFacts, Failure>> + Send;
+
+    /// Deletes a host-side veth if, and only if, it carries our mark; `Ok` when nothing of ours has that name any more.
+    fn delete_veth(&self, name: &IfName) -> impl Future<Output = Result<(), String>> + Send;
+
+    /// Whether a link of this index exists in the node's namespace, whatever its name and mark: asked before an
+    /// attachment counts as dead.
+    fn link_exists(&self, ifindex: u32) -> impl Future<Output = Result<bool, String>> + Send;
+}
+
+/// Why no pod can be added now, in words that name what is awaited.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NotReady {
+    /// New pods have to wait; those that are wired do not suffer.
+    #[error("{0}")]
+    Waiting(String),
+    /// Those that are wired may suffer as well: another node has taken the subnet, the overlay's device cannot be made.
+    #[error("{0}")]
+    Degraded(String),
+}
 
 /// What a pod that is added now gets.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,7 +57,8 @@ pub struct BridgeFacts {
 pub struct PodPorts {
     /// Committed attachments, by host-side veth.
     pub ports: BTreeMap<IfName, Port>,
-    /// Bridges that Reserve has named, and the leased subnets whose gateway each carries.
+    /// Bridges that Reserve has named since boot, and the leased subnets whose gateway each carries: the one that new
+    /// pods get, and those of pods that are still there.
     pub bridges: BTreeMap<IfName, BridgeNeed>,
 }
 
@@ -52,7 +82,9 @@ pub struct SeenVeth {
     pub ifindex: u32,
 }
 
-/// One look at the kernel: everything with our mark that was there. `pass` grows with every look.
+/// One complete look at the kernel: everything with our mark that was there. `pass` is 0 before the first look and one
+/// more with each; looks do not overlap, so whatever is done while look `n` is the last one published is certain to
+/// be seen by look `n + 2`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct SeenVeths {
     pub pass: u64,

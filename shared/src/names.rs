@@ -35,8 +35,13 @@ const VETH_HASH_CHARS: usize = 11;
 /// The host-side veth of an attachment: `veth` and 11 base32 characters of a SHA-256, so that a crashed ADD's orphan
 /// can be found without any record.
 pub fn host_ifname(attachment: &Attachment) -> IfName {
-    let name = format!("{VETH_PREFIX}{}", &attachment_hash(attachment)[..VETH_HASH_CHARS]);
-    name.parse().unwrap_or_else(|_| unreachable!("15 bytes of [a-z2-7]"))
+    host_ifname_of_hash(&attachment_hash(attachment)).unwrap_or_else(|| unreachable!("15 bytes of [a-z2-7]"))
+}
+
+/// The same, when only the [`attachment_hash`] is known; `None` for a text that is none.
+pub fn host_ifname_of_hash(hash: &str) -> Option<IfName> {
+    let name = format!("{VETH_PREFIX}{}", hash.get(..VETH_HASH_CHARS)?);
+    name.parse().ok().filter(|_| is_host_ifname(&name))
 }
 
 /// Whether a link's name has the form that [`host_ifname`] gives. Ownership also needs [`VETH_GROUP`].

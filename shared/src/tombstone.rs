@@ -34,9 +34,14 @@ pub fn lock_file(dir: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(dir.join("lock"))
 }
 
+/// The file that a tombstone of this attachment would be.
+pub fn path_of(attachment: &Attachment, dir: &Path) -> PathBuf {
+    dir.join(format!("{}.json", attachment_hash(attachment)))
+}
+
 impl Tombstone {
     pub fn path(&self, dir: &Path) -> PathBuf {
-        dir.join(format!("{}.json", attachment_hash(&self.attachment)))
+        path_of(&self.attachment, dir)
     }
 
     /// Writes the file whole or not at all.

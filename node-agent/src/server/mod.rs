@@ -1,3 +1,4 @@
 //! What the agent answers: HTTP for operators, the socket for the CNI plugin.
 
 pub mod admin;
+pub mod cni;

@@ -1,0 +1,412 @@
+//! Address management: which attachment has which address, from Reserve until nothing of it is left.
+//!
+//! ADD is a transaction that the agent owns (DESIGN: "Who does what"): what a plugin began and did not commit, this
+//! module undoes, whoever died in between. [`table`] decides and does no I/O; [`records`] keeps it across the death of
+//! the agent; [`verbs`] carries requests out; this file holds them together and does what nobody asks for: orphans,
+//! dead attachments, tombstones. State changes under one short lock that is never held across an await.
+
+mod boottime;
+mod counters;
+mod locks;
+mod pool;
+mod records;
+mod request;
+mod table;
+mod tombstones;
+mod verbs;
+
+#[cfg(test)]
+pub(crate) mod tests;
+
+use std::fmt;
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+use weft_shared::IfName;
+use weft_shared::names::{attachment_hash, host_ifname};
+use weft_shared::protocol::Attachment;
+
+pub use boottime::{Boottime, boot_id};
+pub use counters::CountersSnapshot;
+pub use records::RecordsError;
+pub use table::ConnId;
+pub use verbs::verb;
+
+use self::counters::Counters;
+use self::locks::NameLocks;
+use self::records::Records;
+use self::table::{Phase, Table};
+use crate::pods::{Fabric, PodPorts, SeenVeths};
+use crate::status::PodStatus;
+
+/// Reads the time; the agent passes [`Boottime::now`].
+pub type Clock = Box<dyn Fn() -> Boottime + Send + Sync>;
+
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub run_dir: PathBuf,
+    /// See [`weft_shared::tombstone::dir_beside`].
+    pub tombstones: PathBuf,
+    pub boot_id: String,
+    /// How long an ADD waits for an earlier one of the same attachment to be over.
+    pub patience: Duration,
+}
+
+impl Config {
+    /// The agent's own, for this boot.
+    pub fn new(run_dir: &Path, socket: &Path) -> io::Result<Self> {
+        Ok(Self {
+            run_dir: run_dir.to_owned(),
+            tombstones: weft_shared::tombstone::dir_beside(socket),
+            boot_id: boot_id()?,
+            patience: Duration::from_secs(2),
+        })
+    }
+}
+
+pub struct Ipam<F> {
+    config: Config,
+    clock: Clock,
+    fabric: F,
+    state: Mutex<State>,
+    locks: NameLocks,
+    ports: watch::Sender<PodPorts>,
+    seen: watch::Receiver<SeenVeths>,
+    /// Some attachment went on to another phase.
+    changed: watch::Sender<()>,
+    /// Something is due before [`Ipam::run`] would look.
+    wake: Notify,
+    counters: Counters,
+    next_conn: AtomicU64,
+}
+
+/// Changes together, on disk and in memory.
+#[derive(Debug)]
+struct State {
+    table: Table,
+    records: Records,
+}
+
+/// An open connection: the transactions on it end with it. Dropped without [`Connection::closed`] it counts as left by
+/// us, and its plugin as possibly alive.
+pub struct Connection<F: Fabric> {
+    ipam: Arc<Ipam<F>>,
+    id: ConnId,
+}
+
+/// One attachment, for `/debug/state`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachmentStatus {
+    pub network: String,
+    pub container_id: String,
+    pub ifname: IfName,
+    pub pod: Option<String>,
+    pub addresses: Vec<IpAddr>,
+    pub host_veth: IfName,
+    pub bridge: IfName,
+    /// `reserved`, `committed` or `aborted`.
+    pub state: String,
+}
+
+/// The longest time between two looks at what may be due; anything known to be due is looked at in time.
+const IDLE: Duration = Duration::from_secs(30);
+/// What could not be undone is tried again this much later.
+const RETRY: Duration = Duration::from_secs(1);
+
+impl<F: Fabric> Ipam<F> {
+    /// Takes over the records of this boot and publishes at once what they need of the kernel.
+    pub fn open(
+        config: Config,
+        clock: Clock,
+        fabric: F,
+        ports: watch::Sender<PodPorts>,
+        seen: watch::Receiver<SeenVeths>,
+    ) -> Result<Arc<Self>, RecordsError> {
+        let (records, loaded) = Records::open(&config.run_dir, &config.boot_id)?;
+        info!(attachments = loaded.records.len(), unreadable = loaded.damaged.len(), "records taken over");
+        let table = Table::new(loaded, clock());
+        let ipam = Self {
+            config,
+            clock,
+            fabric,
+            state: Mutex::new(State { table, records }),
+            locks: NameLocks::default(),
+            ports,
+            seen,
+            changed: watch::Sender::new(()),
+            wake: Notify::new(),
+            counters: Counters::default(),
+            next_conn: AtomicU64::new(0),
+        };
+        ipam.publish(&ipam.state());
+        Ok(Arc::new(ipam))
+    }
+
+    pub fn connect(self: &Arc<Self>) -> Connection<F> {
+        let id = ConnId(self.next_conn.fetch_add(1, Ordering::Relaxed));
+        self.state().table.open_connection(id);
+        Connection { ipam: self.clone(), id }
+    }
+
+    /// Undoes what is due, follows the kernel and the tombstones, until told to stop.
+    pub async fn run(self: Arc<Self>, stop: CancellationToken) {
+        let mut seen = self.seen.clone();
+        let mut tombstones = tombstones::Watch::new(&self.config.tombstones);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                Ok(()) = seen.changed() => {}
+                () = self.wake.notified() => {}
+                () = tombstones.changed() => {}
+                () = tokio::time::sleep(self.until_due()) => tombstones.renew(),
+            }
+            self.drain_tombstones().await;
+            self.tend().await;
+        }
+    }
+
+    /// One round of what nobody asks for. Cheap when nothing is due.
+    pub async fn tend(&self) {
+        let now = (self.clock)();
+        let seen = self.seen.borrow().clone();
+        let (due, suspects, strays) = {
+            let mut state = self.state();
+            if let Ok(network) = self.fabric.pod_network() {
+                state.table.set_network(&network);
+            }
+            state.table.expire_held(now);
+            let suspects = state.table.observe(&seen, now);
+            self.publish(&state);
+            (state.table.due(now), suspects, state.table.strays_due(now))
+        };
+        for key in due {
+            if let Err(error) = self.undo(&key).await {
+                warn!(attachment = ?key, %error, "not undone yet");
+            }
+        }
+        for (key, ifindex) in suspects.attachments {
+            self.bury_if_dead(&key, ifindex).await;
+        }
+        for hash in suspects.damaged {
+            self.forget_damaged(&hash);
+        }
+        for name in strays {
+            self.remove_stray(&name).await;
+        }
+    }
+
+    pub fn status(&self) -> PodStatus {
+        let state = self.state();
+        let (addresses_used, addresses_total) = state.table.usage();
+        PodStatus {
+            attachments: state.table.entries().count(),
+            addresses_used,
+            addresses_total,
+            bridges: self.needs(&state).bridges.into_keys().collect(),
+        }
+    }
+
+    pub fn attachments(&self) -> Vec<AttachmentStatus> {
+        let state = self.state();
+        let entries = state.table.entries().map(|(key, entry)| AttachmentStatus {
+            network: key.network.clone(),
+            container_id: key.container_id.clone(),
+            ifname: key.ifname.clone(),
+            pod: entry.record.pod.clone(),
+            addresses: entry.record.addresses.clone(),
+            host_veth: host_ifname(key),
+            bridge: entry.record.bridge.name.clone(),
+            state: match entry.phase {
+                Phase::Reserved { .. } => "reserved",
+                Phase::Committed { .. } => "committed",
+                Phase::Aborted { .. } => "aborted",
+            }
+            .to_owned(),
+        });
+        entries.collect()
+    }
+
+    pub fn counters(&self) -> CountersSnapshot {
+        self.counters.snapshot()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn needs(&self, state: &State) -> PodPorts {
+        state.table.needs(self.fabric.pod_network().ok().map(|network| network.mtu))
+    }
+
+    /// Tells the reconciler and whoever waits for an attachment. Called with the lock held, so that the last word is
+    /// the last state.
+    fn publish(&self, state: &State) {
+        let needs = self.needs(state);
+        self.ports.send_if_modified(|published| {
+            let differs = *published != needs;
+            *published = needs;
+            differs
+        });
+        self.changed.send_replace(());
+    }
+
+    fn until_due(&self) -> Duration {
+        let now = (self.clock)();
+        match self.state().table.next_due() {
+            Some(due) if due > now => due.since(now).min(IDLE),
+            Some(_) => RETRY,
+            None => IDLE,
+        }
+    }
+
+    /// Deletes the veth of an aborted or unknown attachment, and frees the address if nothing else keeps it. Harmless
+    /// when a newer ADD stands there.
+    async fn undo(&self, key: &Attachment) -> Result<(), String> {
+        let guard = self.locks.lock(&host_ifname(key)).await;
+        self.undo_locked(key, &guard).await
+    }
+
+    /// The guard is of this attachment's veth name.
+    async fn undo_locked(&self, key: &Attachment, _guard: &locks::NameGuard<'_>) -> Result<(), String> {
+        // Time and phase are taken before the deletion: only what was due then has had its last one.
+        let due = {
+            let state = self.state();
+            if !state.table.may_delete(key) {
+                return Ok(());
+            }
+            state.table.is_due(key, (self.clock)())
+        };
+        self.fabric.delete_veth(&host_ifname(key)).await?;
+        let hash = attachment_hash(key);
+        let mut state = self.state();
+        let damaged = state.table.remove_damaged(&hash);
+        if due || damaged {
+            // A file that stays behind blocks its address at the next start, until that finds the veth gone.
+            if let Err(error) = state.records.remove(&hash) {
+                warn!(attachment = ?key, %error, "record file not removed");
+            }
+        }
+        if due {
+            state.table.remove(key);
+            debug!(attachment = ?key, "freed");
+        }
+        self.publish(&state);
+        Ok(())
+    }
+
+    /// An attachment is dead when its veth is gone from the kernel; a look that missed it is only the reason to ask.
+    async fn bury_if_dead(&self, key: &Attachment, ifindex: u32) {
+        match self.fabric.link_exists(ifindex).await {
+            Ok(true) => debug!(attachment = ?key, ifindex, "veth without our mark or name"),
+            Ok(false) => {
+                let buried = {
+                    let mut state = self.state();
+                    // Meanwhile it may be another ADD's.
+                    let same = state.table.get(key).is_some_and(|entry| {
+                        matches!(entry.phase, Phase::Committed { .. })
+                            && entry.record.committed.is_some_and(|wired| wired.host_ifindex == ifindex)
+                    });
+                    same && state.table.abort(key, None)
+                };
+                if buried {
+                    info!(attachment = ?key, ifindex, "veth is gone, attachment freed");
+                    self.counters.dead_freed.inc();
+                    if let Err(error) = self.undo(key).await {
+                        warn!(attachment = ?key, %error, "not freed yet");
+                    }
+                }
+            }
+            Err(error) => warn!(attachment = ?key, ifindex, %error, "cannot tell whether its veth is alive"),
+        }
+    }
+
+    fn forget_damaged(&self, hash: &str) {
+        let mut state = self.state();
+        if state.table.remove_damaged(hash) {
+            info!(hash, "veth of an unreadable record is gone, addresses freed");
+            if let Err(error) = state.records.remove(hash) {
+                warn!(hash, %error, "record file not removed");
+            }
+        }
+    }
+
+    async fn remove_stray(&self, name: &IfName) {
+        let _guard = self.locks.lock(name).await;
+        let owned = self.state().table.owns(name);
+        if owned {
+            self.state().table.forget_stray(name);
+            return;
+        }
+        match self.fabric.delete_veth(name).await {
+            Ok(()) => {
+                info!(veth = %name, "deleted: our mark, no record");
+                self.counters.orphans_removed.inc();
+                self.state().table.forget_stray(name);
+            }
+            Err(error) => warn!(veth = %name, %error, "veth without a record not deleted yet"),
+        }
+    }
+
+    fn hang_up(&self, conn: ConnId, by_peer: bool) -> Vec<Attachment> {
+        let mut state = self.state();
+        let undone = state.table.hang_up(conn, by_peer);
+        if !undone.is_empty() {
+            self.publish(&state);
+        }
+        undone
+    }
+}
+
+impl<F: Fabric> Connection<F> {
+    pub fn id(&self) -> ConnId {
+        self.id
+    }
+
+    /// Whether an ADD has been begun on it and is neither committed nor undone.
+    pub fn is_open(&self) -> bool {
+        self.ipam.state().table.has_open(self.id)
+    }
+
+    /// The connection is over; `by_peer` when the other side closed it, which proves that it does no more.
+    pub async fn closed(self, by_peer: bool) {
+        for key in self.ipam.hang_up(self.id, by_peer) {
+            self.ipam.counters.rolled_back.inc();
+            info!(attachment = ?key, by_peer, "connection closed before Commit, undoing");
+            if let Err(error) = self.ipam.undo(&key).await {
+                warn!(attachment = ?key, %error, "not undone yet");
+            }
+        }
+        self.ipam.wake.notify_one();
+    }
+}
+
+impl<F: Fabric> Drop for Connection<F> {
+    fn drop(&mut self) {
+        if !self.ipam.hang_up(self.id, false).is_empty() {
+            self.ipam.wake.notify_one();
+        }
+    }
+}
+
+impl<F> fmt::Debug for Ipam<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ipam")
+            .field("config", &self.config)
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<F: Fabric> fmt::Debug for Connection<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Connection").field(&self.id).finish()
+    }
+}

@@ -1,0 +1,511 @@
+//! The state machine behind address management: attachments, their phases, and who holds which address. No I/O and no
+//! clock; every method says what changed, and the caller makes it so on disk and in the kernel.
+//!
+//! ```text
+//!           Reserve                 Commit
+//!   (none) --------> Reserved ----------------> Committed
+//!                       | DEL, connection closed   | DEL, GC, tombstone, veth gone
+//!                       v                          v
+//!                    Aborted: veth deleted; freed when its ADD can no longer wire and the veth was deleted once more
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use weft_shared::names::{attachment_hash, host_ifname};
+use weft_shared::protocol::{Attachment, Commit, Reserve};
+use weft_shared::{IfName, Subnet};
+
+use super::boottime::Boottime;
+use super::pool::{Pool, PoolError};
+use super::records::{BridgeUse, Continuity, Damaged, Held, Loaded, Record, Wired};
+use crate::pods::{BridgeNeed, PodNetwork, PodPorts, Port, SeenVeth, SeenVeths};
+
+/// A plugin ends itself 10 s after its start (`alarm`); this long after Reserve it certainly wires no more. The same
+/// span for a veth with our mark and without a record: it may be one that is just being made.
+pub(super) const WIRING_LIMIT: Duration = Duration::from_secs(15);
+
+/// One connection of the socket server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnId(pub(super) u64);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    Reserved {
+        conn: ConnId,
+    },
+    /// Only a look at the kernel numbered at least `seen_from` began after the commit.
+    Committed {
+        seen_from: u64,
+    },
+    /// To be undone, but not while its ADD's connection is open, and not before.
+    Aborted {
+        conn: Option<ConnId>,
+        not_before: Boottime,
+    },
+}
+
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) record: Record,
+    pub(super) phase: Phase,
+}
+
+/// What stands in the way of an ADD.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// Nothing, or the remains of an ADD that is over: its veth must go first.
+    Free,
+    /// An aborted attachment whose address may be freed once the veth is gone.
+    Undone,
+    /// Another ADD's connection is open.
+    InFlight,
+    Attached {
+        ifindex: u32,
+    },
+    /// Another attachment's veth has the same name.
+    NameTaken(Attachment),
+    /// An unreadable record, of which nobody knows what it was.
+    Damaged,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum CommitRefusal {
+    #[error("nothing is reserved for it on this connection")]
+    NotReserved,
+    #[error("it was deleted while it was being added")]
+    Aborted,
+}
+
+/// What a look at the kernel gives reason to doubt.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Suspects {
+    /// Committed attachments whose veth was not seen, with its index.
+    pub(super) attachments: Vec<(Attachment, u32)>,
+    /// Unreadable records whose veth was not seen.
+    pub(super) damaged: Vec<String>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    entries: BTreeMap<Attachment, Entry>,
+    names: BTreeMap<IfName, Attachment>,
+    damaged: BTreeMap<String, Damaged>,
+    pools: BTreeMap<Subnet, Pool>,
+    continuity: Continuity,
+    /// The subnet that new pods get, once known.
+    current: Option<Subnet>,
+    open: BTreeSet<ConnId>,
+    strays: BTreeMap<SeenVeth, Boottime>,
+    /// The look that `strays` are out of.
+    last_look: u64,
+}
+
+impl Table {
+    /// Takes over what an earlier agent left. Its uncommitted reservations are orphans: no connection will ever commit
+    /// them, but their plugins may still be wiring.
+    pub(super) fn new(loaded: Loaded, now: Boottime) -> Self {
+        let mut table = Self { continuity: loaded.continuity, damaged: loaded.damaged, ..Self::default() };
+        for mut record in loaded.records {
+            let phase = match record.committed {
+                Some(_) => Phase::Committed { seen_from: 1 },
+                None => {
+                    // A time of reservation in the future is none of this boot's.
+                    record.reserved_at = record.reserved_at.min(now);
+                    let not_before = wiring_over(&record).max(held_until(&record));
+                    Phase::Aborted { conn: None, not_before }
+                }
+            };
+            table.insert(Entry { record, phase });
+        }
+        table
+    }
+
+    pub(super) fn open_connection(&mut self, conn: ConnId) {
+        self.open.insert(conn);
+    }
+
+    /// Notes what new pods get. A bridge leaves the gateway of an earlier subnet with that subnet's last pod.
+    pub(super) fn set_network(&mut self, network: &PodNetwork) {
+        self.current = Some(network.subnet);
+        self.pool(network.subnet);
+        for used in self.continuity.bridges.values_mut() {
+            *used = BridgeUse { subnet: network.subnet, mtu: network.mtu };
+        }
+    }
+
+    pub(super) fn standing(&self, key: &Attachment, now: Boottime) -> Standing {
+        if let Some(other) = self.names.get(&host_ifname(key)).filter(|other| *other != key) {
+            return Standing::NameTaken(other.clone());
+        }
+        match self.entries.get(key).map(|entry| (entry.phase, entry.record.committed)) {
+            None if self.damaged.contains_key(&attachment_hash(key)) => Standing::Damaged,
+            None => Standing::Free,
+            Some((Phase::Reserved { .. } | Phase::Aborted { conn: Some(_), .. }, _)) => Standing::InFlight,
+            Some((Phase::Aborted { conn: None, not_before }, _)) if now >= not_before => Standing::Undone,
+            Some((Phase::Aborted { .. }, _)) => Standing::Free,
+            Some((Phase::Committed { .. }, wired)) => {
+                Standing::Attached { ifindex: wired.map_or(0, |w| w.host_ifindex) }
+            }
+        }
+    }
+
+    /// Picks the addresses. An orphan of the same key gives way, its addresses stay blocked for as long as it would
+    /// have blocked them, except to this very attachment.
+    pub(super) fn reserve(
+        &mut self,
+        conn: ConnId,
+        request: &Reserve,
+        network: &PodNetwork,
+        mtu: u32,
+        now: Boottime,
+    ) -> Result<Record, ReserveRefusal> {
+        if !self.open.contains(&conn) {
+            return Err(ReserveRefusal::Closed);
+        }
+        self.set_network(network);
+        let held = self.entries.get(&request.attachment).map(|old| held_after(old, now)).unwrap_or_default();
+        let addresses = self.pick(network.subnet, &request.requested, &held)?;
+        let record = Record {
+            addresses,
+            held,
+            subnet: network.subnet,
+            attachment: request.attachment.clone(),
+            reserved_at: now,
+            committed: None,
+            bridge: request.bridge.clone(),
+            mtu,
+            netns: request.netns.clone(),
+            netns_cookie: request.netns_cookie,
+            pod: request.pod.clone(),
+        };
+        let replaced = self.insert(Entry { record: record.clone(), phase: Phase::Reserved { conn } });
+        if let Some(Entry { record: old, .. }) = replaced {
+            self.free(old.addresses.into_iter().chain(old.held.into_iter().map(|held| held.address)));
+        }
+        Ok(record)
+    }
+
+    /// Whether the reservation still stands, after whatever took time.
+    pub(super) fn is_reserved(&self, conn: ConnId, key: &Attachment) -> bool {
+        self.entries.get(key).is_some_and(|entry| entry.phase == Phase::Reserved { conn })
+    }
+
+    /// The record as it will be when committed; [`Table::commit`] makes it so.
+    pub(super) fn committable(&self, conn: ConnId, commit: &Commit) -> Result<Record, CommitRefusal> {
+        let entry = self.entries.get(&commit.attachment).ok_or(CommitRefusal::NotReserved)?;
+        match entry.phase {
+            Phase::Reserved { conn: owner } if owner == conn => {}
+            Phase::Aborted { conn: Some(owner), .. } if owner == conn => return Err(CommitRefusal::Aborted),
+            _ => return Err(CommitRefusal::NotReserved),
+        }
+        let wired = Wired {
+            host_ifindex: commit.host_ifindex,
+            host_mac: commit.host_mac,
+            container_mac: commit.container_mac,
+        };
+        Ok(Record { committed: Some(wired), ..entry.record.clone() })
+    }
+
+    /// `last_look` is the number of the last look at the kernel that was published.
+    pub(super) fn commit(&mut self, record: Record, last_look: u64) {
+        // The look after the last one may have begun already.
+        let phase = Phase::Committed { seen_from: last_look + 2 };
+        self.entries.insert(record.attachment.clone(), Entry { record, phase });
+    }
+
+    /// Starts to undo an attachment, unless it was reserved at or after `since`. True when there is one to undo.
+    pub(super) fn abort(&mut self, key: &Attachment, since: Option<Boottime>) -> bool {
+        let Some(entry) = self.entries.get_mut(key) else { return false };
+        if since.is_some_and(|since| entry.record.reserved_at >= since) {
+            return false;
+        }
+        let not_before = held_until(&entry.record);
+        entry.phase = match entry.phase {
+            Phase::Reserved { conn } => Phase::Aborted { conn: Some(conn), not_before },
+            Phase::Committed { .. } => Phase::Aborted { conn: None, not_before },
+            aborted @ Phase::Aborted { .. } => aborted,
+        };
+        true
+    }
+
+    /// The ADD was told that it failed, so it will not wire.
+    pub(super) fn give_up(&mut self, key: &Attachment) {
+        if let Some(entry) = self.entries.get_mut(key) {
+            entry.phase = Phase::Aborted { conn: None, not_before: held_until(&entry.record) };
+        }
+    }
+
+    /// A connection is over. A peer that closed it is dead or done; one that we left may still be wiring.
+    pub(super) fn hang_up(&mut self, conn: ConnId, by_peer: bool) -> Vec<Attachment> {
+        self.open.remove(&conn);
+        let mut undone = Vec::new();
+        for (key, Entry { record, phase }) in &mut self.entries {
+            let over = if by_peer { Boottime::default() } else { wiring_over(record) };
+            match *phase {
+                Phase::Reserved { conn: owner } | Phase::Aborted { conn: Some(owner), .. }
+                    if owner == conn =>
+                {
+                    *phase = Phase::Aborted { conn: None, not_before: over.max(held_until(record)) };
+                    undone.push(key.clone());
+                }
+                _ => {}
+            }
+        }
+        undone
+    }
+
+    /// Whether the veth of this name may be deleted on behalf of `key`: nothing newer or foreign stands behind it.
+    pub(super) fn may_delete(&self, key: &Attachment) -> bool {
+        match self.names.get(&host_ifname(key)) {
+            Some(owner) if owner != key => false,
+            _ => self.entries.get(key).is_none_or(|entry| matches!(entry.phase, Phase::Aborted { .. })),
+        }
+    }
+
+    /// Whether nothing but the veth, gone by now, kept the address.
+    pub(super) fn is_due(&self, key: &Attachment, now: Boottime) -> bool {
+        self.standing(key, now) == Standing::Undone
+    }
+
+    /// Attachments to be undone now.
+    pub(super) fn due(&self, now: Boottime) -> Vec<Attachment> {
+        self.entries.keys().filter(|key| self.is_due(key, now)).cloned().collect()
+    }
+
+    pub(super) fn remove(&mut self, key: &Attachment) {
+        let Some(entry) = self.entries.remove(key) else { return };
+        self.names.remove(&host_ifname(key));
+        let held = entry.record.held.iter().map(|held| held.address);
+        self.free(entry.record.addresses.iter().copied().chain(held));
+    }
+
+    pub(super) fn remove_damaged(&mut self, hash: &str) -> bool {
+        let Some(damaged) = self.damaged.remove(hash) else { return false };
+        self.free(damaged.addresses.into_iter());
+        true
+    }
+
+    /// Frees what orphans held, and says whether anything changed.
+    pub(super) fn expire_held(&mut self, now: Boottime) -> bool {
+        let mut expired = Vec::new();
+        for entry in self.entries.values_mut() {
+            entry.record.held.retain(|held| {
+                let keep = held.until > now;
+                if !keep {
+                    expired.push(held.address);
+                }
+                keep
+            });
+        }
+        let any = !expired.is_empty();
+        self.free(expired.into_iter());
+        any
+    }
+
+    /// Judges a look at the kernel.
+    pub(super) fn observe(&mut self, seen: &SeenVeths, now: Boottime) -> Suspects {
+        let mut suspects = Suspects::default();
+        let present: BTreeSet<&SeenVeth> = seen.veths.iter().collect();
+        for (key, entry) in &self.entries {
+            let Phase::Committed { seen_from } = entry.phase else { continue };
+            let ifindex = entry.record.committed.map_or(0, |wired| wired.host_ifindex);
+            let veth = SeenVeth { name: host_ifname(key), ifindex };
+            if seen.pass >= seen_from && !present.contains(&veth) {
+                suspects.attachments.push((key.clone(), ifindex));
+            }
+        }
+        if seen.pass == 0 {
+            return suspects;
+        }
+        for (hash, damaged) in &self.damaged {
+            if !present.iter().any(|veth| veth.name == damaged.host_ifname) {
+                suspects.damaged.push(hash.clone());
+            }
+        }
+        if seen.pass == self.last_look {
+            return suspects;
+        }
+        self.last_look = seen.pass;
+        let mut strays = BTreeMap::new();
+        for veth in seen.veths.iter().filter(|veth| !self.owns(&veth.name)) {
+            strays.insert(veth.clone(), self.strays.get(veth).copied().unwrap_or(now));
+        }
+        self.strays = strays;
+        suspects
+    }
+
+    /// Veths with our mark that nobody has claimed for as long as an ADD can last.
+    pub(super) fn strays_due(&self, now: Boottime) -> Vec<IfName> {
+        let old = self.strays.iter().filter(|(_, first)| now >= first.plus(WIRING_LIMIT));
+        old.map(|(veth, _)| veth.name.clone()).collect()
+    }
+
+    pub(super) fn forget_stray(&mut self, name: &IfName) {
+        self.strays.retain(|veth, _| veth.name != *name);
+    }
+
+    /// Whether a record stands behind a veth of this name.
+    pub(super) fn owns(&self, name: &IfName) -> bool {
+        self.names.contains_key(name) || self.damaged.values().any(|d| d.host_ifname == *name)
+    }
+
+    /// The next moment at which time alone changes something.
+    pub(super) fn next_due(&self) -> Option<Boottime> {
+        let undo = self.entries.values().filter_map(|entry| match entry.phase {
+            Phase::Aborted { conn: None, not_before } => Some(not_before),
+            _ => None,
+        });
+        let held = self.entries.values().flat_map(|entry| entry.record.held.iter().map(|held| held.until));
+        let strays = self.strays.values().map(|first| first.plus(WIRING_LIMIT));
+        undo.chain(held).chain(strays).min()
+    }
+
+    /// A bridge that was made real stays wanted.
+    pub(super) fn keep_bridge(&mut self, name: &IfName, network: &PodNetwork) -> bool {
+        let used = BridgeUse { subnet: network.subnet, mtu: network.mtu };
+        self.continuity.bridges.insert(name.clone(), used) != Some(used)
+    }
+
+    /// What the kernel must hold for the attachments there are.
+    pub(super) fn needs(&self, network_mtu: Option<u32>) -> PodPorts {
+        let mut needs = PodPorts::default();
+        for (name, used) in &self.continuity.bridges {
+            needs.bridges.insert(name.clone(), BridgeNeed { subnets: vec![used.subnet], mtu: used.mtu });
+        }
+        for (key, Entry { record, phase }) in &self.entries {
+            if matches!(phase, Phase::Aborted { .. }) {
+                continue;
+            }
+            let need = needs
+                .bridges
+                .entry(record.bridge.name.clone())
+                .or_insert_with(|| BridgeNeed { subnets: vec![], mtu: network_mtu.unwrap_or(record.mtu) });
+            if !need.subnets.contains(&record.subnet) {
+                need.subnets.push(record.subnet);
+            }
+            if let Some(wired) = record.committed {
+                let (options, mtu) = (record.bridge.clone(), record.mtu);
+                needs.ports.insert(host_ifname(key), Port { ifindex: wired.host_ifindex, options, mtu });
+            }
+        }
+        needs
+    }
+
+    /// What is to be remembered beside the records.
+    pub(super) fn continuity(&self) -> Continuity {
+        let cursors = self.pools.iter().filter_map(|(subnet, pool)| Some((*subnet, pool.last()?)));
+        Continuity { cursors: cursors.collect(), bridges: self.continuity.bridges.clone() }
+    }
+
+    pub(super) fn entries(&self) -> impl Iterator<Item = (&Attachment, &Entry)> {
+        self.entries.iter()
+    }
+
+    /// Whether a transaction is under way on this connection.
+    pub(super) fn has_open(&self, conn: ConnId) -> bool {
+        self.entries.values().any(|entry| match entry.phase {
+            Phase::Reserved { conn: owner } | Phase::Aborted { conn: Some(owner), .. } => owner == conn,
+            _ => false,
+        })
+    }
+
+    pub(super) fn get(&self, key: &Attachment) -> Option<&Entry> {
+        self.entries.get(key)
+    }
+
+    /// Used and total addresses of the subnet that new pods get; of all records while there is none.
+    pub(super) fn usage(&self) -> (usize, usize) {
+        match self.current.and_then(|subnet| self.pools.get(&subnet)) {
+            Some(pool) => (pool.used(), pool.capacity() as usize),
+            None => (self.blocked().collect::<BTreeSet<_>>().len(), 0),
+        }
+    }
+
+    fn pick(
+        &mut self,
+        subnet: Subnet,
+        requested: &[IpAddr],
+        held: &[Held],
+    ) -> Result<Vec<IpAddr>, PoolError> {
+        let pool = self.pool(subnet);
+        if requested.is_empty() {
+            return Ok(vec![pool.take()?]);
+        }
+        let mut taken: Vec<IpAddr> = Vec::new();
+        for address in requested {
+            let own = held.iter().any(|held| held.address == *address);
+            match if own { pool.check(*address) } else { pool.take_exact(*address) } {
+                Ok(()) => taken.push(*address),
+                Err(error) => {
+                    self.free(taken.into_iter());
+                    return Err(error);
+                }
+            }
+        }
+        Ok(taken)
+    }
+
+    /// The pool of a subnet; a new one knows every address that is promised already, under whatever subnet.
+    fn pool(&mut self, subnet: Subnet) -> &mut Pool {
+        if !self.pools.contains_key(&subnet) {
+            let mut pool = Pool::new(subnet, self.continuity.cursors.get(&subnet).copied());
+            self.blocked().for_each(|address| pool.block(address));
+            self.pools.insert(subnet, pool);
+        }
+        self.pools.entry(subnet).or_insert_with(|| unreachable!("inserted above"))
+    }
+
+    fn blocked(&self) -> impl Iterator<Item = IpAddr> {
+        let records = self.entries.values().map(|entry| &entry.record);
+        let records =
+            records.flat_map(|r| r.addresses.iter().copied().chain(r.held.iter().map(|h| h.address)));
+        records.chain(self.damaged.values().flat_map(|damaged| damaged.addresses.iter().copied()))
+    }
+
+    /// Frees addresses that nobody else holds: an address may be in two records after a foreign hand's edit, or in an
+    /// ADD's and its predecessor's.
+    fn free(&mut self, addresses: impl Iterator<Item = IpAddr>) {
+        for address in addresses {
+            if !self.blocked().any(|other| other == address) {
+                self.pools.values_mut().for_each(|pool| pool.free(address));
+            }
+        }
+    }
+
+    fn insert(&mut self, entry: Entry) -> Option<Entry> {
+        for pool in self.pools.values_mut() {
+            entry.record.addresses.iter().for_each(|address| pool.block(*address));
+        }
+        let key = entry.record.attachment.clone();
+        self.names.insert(host_ifname(&key), key.clone());
+        self.entries.insert(key, entry)
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum ReserveRefusal {
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    #[error("the connection of this ADD is closed")]
+    Closed,
+}
+
+fn wiring_over(record: &Record) -> Boottime {
+    record.reserved_at.plus(WIRING_LIMIT)
+}
+
+fn held_until(record: &Record) -> Boottime {
+    record.held.iter().map(|held| held.until).max().unwrap_or_default()
+}
+
+/// What remains blocked when another ADD of the same key replaces this entry.
+fn held_after(old: &Entry, now: Boottime) -> Vec<Held> {
+    let mut held = old.record.held.clone();
+    if let Phase::Aborted { not_before: until, .. } = old.phase {
+        held.extend(old.record.addresses.iter().map(|address| Held { address: *address, until }));
+    }
+    held.retain(|held| held.until > now);
+    held
+}

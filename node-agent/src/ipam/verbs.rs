@@ -1,0 +1,309 @@
+//! What the plugin asks for, carried out. Order within a verb: disk before kernel before answer, so that whatever is
+//! cut off in between leaves a record to be undone.
+
+use std::io;
+
+use std::net::IpAddr;
+use tokio::time::{Instant, timeout_at};
+use tracing::{info, warn};
+use weft_shared::names::host_ifname;
+use weft_shared::protocol::{
+    Attachment, Commit, Failure, PodAddress, Reply, Request, Reservation, Reserve, code,
+};
+
+use super::locks::NameGuard;
+use super::pool::PoolError;
+use super::table::{CommitRefusal, ConnId, Phase, ReserveRefusal, Standing};
+use super::{Ipam, request};
+use crate::pods::{Fabric, NotReady, PodNetwork};
+
+impl<F: Fabric> Ipam<F> {
+    pub async fn handle(&self, conn: ConnId, request: Request) -> Reply {
+        let verb = verb(&request);
+        let done = match request {
+            Request::Reserve(reserve) => self.reserve(conn, reserve).await.map(Reply::Reserved),
+            Request::Commit(commit) => self.commit(conn, commit).map(|()| Reply::Done),
+            Request::Release { attachment } => self.release(&attachment).await.map(|()| Reply::Done),
+            Request::Check { attachment, addresses } => {
+                self.check(&attachment, &addresses).map(|()| Reply::Done)
+            }
+            Request::Gc { network, valid } => self.gc(&network, &valid).await.map(|()| Reply::Done),
+            Request::Status => self.can_add().map(|()| Reply::Done),
+        };
+        done.unwrap_or_else(|failure| {
+            self.count_failure(verb, failure.code);
+            Reply::Failed(failure)
+        })
+    }
+
+    /// A request failed before it came here, or was given up.
+    pub fn count_failure(&self, verb: &'static str, code: u32) {
+        self.counters.failed(verb, code);
+    }
+
+    /// ADD, first half.
+    pub async fn reserve(&self, conn: ConnId, reserve: Reserve) -> Result<Reservation, Failure> {
+        request::check_reserve(&reserve)?;
+        let network =
+            self.fabric.pod_network().map_err(|e| try_again("no pod can be added yet", e.to_string()))?;
+        let mtu = request::mtu(&reserve, &network)?;
+        let key = &reserve.attachment;
+        let guard = self.claim(key).await?;
+        let record = {
+            let mut state = self.state();
+            let record =
+                state.table.reserve(conn, &reserve, &network, mtu, (self.clock)()).map_err(refused)?;
+            let written = state
+                .records
+                .write(&record)
+                .and_then(|()| state.records.write_continuity(&state.table.continuity()));
+            if written.is_err() {
+                state.table.give_up(key);
+            }
+            self.publish(&state);
+            written.map(|()| record).map_err(unwritten)
+        };
+        let wired = match record {
+            Ok(record) => self.offer(conn, &reserve, &network, mtu, &record.addresses).await,
+            Err(failure) => Err(failure),
+        };
+        if wired.is_err() {
+            // Whoever is told so wires nothing. After a DEL the entry waits for the connection's end.
+            self.give_up(conn, key);
+            if let Err(error) = self.undo_locked(key, &guard).await {
+                warn!(attachment = ?key, %error, "failed ADD not undone yet");
+                self.wake.notify_one();
+            }
+        }
+        wired
+    }
+
+    /// ADD, second half.
+    pub fn commit(&self, conn: ConnId, commit: Commit) -> Result<(), Failure> {
+        if commit.host_ifindex == 0 {
+            return Err(request::invalid(
+                "host_ifindex = 0: expected the index of the host-side veth".into(),
+            ));
+        }
+        let mut state = self.state();
+        let record = state.table.committable(conn, &commit).map_err(|refusal| {
+            let code = match refusal {
+                CommitRefusal::NotReserved => code::NOT_RESERVED,
+                CommitRefusal::Aborted => code::TRY_AGAIN,
+            };
+            failure(code, "ADD cannot be completed", format!("{}: {refusal}", shown(&commit.attachment)))
+        })?;
+        state.records.write(&record).map_err(unwritten)?;
+        info!(attachment = ?commit.attachment, addresses = ?record.addresses, ifindex = commit.host_ifindex, "added");
+        let last_look = self.seen.borrow().pass;
+        state.table.commit(record, last_look);
+        self.publish(&state);
+        self.counters.adds.inc();
+        Ok(())
+    }
+
+    /// DEL. Done when nothing is left, also when there never was anything.
+    pub async fn release(&self, key: &Attachment) -> Result<(), Failure> {
+        request::check_attachment(key)?;
+        {
+            let mut state = self.state();
+            if state.table.abort(key, None) {
+                self.publish(&state);
+            }
+        }
+        self.undo(key).await.map_err(|error| try_again("DEL is not complete", error))?;
+        self.counters.dels.inc();
+        Ok(())
+    }
+
+    /// CHECK.
+    pub fn check(&self, key: &Attachment, addresses: &[IpAddr]) -> Result<(), Failure> {
+        let not_held =
+            |details: String| Err(failure(code::NOT_HELD, "the agent holds no such attachment", details));
+        let state = self.state();
+        let Some(entry) = state.table.get(key).filter(|e| matches!(e.phase, Phase::Committed { .. })) else {
+            return not_held(shown(key));
+        };
+        let held = &entry.record.addresses;
+        match addresses.iter().find(|address| !held.contains(address)) {
+            Some(address) => not_held(format!("{} has {held:?}, not {address}", shown(key))),
+            None => Ok(()),
+        }
+    }
+
+    /// GC: goes on after an error and names all of them at the end.
+    pub async fn gc(&self, network: &str, valid: &[Attachment]) -> Result<(), Failure> {
+        let stale: Vec<Attachment> = {
+            let state = self.state();
+            let committed = state.table.entries().filter(|(_, e)| matches!(e.phase, Phase::Committed { .. }));
+            committed
+                .map(|(key, _)| key)
+                .filter(|k| k.network == network && !valid.contains(k))
+                .cloned()
+                .collect()
+        };
+        let mut errors = Vec::new();
+        for key in &stale {
+            match self.release(key).await {
+                Ok(()) => info!(attachment = ?key, "not among the runtime's attachments, removed"),
+                Err(failure) => errors.push(format!("{}: {failure}", shown(key))),
+            }
+        }
+        if errors.is_empty() { Ok(()) } else { Err(try_again("GC is not complete", errors.join("; "))) }
+    }
+
+    /// STATUS: would an ADD succeed now?
+    pub fn can_add(&self) -> Result<(), Failure> {
+        let unavailable = |code, details| failure(code, "no pod can be added now", details);
+        let network = self.fabric.pod_network().map_err(|reason| match reason {
+            NotReady::Waiting(_) => unavailable(code::NOT_AVAILABLE, reason.to_string()),
+            NotReady::Degraded(_) => unavailable(code::DEGRADED, reason.to_string()),
+        })?;
+        let mut state = self.state();
+        state.table.set_network(&network);
+        match state.table.usage() {
+            (used, total) if used < total => Ok(()),
+            (_, total) => {
+                let full = PoolError::Exhausted { subnet: network.subnet, capacity: total as u32 };
+                Err(unavailable(code::NOT_AVAILABLE, full.to_string()))
+            }
+        }
+    }
+
+    /// The bridge made real, and everything the plugin needs to wire.
+    async fn offer(
+        &self,
+        conn: ConnId,
+        reserve: &Reserve,
+        network: &PodNetwork,
+        mtu: u32,
+        addresses: &[IpAddr],
+    ) -> Result<Reservation, Failure> {
+        let bridge = self.fabric.ensure_bridge(&reserve.bridge.name).await?;
+        {
+            let mut state = self.state();
+            if !state.table.is_reserved(conn, &reserve.attachment) {
+                return Err(try_again(
+                    "ADD was interrupted",
+                    format!("{} was deleted while it was being added", shown(&reserve.attachment)),
+                ));
+            }
+            if state.table.keep_bridge(&reserve.bridge.name, network) {
+                state.records.write_continuity(&state.table.continuity()).map_err(unwritten)?;
+                self.publish(&state);
+            }
+        }
+        let subnet = network.subnet;
+        let addresses = addresses.iter().filter_map(|address| {
+            Some(PodAddress { address: subnet.with_len(*address)?, gateway: subnet.gateway() })
+        });
+        Ok(Reservation {
+            addresses: addresses.collect(),
+            overlay: network.overlay.clone(),
+            mtu,
+            bridge: reserve.bridge.name.clone(),
+            bridge_ifindex: bridge.ifindex,
+            bridge_mac: bridge.mac,
+            host_ifname: host_ifname(&reserve.attachment),
+        })
+    }
+
+    fn give_up(&self, conn: ConnId, key: &Attachment) {
+        let mut state = self.state();
+        if state.table.is_reserved(conn, key) {
+            state.table.give_up(key);
+            self.publish(&state);
+        }
+    }
+
+    /// Waits until nothing of an earlier ADD stands in the way, and clears what such a one left behind. The guard keeps
+    /// it so until the reservation is recorded and answered.
+    async fn claim(&self, key: &Attachment) -> Result<NameGuard<'_>, Failure> {
+        let patience = Instant::now() + self.config.patience;
+        let name = host_ifname(key);
+        let unsettled = |error| try_again("an earlier ADD cannot be undone yet", error);
+        loop {
+            // Subscribed before looking: no change can be missed.
+            let mut changed = self.changed.subscribe();
+            let guard = self.locks.lock(&name).await;
+            self.consume_tombstone(key, &guard).await.map_err(unsettled)?;
+            let standing = self.state().table.standing(key, (self.clock)());
+            match standing {
+                Standing::Free => {
+                    self.fabric.delete_veth(&name).await.map_err(unsettled)?;
+                    return Ok(guard);
+                }
+                Standing::Undone => self.undo_locked(key, &guard).await.map_err(unsettled)?,
+                Standing::InFlight => {
+                    drop(guard);
+                    if timeout_at(patience, changed.changed()).await.is_err() {
+                        let details = format!("another ADD of {} has not ended", shown(key));
+                        return Err(try_again("ADD is under way", details));
+                    }
+                }
+                Standing::Attached { ifindex } => {
+                    if self.fabric.link_exists(ifindex).await.map_err(unsettled)? {
+                        let details = format!("{} by veth {name}, index {ifindex}", shown(key));
+                        return Err(failure(code::ATTACHED, "already attached", details));
+                    }
+                    self.state().table.abort(key, None);
+                    self.counters.dead_freed.inc();
+                    self.undo_locked(key, &guard).await.map_err(unsettled)?;
+                }
+                Standing::NameTaken(other) => {
+                    let details =
+                        format!("{} needs veth {name}, which is that of {}", shown(key), shown(&other));
+                    return Err(failure(code::ATTACHED, "veth name is taken", details));
+                }
+                Standing::Damaged => {
+                    let details =
+                        format!("{}: its record cannot be read; delete it first (veth {name})", shown(key));
+                    return Err(failure(code::ATTACHED, "already attached", details));
+                }
+            }
+        }
+    }
+}
+
+/// As metrics and logs call it.
+pub fn verb(request: &Request) -> &'static str {
+    match request {
+        Request::Reserve(_) => "reserve",
+        Request::Commit(_) => "commit",
+        Request::Release { .. } => "release",
+        Request::Check { .. } => "check",
+        Request::Gc { .. } => "gc",
+        Request::Status => "status",
+    }
+}
+
+fn failure(code: u32, msg: &str, details: String) -> Failure {
+    Failure { code, msg: msg.into(), details }
+}
+
+fn try_again(msg: &str, details: String) -> Failure {
+    failure(code::TRY_AGAIN, msg, details)
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "the shape of map_err")]
+fn unwritten(error: io::Error) -> Failure {
+    failure(code::IO, "the agent cannot write its records", error.to_string())
+}
+
+fn refused(refusal: ReserveRefusal) -> Failure {
+    match refusal {
+        ReserveRefusal::Closed => try_again("ADD was interrupted", refusal.to_string()),
+        ReserveRefusal::Pool(error) => {
+            let code = match error {
+                PoolError::Exhausted { .. } => code::EXHAUSTED,
+                PoolError::Taken { .. } => code::ADDRESS_IN_USE,
+                PoolError::Outside { .. } | PoolError::NotForPods { .. } => code::INVALID,
+            };
+            failure(code, "no address for the pod", error.to_string())
+        }
+    }
+}
+
+fn shown(key: &Attachment) -> String {
+    format!("interface {} of container {} in network {}", key.ifname, key.container_id, key.network)
+}

@@ -1,6 +1,7 @@
 //! The composition root: builds every part, connects them, and decides what ends the agent. Only here do the pure and
 //! the effectful sides meet.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use crate::bringup::bring_up;
 use crate::config::{Config, StoreConfig};
 use crate::ipam::{self, Boottime, Ipam};
 use crate::kernel::{LinuxKernel, Monitor};
-use crate::lease::{self, EmbeddedStore, EtcdStore, Store, StoreHealth};
+use crate::lease::{self, EmbeddedStore, EtcdStore, LeaseStore, Store, StoreError, StoreHealth};
 use crate::metrics::Metrics;
 use crate::node::{Node, NodeFabric};
 use crate::pods::{PodPorts, SeenVeths};
@@ -59,7 +60,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let metrics = Arc::new(Metrics::new(status_source.clone()));
     let admin_state = AdminState { status: status_source, metrics };
     tasks.spawn(ended("admin", admin.serve(admin_state, stop.clone())));
-    tasks.spawn(ended("cni socket", server.serve(stop.clone())));
+    tasks.spawn(ended("cni socket", server.run(stop.clone())));
     tasks.spawn(ended("address management", ipam.run(stop.clone())));
     tasks.spawn(ended("pods' ports", pass_on_ports(node.clone(), stop.clone())));
     tasks.spawn(ended("seen veths", pass_on_seen(reconcile.clone(), seen_sender, stop.clone())));
@@ -98,18 +99,37 @@ async fn ended<T>(name: &'static str, task: impl Future<Output = T>) -> &'static
 async fn open_store(config: &StoreConfig) -> anyhow::Result<Store> {
     match config {
         StoreConfig::Etcd(etcd) => {
-            let store = EtcdStore::new(lease::EtcdConfig::from(etcd))?;
-            Ok(Store::Etcd(store))
+            let (cert, key) = etcd.client_cert.clone().map(|c| (c.cert_file, c.key_file)).unzip();
+            let (username, password) = etcd.login.clone().map(|l| (l.username, l.password.0)).unwrap_or_default();
+            let config = lease::EtcdConfig {
+                endpoints: etcd.endpoints.clone(),
+                prefix: etcd.prefix.clone(),
+                cert,
+                key,
+                ca: etcd.ca_file.clone(),
+                username,
+                password,
+            };
+            Ok(Store::Etcd(EtcdStore::new(&config)?))
         }
         StoreConfig::Embedded(embedded) => {
-            let store = EmbeddedStore::open(lease::EmbeddedConfig { path: embedded.file.clone() }).await?;
+            let store = EmbeddedStore::new(&lease::EmbeddedConfig { path: embedded.file.clone() });
             if let Some(file) = &embedded.net_config {
-                let json = std::fs::read_to_string(file)
-                    .with_context(|| format!("--net-config = {}: cannot be read", file.display()))?;
-                store.put_config_if_empty(&json).await.with_context(|| format!("--net-config = {}", file.display()))?;
+                put_config_if_missing(&store, file)
+                    .await
+                    .with_context(|| format!("--net-config = {}", file.display()))?;
             }
             Ok(Store::Embedded(store))
         }
+    }
+}
+
+async fn put_config_if_missing(store: &EmbeddedStore, file: &Path) -> anyhow::Result<()> {
+    let json = std::fs::read_to_string(file)?;
+    match store.network_config().await {
+        Err(StoreError::NoConfig { .. }) => Ok(store.put_config(&json).await?),
+        Err(other) => Err(other.into()),
+        Ok(_) => Ok(()),
     }
 }
 

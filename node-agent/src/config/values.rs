@@ -68,3 +68,50 @@ pub(super) fn duration(text: &str) -> Option<Duration> {
     }
     Some(total)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn expressions_are_re2s() {
+        let digit = regex(r"^(?i)ETH\d$").expect("valid");
+        assert!(digit.is_match(b"eth0"));
+        assert!(!digit.is_match("eth٣".as_bytes()), "RE2's classes are ASCII");
+        assert!(regex(r"eth(?=0)").is_none(), "RE2 has no look-ahead");
+    }
+
+    #[test]
+    fn durations() {
+        for (text, millis) in
+            [("10", 10_000), ("0.25", 250), ("1h30m", 5_400_000), ("1.5s", 1_500), ("20ms", 20)]
+        {
+            assert_eq!(duration(text), Some(Duration::from_millis(millis)), "{text}");
+        }
+        for bad in ["-1", "1d", "h", "1h2", "inf", "nan", "1 s", "s1", "1e30"] {
+            assert_eq!(duration(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn keys_are_joined_as_go_joins_paths() {
+        for (text, key) in [("/a//b/", "/a/b"), ("a/b", "a/b"), ("/", "")] {
+            assert_eq!(clean_key(text).as_deref(), Some(key));
+        }
+        assert_eq!(clean_key("/a/./b"), None);
+    }
+
+    #[test]
+    fn endpoints_with_and_without_scheme() {
+        for (text, url) in [
+            ("a:2379", "https://a:2379"),
+            ("http://10.0.0.1:2379/", "http://10.0.0.1:2379"),
+            ("http://[fd00::1]:2379", "http://[fd00::1]:2379"),
+        ] {
+            assert_eq!(endpoint(text, "https").as_deref(), Some(url));
+        }
+        for bad in ["", "a", "unix:///x", "http://:1", "http://a:0", "http://a/b:1", "http://u:p@a:1"] {
+            assert_eq!(endpoint(bad, "http"), None, "{bad}");
+        }
+    }
+}

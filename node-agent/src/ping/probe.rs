@@ -148,7 +148,8 @@ mod tests {
         assert!(is_reply(&packet(&|_| {}), 7, 9));
         assert!(!is_reply(&packet(&|_| {}), 8, 9));
         assert!(!is_reply(&packet(&|_| {}), 7, 10));
-        assert!(!is_reply(&packet(&|p| p[20] = ECHO_REQUEST), 7, 9));
+        let asked = [&[0x45; 20][..], &request(7, 9)].concat();
+        assert!(!is_reply(&asked, 7, 9), "our own request, seen on loopback");
         assert!(!is_reply(&packet(&|p| p[50] ^= 1), 7, 9), "checksum");
         assert!(!is_reply(&packet(&|p| p.truncate(27)), 7, 9));
         assert!(!is_reply(&[], 7, 9));
@@ -218,8 +219,11 @@ mod tests {
             status.peers[1].overlay_probe = ip("127.0.0.3");
             let probes = Probes { count: 1, timeout: Duration::from_millis(100) };
             let reports = runtime.block_on(super::super::ping(&status, "all", probes)).expect("peers");
-            let legs: Vec<_> = reports.iter().map(|r| (r.underlay.answers(), r.overlay.answers())).collect();
-            assert_eq!(legs, [(true, false), (false, true)]);
+            let legs = reports.iter().flat_map(|r| [&r.underlay, &r.overlay]);
+            let seen: Vec<_> = legs.map(|leg| (leg.target.to_string(), leg.answers())).collect();
+            let expected =
+                [("127.0.0.2", true), ("10.99.0.2", false), ("10.99.0.3", false), ("127.0.0.3", true)];
+            assert_eq!(seen, expected.map(|(target, answers)| (target.to_owned(), answers)));
             assert!(reports[0].verdict.contains("UDP port 8472 (VXLAN, VNI 1)"), "{}", reports[0].verdict);
             assert_eq!(reports[1].peer, status.peers[1].key);
         });

@@ -20,7 +20,7 @@ use weft_shared::{IfName, Mac, Subnet};
 use super::*;
 use crate::pods::{BridgeFacts, NotReady, PodNetwork, SeenVeth};
 
-const BOOT: &str = "7d8e9fa0-0000-4000-8000-000000000001";
+pub(crate) const BOOT: &str = "7d8e9fa0-0000-4000-8000-000000000001";
 const OTHER_BOOT: &str = "7d8e9fa0-0000-4000-8000-000000000002";
 
 /// The kernel and the rest of the agent: what they were told, and faults on demand.
@@ -71,7 +71,7 @@ impl TestFabric {
         ifindex
     }
 
-    fn hold_bridge(&self) -> Arc<Semaphore> {
+    pub(crate) fn hold_bridge(&self) -> Arc<Semaphore> {
         let gate = Arc::new(Semaphore::new(0));
         *self.0.gate.lock().expect("gate") = Some(gate.clone());
         gate
@@ -182,7 +182,7 @@ impl Node {
         self.dir.path().join("tombstones")
     }
 
-    fn pass_time(&self, span: Duration) {
+    pub(crate) fn pass_time(&self, span: Duration) {
         self.now.fetch_add(span.as_nanos() as u64, Ordering::Relaxed);
     }
 
@@ -194,7 +194,7 @@ impl Node {
         self.ipam().tend().await;
     }
 
-    fn bury(&self, key: &Attachment, boot_id: &str) {
+    pub(crate) fn bury(&self, key: &Attachment, boot_id: &str) {
         let tombstone = Tombstone {
             attachment: key.clone(),
             boot_id: boot_id.into(),
@@ -204,7 +204,7 @@ impl Node {
         tombstone.write(&self.tombstones()).expect("tombstone");
     }
 
-    fn tombstone_files(&self) -> usize {
+    pub(crate) fn tombstone_files(&self) -> usize {
         weft_shared::tombstone::list(&self.tombstones()).expect("list").len()
     }
 
@@ -219,7 +219,7 @@ impl Node {
     }
 
     /// A whole ADD.
-    async fn attach(&self, id: &str) -> Reservation {
+    pub(crate) async fn attach(&self, id: &str) -> Reservation {
         let (connection, reservation) = self.add(id).await.expect("reserve");
         self.commit(&connection, id).expect("commit");
         connection.closed(true).await;
@@ -237,7 +237,7 @@ impl Node {
         self.ipam().commit(connection.id(), commit).map(|()| host_ifindex)
     }
 
-    fn states(&self) -> BTreeMap<String, String> {
+    pub(crate) fn states(&self) -> BTreeMap<String, String> {
         let attachments = self.ipam().attachments().into_iter();
         attachments.map(|a| (a.container_id, a.state)).collect()
     }

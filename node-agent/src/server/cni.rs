@@ -71,6 +71,7 @@ impl<F: Fabric> Server<F> {
     pub async fn bind(socket: &Path, ipam: Arc<Ipam<F>>, limits: Limits) -> Result<Self, BindError> {
         listener::secure_directory(socket, limits.uid)?;
         let lock = listener::lock_tombstones(ipam.tombstones_dir()).await?;
+        listener::refuse_live(socket).await?;
         ipam.clean_tombstones().map_err(|e| BindError::io(ipam.tombstones_dir(), e))?;
         ipam.drain_tombstones().await;
         let listener = Listener::bind(socket).await?;

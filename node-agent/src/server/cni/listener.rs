@@ -90,10 +90,34 @@ pub(super) async fn lock_tombstones(dir: &Path) -> Result<File, BindError> {
     }
 }
 
+/// A socket that somebody answers is another agent's; a dead one's is replaced.
+pub(super) async fn refuse_live(path: &Path) -> Result<(), BindError> {
+    let found = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other.map_err(|e| BindError::io(path, e))?,
+    };
+    if !found.file_type().is_socket() {
+        return Err(BindError::Unsafe {
+            path: path.to_owned(),
+            found: "there and no socket".to_owned(),
+            expected: "nothing, or the socket of an agent that is gone",
+        });
+    }
+    match UnixStream::connect(path).await {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        // A full backlog is a live agent's.
+        Ok(_) => Err(BindError::InUse { path: path.to_owned() }),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            Err(BindError::InUse { path: path.to_owned() })
+        }
+        Err(error) => Err(BindError::io(path, error)),
+    }
+}
+
 impl Listener {
     /// Bound under another name, closed to others, then renamed: whoever finds the socket finds it finished.
     pub(super) async fn bind(path: &Path) -> Result<Self, BindError> {
-        refuse_live(path).await?;
         let mut temporary = path.as_os_str().to_owned();
         temporary.push(".new");
         let temporary = PathBuf::from(temporary);
@@ -121,29 +145,5 @@ impl Listener {
         if ours && let Err(error) = fs::remove_file(&self.path) {
             warn!(path = %self.path.display(), %error, "socket not removed");
         }
-    }
-}
-
-async fn refuse_live(path: &Path) -> Result<(), BindError> {
-    let found = match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other.map_err(|e| BindError::io(path, e))?,
-    };
-    if !found.file_type().is_socket() {
-        return Err(BindError::Unsafe {
-            path: path.to_owned(),
-            found: "there and no socket".to_owned(),
-            expected: "nothing, or the socket of an agent that is gone",
-        });
-    }
-    match UnixStream::connect(path).await {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        // A full backlog is a live agent's.
-        Ok(_) => Err(BindError::InUse { path: path.to_owned() }),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            Err(BindError::InUse { path: path.to_owned() })
-        }
-        Err(error) => Err(BindError::io(path, error)),
     }
 }

@@ -1,4 +1,29 @@
 //! Subnet leases: the seam that every store implements, and what the agent makes of them.
+//!
+//! ```text
+//! store (etcd, embedded) --LeaseUpdate--> table: which peers can be used
+//!        ^-- acquire, renew -- keeper: this node's own lease, for ever
+//! ```
+//! `table`, `allocator` and `selection` do no I/O.
+
+pub mod allocator;
+pub mod backoff;
+pub mod embedded;
+pub mod etcd;
+pub mod keeper;
+pub mod selection;
+pub mod table;
+
+#[cfg(test)]
+mod contract;
+mod health;
+mod store;
+
+pub use embedded::{EmbeddedConfig, EmbeddedStore};
+pub use etcd::{EtcdConfig, EtcdStore};
+pub use keeper::{Keeper, KeeperHandle, LeaseState, wait_for_config};
+pub use store::Store;
+pub use table::LeaseTable;
 
 use std::future::Future;
 use std::time::{Duration, SystemTime};
@@ -20,14 +45,15 @@ pub trait LeaseStore: Send + Sync + 'static {
     /// Takes a subnet: the own one again (found by public IP, else the previous subnet) or a free one.
     fn acquire(&self, want: &AcquireRequest) -> impl Future<Output = Result<OwnedLease, StoreError>> + Send;
 
-    /// Extends the lease if, and only if, the key is still ours; never overwrites another owner.
+    /// Extends the lease if, and only if, the key is still ours; never overwrites another owner. A reservation is only
+    /// looked after: its value is put right, nothing makes it expire.
     fn renew(
         &self,
         held: &OwnedLease,
         ttl: Duration,
     ) -> impl Future<Output = Result<OwnedLease, StoreError>> + Send;
 
-    /// Gives the lease back if it is still ours.
+    /// Gives the lease back if it is still ours. A reservation stays: it is the operator's.
     fn release(&self, held: &OwnedLease) -> impl Future<Output = Result<(), StoreError>> + Send;
 
     /// Sends a full snapshot, then every change, until the receiver is gone. A broken watch is resumed, or begun anew
@@ -71,6 +97,8 @@ pub enum LeaseUpdate {
     Remove(LeaseKey),
     /// One entry that could not be read; whatever was known under that key is unchanged.
     Malformed(Malformed),
+    /// An entry whose key is no lease key is gone.
+    MalformedGone(String),
 }
 
 /// An entry below the leases' prefix that is no lease.

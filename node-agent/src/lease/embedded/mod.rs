@@ -1,0 +1,118 @@
+//! Leases in one SQLite file that the agents of one machine share: for the lab, a demo, a single host.
+//!
+//! Each operation opens the file, so that a file that was replaced is simply the new one, and is one transaction. With
+//! SQLite's rollback journal every commit writes the database file itself while it holds the exclusive lock: inotify
+//! on that file tells of every change by anybody, the sqlite3 shell included, and a reader that was woken early waits
+//! for the lock and then sees the change. A slow sweep stands behind it.
+
+mod database;
+mod own;
+mod watch;
+
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{mpsc, watch as latest};
+use weft_shared::netconf::{EXAMPLE, NetworkConfig};
+
+use self::database::Database;
+use super::{AcquireRequest, LeaseStore, LeaseUpdate, OwnedLease, StoreError, StoreHealth};
+
+/// How often the file is read without having been told to.
+const SWEEP: Duration = Duration::from_secs(10);
+
+#[derive(Debug, Clone)]
+pub struct EmbeddedConfig {
+    pub path: PathBuf,
+}
+
+#[derive(Debug, Clone)]
+pub struct EmbeddedStore {
+    path: PathBuf,
+    sweep: Duration,
+}
+
+impl EmbeddedStore {
+    /// Touches nothing yet; the file is made by the first operation.
+    pub fn new(config: &EmbeddedConfig) -> Self {
+        Self { path: config.path.clone(), sweep: SWEEP }
+    }
+
+    /// Changes how often the file is read without having been told to.
+    pub fn with_sweep(self, sweep: Duration) -> Self {
+        Self { sweep, ..self }
+    }
+
+    /// Writes the network configuration, if it is a good one.
+    pub async fn put_config(&self, json: &str) -> Result<(), StoreError> {
+        NetworkConfig::parse(json)?;
+        let json = json.to_owned();
+        self.write(move |database| database.put_config(&json)).await
+    }
+
+    /// One writing transaction, on a thread that may wait for the file. What has expired is gone before `work` looks.
+    async fn write<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Database) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let path = self.path.clone();
+        self.blocking(move || {
+            Database::open(&path)?.transaction(|database| {
+                database.expire(SystemTime::now())?;
+                work(database)
+            })
+        })
+        .await
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| {
+            Err(StoreError::Unavailable { location: self.location(), reason: format!("worker: {e}") })
+        })
+    }
+}
+
+impl LeaseStore for EmbeddedStore {
+    fn location(&self) -> String {
+        database::location(&self.path)
+    }
+
+    async fn network_config(&self) -> Result<NetworkConfig, StoreError> {
+        let path = self.path.clone();
+        let json = self.blocking(move || Database::open(&path)?.config()).await?;
+        let json = json.ok_or_else(|| StoreError::NoConfig {
+            key: format!("config in {}", self.path.display()),
+            command: format!(
+                "sqlite3 {} \"INSERT OR REPLACE INTO config (id, json) VALUES (1, '{EXAMPLE}')\"",
+                self.path.display()
+            )
+            .replace(EXAMPLE, &EXAMPLE.replace('"', "\\\"")),
+        })?;
+        Ok(NetworkConfig::parse(&json)?)
+    }
+
+    async fn acquire(&self, want: &AcquireRequest) -> Result<OwnedLease, StoreError> {
+        let want = want.clone();
+        self.write(move |database| own::acquire(database, &want)).await
+    }
+
+    async fn renew(&self, held: &OwnedLease, ttl: Duration) -> Result<OwnedLease, StoreError> {
+        let held = held.clone();
+        self.write(move |database| own::renew(database, &held, ttl)).await
+    }
+
+    async fn release(&self, held: &OwnedLease) -> Result<(), StoreError> {
+        let held = held.clone();
+        self.write(move |database| own::release(database, &held)).await
+    }
+
+    async fn watch(&self, updates: mpsc::Sender<LeaseUpdate>, health: latest::Sender<StoreHealth>) {
+        watch::run(self, updates, health).await;
+    }
+}
+
+#[cfg(test)]
+mod tests;

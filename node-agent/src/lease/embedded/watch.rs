@@ -1,0 +1,169 @@
+//! Told by inotify that the file was written, reads it whole and sends what differs from the last time.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use inotify::{Inotify, WatchMask};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{mpsc, watch as latest};
+use tokio::time::{sleep, timeout};
+use tracing::warn;
+
+use super::super::backoff::{Backoff, jittered};
+use super::super::health;
+use super::super::selection::{Entry, key_named};
+use super::super::{LeaseStore, LeaseUpdate, StoreError, StoreHealth};
+use super::EmbeddedStore;
+use super::database::{Database, World};
+
+pub(super) async fn run(
+    store: &EmbeddedStore,
+    updates: mpsc::Sender<LeaseUpdate>,
+    health: latest::Sender<StoreHealth>,
+) {
+    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+    let mut known: Option<World> = None;
+    let mut bell = None;
+    loop {
+        let wait = match look(store, &mut bell).await {
+            Ok(world) => {
+                backoff.reset();
+                health::connected(&health, store);
+                let (changes, relisted) = changes(known.as_ref(), &world);
+                if relisted {
+                    warn!(store = %store.location(), "another file, watch begins anew with a snapshot");
+                    health.send_modify(|health| health.relists += 1);
+                }
+                for update in changes {
+                    if let LeaseUpdate::Malformed(entry) = &update {
+                        warn!(key = %entry.key, reason = %entry.reason, "entry is no lease, skipped");
+                    }
+                    if updates.send(update).await.is_err() {
+                        return;
+                    }
+                }
+                let expiry = world.next_expiry.map(until);
+                known = Some(world);
+                expiry.map_or(jittered(store.sweep), |expiry| expiry.min(jittered(store.sweep)))
+            }
+            Err(error) => {
+                health::disconnected(&health, store, &error);
+                backoff.wait()
+            }
+        };
+        tokio::select! {
+            () = updates.closed() => return,
+            rung = timeout(wait, ring(&mut bell)) => {
+                if let Ok(Err(error)) = rung {
+                    warn!(%error, "inotify failed, the sweep alone notices changes until it is back");
+                    bell = None;
+                    sleep(backoff.wait()).await;
+                }
+            }
+        }
+    }
+}
+
+/// Reads the file, after the bell has been hung: what changes later rings it.
+async fn look(store: &EmbeddedStore, bell: &mut Option<Bell>) -> Result<World, StoreError> {
+    let path = store.path.clone();
+    // Makes the file where there is none, so that there is something to watch.
+    store.blocking(move || Database::open(&path).map(drop)).await?;
+    if bell.as_ref().is_none_or(|bell| bell.stale) {
+        *bell = Bell::hang(&store.path)
+            .inspect_err(|error| warn!(%error, "no inotify, the sweep alone notices changes"))
+            .ok();
+    }
+    let path = store.path.clone();
+    let world = store.blocking(move || Database::open(&path)?.world()).await?;
+    if world.next_expiry.is_some_and(|expiry| expiry <= SystemTime::now()) {
+        store.write(|_| Ok(())).await?;
+        let path = store.path.clone();
+        return store.blocking(move || Database::open(&path)?.world()).await;
+    }
+    Ok(world)
+}
+
+/// From what was sent to what there is. The first time, and when the file is another one, a whole snapshot.
+fn changes(known: Option<&World>, world: &World) -> (Vec<LeaseUpdate>, bool) {
+    let same_history =
+        known.filter(|known| known.identity == world.identity && known.revision <= world.revision);
+    let Some(before) = same_history else {
+        let leases = world.entries.iter().filter_map(Entry::lease).collect();
+        let snapshot = LeaseUpdate::Snapshot { leases, malformed: world.malformed.clone() };
+        return (vec![snapshot], known.is_some());
+    };
+    let by_key = |world: &World| -> BTreeMap<_, _> {
+        world.entries.iter().filter(|e| e.well_spelt).map(|e| (e.key, e.lease())).collect()
+    };
+    let (old, new) = (by_key(before), by_key(world));
+    let removed = old.keys().filter(|key| !new.contains_key(key)).map(|key| LeaseUpdate::Remove(*key));
+    let written = new
+        .iter()
+        .filter(|(key, lease)| old.get(key) != Some(lease))
+        .filter_map(|(_, lease)| lease.clone().map(LeaseUpdate::Upsert));
+    let malformed = world.malformed.iter().filter(|entry| !before.malformed.contains(entry));
+    let gone = before.malformed.iter().filter(|entry| {
+        key_named(&entry.key).is_err() && !world.malformed.iter().any(|other| other.key == entry.key)
+    });
+    let updates = removed
+        .chain(written)
+        .chain(malformed.cloned().map(LeaseUpdate::Malformed))
+        .chain(gone.map(|entry| LeaseUpdate::MalformedGone(entry.key.clone())))
+        .collect();
+    (updates, false)
+}
+
+/// inotify on the database file. Hung anew when the file itself is replaced.
+struct Bell {
+    inotify: AsyncFd<Inotify>,
+    stale: bool,
+}
+
+impl Bell {
+    #[expect(unsafe_code, reason = "tokio takes the descriptor on the caller's word")]
+    fn hang(path: &Path) -> io::Result<Self> {
+        let inotify = Inotify::init()?;
+        let gone = WatchMask::DELETE_SELF | WatchMask::MOVE_SELF | WatchMask::ATTRIB;
+        inotify.watches().add(path, WatchMask::MODIFY | gone)?;
+        // SAFETY: `Inotify` owns its descriptor until it is dropped, and nobody replaces it inside.
+        let inotify = unsafe { AsyncFd::register_with_interest(inotify, Interest::READABLE)? };
+        Ok(Self { inotify, stale: false })
+    }
+
+    async fn rung(&mut self) -> io::Result<()> {
+        let mut guard = self.inotify.readable_mut().await?;
+        let mut buffer = [0; 4096];
+        loop {
+            match guard.get_inner_mut().read_events(&mut buffer) {
+                Ok(events) => {
+                    // Anything but a write: the name may stand for another file by now.
+                    for event in events {
+                        self.stale |= event.mask != inotify::EventMask::MODIFY;
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    guard.clear_ready();
+                    return Ok(());
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+}
+
+/// For ever, without a bell.
+async fn ring(bell: &mut Option<Bell>) -> io::Result<()> {
+    match bell {
+        Some(bell) => bell.rung().await,
+        None => std::future::pending().await,
+    }
+}
+
+fn until(expiry: SystemTime) -> Duration {
+    // A little later, so that the row has expired when it is looked at.
+    expiry.duration_since(SystemTime::now()).unwrap_or_default() + Duration::from_millis(2)
+}

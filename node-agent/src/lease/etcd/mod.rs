@@ -1,0 +1,230 @@
+//! Leases in etcd v3, in flannel's layout byte for byte (pkg/subnet/etcd): `<prefix>/config` is the network's JSON,
+//! `<prefix>/subnets/<key>` one lease each, every lease under a lease object of its own.
+//!
+//! Ownership is proved by comparing revisions in transactions, on creation and on renewal alike. A snapshot is one
+//! range read; nothing ever costs an RPC per key.
+
+mod connection;
+mod own;
+mod watch;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::{GetOptions, KeyValue};
+use tokio::sync::{mpsc, watch as latest};
+use weft_shared::lease::LeaseKey;
+use weft_shared::netconf::{EXAMPLE, NetworkConfig};
+
+use self::connection::Connection;
+use super::selection::{Entry, Stored};
+use super::{AcquireRequest, LeaseStore, LeaseUpdate, Malformed, OwnedLease, StoreError, StoreHealth};
+
+/// flannel's defaults.
+pub const DEFAULT_ENDPOINTS: &[&str] = &["http://127.0.0.1:4001", "http://127.0.0.1:2379"];
+pub const DEFAULT_PREFIX: &str = "/coreos.com/network";
+
+/// How often a healthy watch is checked against a fresh snapshot.
+const RELIST: Duration = Duration::from_secs(300);
+
+#[derive(Clone, Default)]
+pub struct EtcdConfig {
+    /// URLs; without a scheme `https` if any TLS file is given, else `http`.
+    pub endpoints: Vec<String>,
+    pub prefix: String,
+    pub cert: Option<PathBuf>,
+    pub key: Option<PathBuf>,
+    /// Enough alone: it then only proves the server.
+    pub ca: Option<PathBuf>,
+    pub username: String,
+    pub password: String,
+}
+
+/// A setting that cannot work, found before anything is sent.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{setting} = {value}: expected {expected}")]
+pub struct BadEtcdConfig {
+    pub setting: &'static str,
+    pub value: String,
+    pub expected: String,
+}
+
+#[derive(Debug, Clone)]
+pub struct EtcdStore {
+    connection: Arc<Connection>,
+    paths: Paths,
+    relist: Duration,
+}
+
+impl EtcdStore {
+    /// Checks the settings and reads the TLS files; connects to nothing yet.
+    pub fn new(config: &EtcdConfig) -> Result<Self, BadEtcdConfig> {
+        let paths = Paths::new(&config.prefix);
+        let connection = Connection::new(config, &paths)?;
+        Ok(Self { connection: Arc::new(connection), paths, relist: RELIST })
+    }
+
+    /// Changes how often a healthy watch is checked against a fresh snapshot.
+    pub fn with_relist(self, relist: Duration) -> Self {
+        Self { relist, ..self }
+    }
+
+    /// Everything below the leases' prefix, at one revision.
+    async fn read(&self) -> Result<World, StoreError> {
+        let range = GetOptions::new().with_range(self.paths.end.clone());
+        let start = self.paths.subnets.clone();
+        let response = self.connection.call(|client| async move {
+            client.kv_client().max_decoding_message_size(MAX_MESSAGE).get(start, Some(range)).await
+        });
+        let response = response.await?;
+        let header = response.header();
+        let mut world = World {
+            cluster: header.map_or(0, |h| h.cluster_id()),
+            revision: header.map_or(0, |h| h.revision()),
+            entries: Vec::new(),
+            malformed: Vec::new(),
+        };
+        for kv in response.kvs() {
+            let (entry, malformed) = self.paths.parse(kv);
+            world.entries.extend(entry);
+            world.malformed.extend(malformed);
+        }
+        Ok(world)
+    }
+}
+
+impl LeaseStore for EtcdStore {
+    fn location(&self) -> String {
+        self.connection.location.clone()
+    }
+
+    async fn network_config(&self) -> Result<NetworkConfig, StoreError> {
+        let key = self.paths.config.clone();
+        let response =
+            self.connection.call(|client| async move { client.kv_client().get(key, None).await }).await?;
+        let Some(kv) = response.kvs().first() else {
+            let command = format!(
+                "ETCDCTL_API=3 etcdctl --endpoints {}{} put {} '{EXAMPLE}'",
+                self.connection.endpoints().join(","),
+                self.connection.etcdctl_options,
+                self.paths.config
+            );
+            return Err(StoreError::NoConfig { key: self.paths.config.clone(), command });
+        };
+        Ok(NetworkConfig::parse(&String::from_utf8_lossy(kv.value()))?)
+    }
+
+    async fn acquire(&self, want: &AcquireRequest) -> Result<OwnedLease, StoreError> {
+        own::acquire(self, want).await
+    }
+
+    async fn renew(&self, held: &OwnedLease, ttl: Duration) -> Result<OwnedLease, StoreError> {
+        own::renew(self, held, ttl).await
+    }
+
+    async fn release(&self, held: &OwnedLease) -> Result<(), StoreError> {
+        own::release(self, held).await
+    }
+
+    async fn watch(&self, updates: mpsc::Sender<LeaseUpdate>, health: latest::Sender<StoreHealth>) {
+        watch::run(self, updates, health).await;
+    }
+}
+
+impl fmt::Debug for EtcdConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EtcdConfig")
+            .field("endpoints", &self.endpoints)
+            .field("prefix", &self.prefix)
+            .field("cert", &self.cert)
+            .field("key", &self.key)
+            .field("ca", &self.ca)
+            .field("username", &self.username)
+            .field("password", &if self.password.is_empty() { "" } else { "(set)" })
+            .finish()
+    }
+}
+
+/// One message may hold every lease of the cluster: 5,000 are about 1 MiB, and tonic's limit is 4.
+const MAX_MESSAGE: usize = 256 << 20;
+
+/// A snapshot.
+struct World {
+    cluster: u64,
+    revision: i64,
+    entries: Vec<Entry>,
+    malformed: Vec<Malformed>,
+}
+
+impl World {
+    fn into_update(self) -> LeaseUpdate {
+        let leases = self.entries.iter().filter_map(Entry::lease).collect();
+        LeaseUpdate::Snapshot { leases, malformed: self.malformed }
+    }
+}
+
+/// Where things are below the prefix.
+#[derive(Debug, Clone)]
+struct Paths {
+    config: String,
+    /// `<prefix>/subnets/`, and the end of the range that it begins: a key such as `<prefix>/subnets-x` is outside.
+    subnets: String,
+    end: String,
+}
+
+impl Paths {
+    fn new(prefix: &str) -> Self {
+        let prefix = joined(prefix);
+        let below = |name: &str| match prefix.as_str() {
+            "" => name.to_owned(),
+            "/" => format!("/{name}"),
+            prefix => format!("{prefix}/{name}"),
+        };
+        Self { config: below("config"), subnets: below("subnets/"), end: below("subnets0") }
+    }
+
+    fn lease(&self, key: &LeaseKey) -> String {
+        format!("{}{key}", self.subnets)
+    }
+
+    fn name<'a>(&self, path: &'a str) -> &'a str {
+        path.strip_prefix(&self.subnets).unwrap_or(path)
+    }
+
+    fn parse(&self, kv: &KeyValue) -> (Option<Entry>, Option<Malformed>) {
+        let path = String::from_utf8_lossy(kv.key());
+        let stored = Stored {
+            name: self.name(&path),
+            value: kv.value(),
+            create_revision: kv.create_revision().try_into().unwrap_or(0),
+            mod_revision: kv.mod_revision().try_into().unwrap_or(0),
+            lease_id: kv.lease(),
+            reserved: kv.lease() == 0,
+        };
+        stored.parse()
+    }
+}
+
+/// Go's `path.Join`, by which flannel makes its keys: slashes collapse, `.` and `..` are resolved; a relative prefix
+/// stays relative.
+fn joined(prefix: &str) -> String {
+    let rooted = prefix.starts_with('/');
+    let mut parts: Vec<&str> = Vec::new();
+    for part in prefix.split('/') {
+        match part {
+            "" | "." => {}
+            ".." if parts.last().is_some_and(|last| *last != "..") => {
+                parts.pop();
+            }
+            ".." if rooted => {}
+            part => parts.push(part),
+        }
+    }
+    let path = parts.join("/");
+    if rooted { format!("/{path}") } else { path }
+}
+
+#[cfg(test)]
+mod tests;

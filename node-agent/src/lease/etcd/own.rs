@@ -1,0 +1,274 @@
+//! The own lease: taken, renewed and given back by transactions that compare revisions.
+
+use std::time::{Duration, SystemTime};
+
+use etcd_client::{Compare, CompareOp, LeaseTimeToLiveOptions, PutOptions, Txn, TxnOp};
+use tokio::time::sleep;
+use tracing::debug;
+use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
+
+use super::super::backoff::{Backoff, random};
+use super::super::selection::{Action, Entry, select};
+use super::super::{AcquireRequest, OwnedLease, StoreError};
+use super::EtcdStore;
+
+/// Races lost in a row before the caller hears of it.
+const ATTEMPTS: u32 = 16;
+
+/// Takes a subnet in one transaction on the whole prefix: no key in it may be younger than the snapshot that the
+/// choice was made from. Comparing the key alone would let two nodes take one IPv4 half with two IPv6 halves. Renewals
+/// leave create revisions alone, so they disturb nobody. Whatever overlaps our new lease is therefore younger than
+/// ours and has to give way; there is no need to read again.
+pub(super) async fn acquire(store: &EtcdStore, want: &AcquireRequest) -> Result<OwnedLease, StoreError> {
+    let mut backoff = Backoff::new(Duration::from_millis(4), Duration::from_millis(250));
+    let mut grant = None;
+    let mut result = Err(StoreError::Contended(ATTEMPTS));
+    for _ in 0..ATTEMPTS {
+        match attempt(store, want, &mut grant).await {
+            Ok(Some(owned)) => result = Ok(owned),
+            Ok(None) => {
+                sleep(backoff.wait()).await;
+                continue;
+            }
+            Err(error) => result = Err(error),
+        }
+        break;
+    }
+    // A lease object that no key hangs on is nobody's.
+    let used = result.as_ref().map_or(0, |owned| owned.lease_id);
+    if let Some(unused) = grant.filter(|grant| grant.id != used) {
+        revoke(store, unused.id).await;
+    }
+    result
+}
+
+pub(super) async fn renew(
+    store: &EtcdStore,
+    held: &OwnedLease,
+    ttl: Duration,
+) -> Result<OwnedLease, StoreError> {
+    let mut seen = held.clone();
+    // Once more with the revision that somebody else's write of our own lease has given it.
+    for _ in 0..2 {
+        if seen.expires.is_some() {
+            let grant = Grant::new(store, ttl).await?;
+            match put(store, &seen, Some(&grant)).await {
+                Ok(Some(renewed)) => {
+                    // The key hangs on the new object now, the old one would linger until its own end.
+                    revoke_if_bare(store, seen.lease_id).await;
+                    return Ok(renewed);
+                }
+                lost => {
+                    revoke(store, grant.id).await;
+                    lost?;
+                }
+            }
+        }
+        let current = current(store, &seen).await?;
+        let unchanged = current.attrs.as_ref() == Some(&held.lease.attrs);
+        seen = OwnedLease {
+            lease: Lease { create_revision: current.create_revision, ..held.lease.clone() },
+            mod_revision: current.mod_revision,
+            lease_id: current.lease_id,
+            expires: if current.reserved { None } else { seen.expires.or(Some(SystemTime::now())) },
+        };
+        if current.reserved {
+            match if unchanged { Some(seen.clone()) } else { put(store, &seen, None).await? } {
+                Some(kept) => return Ok(kept),
+                None => continue,
+            }
+        }
+    }
+    Err(StoreError::Contended(2))
+}
+
+pub(super) async fn release(store: &EtcdStore, held: &OwnedLease) -> Result<(), StoreError> {
+    let current = match current(store, held).await {
+        Err(StoreError::Lost { .. }) => return Ok(()),
+        other => other?,
+    };
+    if current.reserved {
+        return Ok(());
+    }
+    let path = store.paths.lease(&current.key);
+    let txn = Txn::new()
+        .when([Compare::mod_revision(path.clone(), CompareOp::Equal, current.mod_revision as i64)])
+        .and_then([TxnOp::delete(path, None)]);
+    let response = store.connection.call(|client| async move { client.kv_client().txn(txn).await }).await?;
+    if response.succeeded() {
+        revoke_if_bare(store, current.lease_id).await;
+    }
+    Ok(())
+}
+
+/// `None`: the race was lost.
+async fn attempt(
+    store: &EtcdStore,
+    want: &AcquireRequest,
+    grant: &mut Option<Grant>,
+) -> Result<Option<OwnedLease>, StoreError> {
+    let world = store.read().await?;
+    let selection = select(&world.entries, want, random())?;
+
+    let mut compares = Vec::new();
+    let mut ops = Vec::new();
+    for stale in &selection.stale {
+        debug!(key = %stale.key, "own lease no longer fits the network, removing it");
+        let path = store.paths.lease(&stale.key);
+        compares.push(Compare::mod_revision(path.clone(), CompareOp::Equal, stale.mod_revision as i64));
+        ops.push(TxnOp::delete(path, None));
+    }
+    let (key, create_revision, reserved) = match &selection.action {
+        Action::Reuse(entry) => {
+            let path = store.paths.lease(&entry.key);
+            compares.push(Compare::mod_revision(path, CompareOp::Equal, entry.mod_revision as i64));
+            (entry.key, Some(entry.create_revision), entry.reserved)
+        }
+        Action::Create(key) => {
+            let path = store.paths.lease(key);
+            compares.push(Compare::version(path, CompareOp::Equal, 0));
+            compares.push(
+                Compare::create_revision(store.paths.subnets.clone(), CompareOp::Less, world.revision + 1)
+                    .with_range(store.paths.end.clone()),
+            );
+            (*key, None, false)
+        }
+    };
+    let untouched = match &selection.action {
+        Action::Reuse(entry) if reserved && entry.attrs.as_ref() == Some(&want.attrs) => Some(entry),
+        _ => None,
+    };
+    if let Some(entry) = untouched.filter(|_| ops.is_empty()) {
+        return Ok(Some(reservation(entry, &want.attrs)));
+    }
+    let grant = match grant {
+        _ if reserved => None,
+        Some(grant) if grant.is_fresh() => Some(&*grant),
+        slot => Some(&*slot.insert(Grant::new(store, want.ttl).await?)),
+    };
+    if untouched.is_none() {
+        ops.push(put_op(store, &key, &want.attrs, grant));
+    }
+    let txn = Txn::new().when(compares).and_then(ops);
+    let response = store.connection.call(|client| async move { client.kv_client().txn(txn).await }).await?;
+    if !response.succeeded() {
+        return Ok(None);
+    }
+    let revision = response.header().map_or(0, |h| h.revision()).try_into().unwrap_or(0);
+    if let Action::Reuse(entry) = &selection.action
+        && grant.is_some()
+    {
+        revoke_if_bare(store, entry.lease_id).await;
+    }
+    let mod_revision = match untouched {
+        Some(entry) => entry.mod_revision,
+        None => revision,
+    };
+    let lease =
+        Lease { key, attrs: want.attrs.clone(), create_revision: create_revision.unwrap_or(revision) };
+    Ok(Some(owned(lease, mod_revision, grant)))
+}
+
+/// Writes our value under our key if the key is as we have seen it. `None`: it is not.
+async fn put(
+    store: &EtcdStore,
+    seen: &OwnedLease,
+    grant: Option<&Grant>,
+) -> Result<Option<OwnedLease>, StoreError> {
+    let lease = &seen.lease;
+    let path = store.paths.lease(&lease.key);
+    let txn = Txn::new()
+        .when([Compare::mod_revision(path, CompareOp::Equal, seen.mod_revision as i64)])
+        .and_then([put_op(store, &lease.key, &lease.attrs, grant)]);
+    let response = store.connection.call(|client| async move { client.kv_client().txn(txn).await }).await?;
+    let revision = response.header().map_or(0, |h| h.revision()).try_into().unwrap_or(0);
+    Ok(response.succeeded().then(|| owned(lease.clone(), revision, grant)))
+}
+
+/// What is under our key now; an error when it is not ours any more.
+async fn current(store: &EtcdStore, held: &OwnedLease) -> Result<Entry, StoreError> {
+    let key = held.lease.key;
+    let path = store.paths.lease(&key);
+    let response =
+        store.connection.call(|client| async move { client.kv_client().get(path, None).await }).await?;
+    let entry = response.kvs().first().and_then(|kv| store.paths.parse(kv).0);
+    match entry {
+        None => Err(StoreError::Lost { key, owner: None }),
+        Some(entry) if entry.belongs_to(&held.lease.attrs) => Ok(entry),
+        Some(entry) => Err(StoreError::Lost { key, owner: Some(entry.owner()) }),
+    }
+}
+
+fn put_op(store: &EtcdStore, key: &LeaseKey, attrs: &LeaseAttrs, grant: Option<&Grant>) -> TxnOp {
+    let value = serde_json::to_vec(attrs).unwrap_or_else(|_| unreachable!("plain data"));
+    let options = PutOptions::new().with_lease(grant.map_or(0, |grant| grant.id));
+    TxnOp::put(store.paths.lease(key), value, Some(options))
+}
+
+fn owned(lease: Lease, mod_revision: u64, grant: Option<&Grant>) -> OwnedLease {
+    OwnedLease {
+        lease,
+        mod_revision,
+        lease_id: grant.map_or(0, |grant| grant.id),
+        expires: grant.map(|grant| grant.expires),
+    }
+}
+
+fn reservation(entry: &Entry, attrs: &LeaseAttrs) -> OwnedLease {
+    let lease = Lease { key: entry.key, attrs: attrs.clone(), create_revision: entry.create_revision };
+    owned(lease, entry.mod_revision, None)
+}
+
+/// A lease object of etcd: the key under it goes when it expires.
+#[derive(Debug, Clone, Copy)]
+struct Grant {
+    id: i64,
+    /// Counted from before the request, so never later than the store's own idea.
+    expires: SystemTime,
+    granted: std::time::Instant,
+    ttl: Duration,
+}
+
+impl Grant {
+    async fn new(store: &EtcdStore, ttl: Duration) -> Result<Self, StoreError> {
+        let (before, granted) = (SystemTime::now(), std::time::Instant::now());
+        let seconds = ttl.as_secs().max(1) as i64;
+        let response = store
+            .connection
+            .call(|client| async move { client.lease_client().grant(seconds, None).await })
+            .await?;
+        let ttl = Duration::from_secs(response.ttl().try_into().unwrap_or(0));
+        Ok(Self { id: response.id(), expires: before + ttl, granted, ttl })
+    }
+
+    /// Whether a retry may still use it.
+    fn is_fresh(&self) -> bool {
+        self.granted.elapsed() < self.ttl / 4
+    }
+}
+
+/// Revokes a lease object that our key has left. By hand people hang several keys on one: then it is let be.
+async fn revoke_if_bare(store: &EtcdStore, id: i64) {
+    if id == 0 {
+        return;
+    }
+    let keys = LeaseTimeToLiveOptions::new().with_keys();
+    let asked = store
+        .connection
+        .call(|client| async move { client.lease_client().time_to_live(id, Some(keys)).await })
+        .await;
+    if asked.is_ok_and(|lease| lease.ttl() > 0 && lease.keys().is_empty()) {
+        revoke(store, id).await;
+    }
+}
+
+/// Best effort: what is not revoked expires by itself.
+async fn revoke(store: &EtcdStore, id: i64) {
+    if id != 0 {
+        let revoked =
+            store.connection.call(|client| async move { client.lease_client().revoke(id).await }).await;
+        if let Err(error) = revoked {
+            debug!(id, %error, "lease object left to expire");
+        }
+    }
+}

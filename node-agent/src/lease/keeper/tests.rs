@@ -1,0 +1,223 @@
+use std::time::Instant;
+
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::lease::contract::{DAY, PATIENCE, config, small_pool, value, want};
+use crate::lease::{EmbeddedConfig, EmbeddedStore, StoreHealth};
+
+/// A keeper over a store of its own, with the watch forwarded to it as the agent does.
+struct Node {
+    dir: TempDir,
+    store: EmbeddedStore,
+    handle: KeeperHandle,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Node {
+    fn store() -> (TempDir, EmbeddedStore) {
+        let dir = tempfile::tempdir().expect("directory");
+        let store = EmbeddedStore::new(&EmbeddedConfig { path: dir.path().join("leases.db") });
+        (dir, store)
+    }
+
+    fn start(ttl: Duration, margin: Duration) -> Self {
+        let (dir, store) = Self::store();
+        let request = AcquireRequest { ttl, ..want(&small_pool(), "192.0.2.1", None) };
+        Self::start_on(dir, store, request, margin)
+    }
+
+    fn start_on(dir: TempDir, store: EmbeddedStore, request: AcquireRequest, margin: Duration) -> Self {
+        let (keeper, handle) = Keeper::new(Arc::new(store.clone()), request, margin);
+        let (sender, mut updates) = tokio::sync::mpsc::channel(8);
+        let (health, _) = watch::channel(StoreHealth::default());
+        let (watched, observer) = (store.clone(), handle.clone());
+        let tasks = vec![
+            tokio::spawn(async move { match keeper.run().await {} }),
+            tokio::spawn(async move { watched.watch(sender, health).await }),
+            tokio::spawn(async move {
+                while let Some(update) = updates.recv().await {
+                    observer.observe(&update);
+                }
+            }),
+        ];
+        Self { dir, store, handle, tasks }
+    }
+
+    async fn until(&mut self, what: &str, done: impl FnMut(&LeaseState) -> bool) -> LeaseState {
+        let waited = timeout(PATIENCE, self.handle.state.wait_for(done)).await;
+        waited.unwrap_or_else(|_| panic!("never {what}")).expect("keeper runs").clone()
+    }
+
+    async fn until_held(&mut self) -> OwnedLease {
+        self.until("held", |state| state.held().is_some()).await.held().cloned().expect("held")
+    }
+
+    fn sql(&self, sql: &str, key: &LeaseKey, value: &str) {
+        let connection = rusqlite::Connection::open(self.dir.path().join("leases.db")).expect("open");
+        connection.busy_timeout(PATIENCE).expect("timeout");
+        assert_eq!(connection.execute(sql, [&key.to_string(), value]).expect(sql), 1);
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+#[tokio::test]
+async fn a_short_lease_is_renewed_over_and_over() {
+    let mut node = Node::start(Duration::from_millis(900), Duration::from_secs(3600));
+    let first = node.until_held().await;
+    let beyond = first.expires.expect("expires") + Duration::from_secs(1);
+    let mut renewals = 0;
+    let mut last = first.clone();
+    while last.expires.expect("expires") < beyond {
+        let state =
+            node.until("renewed", |s| s.held().is_none_or(|h| h.mod_revision > last.mod_revision)).await;
+        last = state.held().cloned().expect("never lost");
+        assert_eq!(last.lease, first.lease);
+        renewals += 1;
+    }
+    // A margin longer than the lease means a third of it: each renewal gains two thirds, never all the time at once.
+    assert!((2..10).contains(&renewals), "{renewals} renewals");
+}
+
+#[tokio::test]
+async fn it_renews_as_long_before_the_end_as_the_margin_says() {
+    let mut node = Node::start(Duration::from_secs(2), Duration::from_millis(1700));
+    let first = node.until_held().await;
+    let start = Instant::now();
+    node.until("renewed", |s| s.held().is_some_and(|h| h.mod_revision > first.mod_revision)).await;
+    assert!(start.elapsed() < Duration::from_millis(1200), "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn a_removed_key_is_made_again_at_once() {
+    let mut node = Node::start(DAY, Duration::from_secs(60));
+    let first = node.until_held().await;
+    node.sql("DELETE FROM leases WHERE key = ?1 AND ?2 = ''", &first.lease.key, "");
+    let again = node
+        .until("taken again", |s| s.held().is_some_and(|h| h.mod_revision > first.mod_revision))
+        .await
+        .held()
+        .cloned()
+        .expect("held");
+    assert_eq!(again.lease.key, first.lease.key);
+    assert!(again.lease.create_revision > first.lease.create_revision);
+}
+
+#[tokio::test]
+async fn a_subnet_taken_by_another_is_left_to_it() {
+    let mut node = Node::start(DAY, Duration::from_secs(60));
+    let first = node.until_held().await;
+    // Watch channels keep the latest only, so the passing state is recorded as it goes by.
+    let mut states = node.handle.state.clone();
+    states.mark_unchanged();
+    let recorder = tokio::spawn(async move {
+        let mut seen = Vec::new();
+        while states.changed().await.is_ok() {
+            let state = states.borrow_and_update().clone();
+            let held = state.held().is_some();
+            seen.push(state);
+            if held {
+                break;
+            }
+        }
+        seen
+    });
+    node.sql("UPDATE leases SET value = ?2 WHERE key = ?1", &first.lease.key, &value("192.0.2.9"));
+    let seen = timeout(PATIENCE, recorder).await.expect("in time").expect("no panic");
+    let lost = LeaseState::Lost { key: first.lease.key, owner: Some("192.0.2.9".into()), problem: None };
+    assert_eq!(seen.first(), Some(&lost));
+    let new = seen.last().and_then(LeaseState::held).expect("a new lease");
+    assert!(!new.lease.key.overlaps(&first.lease.key));
+}
+
+#[tokio::test]
+async fn what_is_wrong_is_published_until_it_is_right() {
+    let (dir, store) = Node::store();
+    let tiny = config(r#"{"Network":"10.5.0.0/28","SubnetLen":30,"Backend":{"Type":"host-gw"}}"#);
+    let mut others = Vec::new();
+    for n in 2..=4 {
+        others.push(store.acquire(&want(&tiny, &format!("192.0.2.{n}"), None)).await.expect("room"));
+    }
+    let mut node =
+        Node::start_on(dir, store.clone(), want(&tiny, "192.0.2.1", None), Duration::from_secs(60));
+    let state = node.until("exhausted", |state| state.problem().is_some()).await;
+    assert_eq!(state.name(), "acquiring");
+    assert!(state.problem().expect("problem").contains("no free subnet between 10.5.0.4 and 10.5.0.12"));
+    node.store.release(&others[1]).await.expect("release");
+    assert_eq!(node.until_held().await.lease.key, others[1].lease.key);
+    assert_eq!(node.handle.state.borrow().problem(), None);
+}
+
+#[tokio::test]
+async fn a_store_that_goes_away_costs_the_lease_only_when_it_has_expired() {
+    let mut node = Node::start(Duration::from_secs(2), Duration::from_millis(1500));
+    let first = node.until_held().await;
+    let (file, aside) = (node.dir.path().join("leases.db"), node.dir.path().join("aside"));
+    std::fs::rename(&file, &aside).expect("aside");
+    std::fs::create_dir(&file).expect("a directory in its place");
+    let state = node.until("in trouble", |state| state.problem().is_some()).await;
+    assert_eq!(state.held().map(|held| held.lease.key), Some(first.lease.key), "it still runs");
+    let state = node.until("lost", |state| state.held().is_none()).await;
+    match &state {
+        LeaseState::Lost { key, owner: None, problem: Some(problem) } if *key == first.lease.key => {
+            assert!(problem.contains("embedded store"), "{problem}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(SystemTime::now() >= first.expires.expect("expires"));
+    std::fs::remove_dir(&file).expect("remove");
+    std::fs::rename(&aside, &file).expect("back");
+    assert_eq!(node.until_held().await.lease.key, first.lease.key);
+}
+
+#[tokio::test]
+async fn the_configuration_is_waited_for() {
+    let (_dir, store) = Node::store();
+    let (problem, mut problems) = watch::channel(Some(String::new()));
+    let waiting = tokio::spawn({
+        let store = store.clone();
+        async move {
+            wait_for_config(&store, |error| {
+                problem.send_replace(error.map(ToString::to_string));
+            })
+            .await
+        }
+    });
+    let told = |p: &Option<String>| p.as_ref().is_some_and(|p| p.contains("no network configuration"));
+    timeout(PATIENCE, problems.wait_for(told)).await.expect("told").expect("waits");
+    let json = r#"{"Network":"10.5.0.0/24","SubnetLen":28,"Backend":{"Type":"host-gw"}}"#;
+    store.put_config(json).await.expect("good");
+    let found = timeout(PATIENCE, waiting).await.expect("found").expect("no panic");
+    assert_eq!(found, small_pool());
+    assert_eq!(*problems.borrow(), None);
+}
+
+#[test]
+fn only_what_is_not_our_own_writing_wakes_it() {
+    let lease = |key: &str, ip: &str| Lease {
+        key: key.parse().expect(key),
+        attrs: serde_json::from_str(&value(ip)).expect(ip),
+        create_revision: 7,
+    };
+    let own = lease("10.5.0.16-28", "192.0.2.1");
+    let other = lease("10.5.0.32-28", "192.0.2.2");
+    let snapshot =
+        |leases: &[Lease]| LeaseUpdate::Snapshot { leases: leases.to_vec(), malformed: Vec::new() };
+    for (update, wakes) in [
+        (LeaseUpdate::Upsert(own.clone()), false),
+        (LeaseUpdate::Upsert(other.clone()), false),
+        (LeaseUpdate::Remove(other.key), false),
+        (snapshot(&[own.clone(), other.clone()]), false),
+        (LeaseUpdate::Upsert(lease("10.5.0.16-28", "192.0.2.9")), true),
+        (LeaseUpdate::Remove(own.key), true),
+        (snapshot(&[other]), true),
+    ] {
+        assert_eq!(differs(&own, &update), wakes, "{update:?}");
+    }
+}

@@ -1,0 +1,225 @@
+//! What the agent believes of the cluster: every lease of the store, and which of them can be used.
+//!
+//! Updates are applied by value, so a lease whose attributes changed while nobody watched is seen. Whether a lease is
+//! usable is judged over all of them at once: the verdict depends on what is in the store, never on the order of
+//! arrival. Judging is O(n log n), done when somebody asks after a change.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::sync::OnceLock;
+
+use weft_shared::Subnet;
+use weft_shared::lease::{Lease, LeaseKey};
+use weft_shared::netconf::{NetworkConfig, Range};
+
+use super::{LeaseUpdate, Malformed};
+use crate::status::RefusedLease;
+
+#[derive(Debug)]
+pub struct LeaseTable {
+    config: NetworkConfig,
+    own: Option<Lease>,
+    leases: BTreeMap<LeaseKey, Lease>,
+    malformed: BTreeMap<String, String>,
+    has_snapshot: bool,
+    judged: OnceLock<Judged>,
+}
+
+#[derive(Debug, Default)]
+struct Judged {
+    peers: Vec<Lease>,
+    refused: Vec<RefusedLease>,
+}
+
+impl LeaseTable {
+    pub fn new(config: NetworkConfig) -> Self {
+        Self {
+            config,
+            own: None,
+            leases: BTreeMap::new(),
+            malformed: BTreeMap::new(),
+            has_snapshot: false,
+            judged: OnceLock::new(),
+        }
+    }
+
+    /// Names the lease that this node holds: it is never a peer, and nothing that overlaps it is.
+    pub fn set_own(&mut self, own: Option<&Lease>) {
+        if self.own.as_ref() != own {
+            self.own = own.cloned();
+            self.judged = OnceLock::new();
+        }
+    }
+
+    /// Whether anything is different now.
+    pub fn apply(&mut self, update: LeaseUpdate) -> bool {
+        let changed = match update {
+            LeaseUpdate::Snapshot { leases, malformed } => self.replace(leases, malformed),
+            LeaseUpdate::Upsert(lease) => {
+                let readable_again = self.malformed.remove(&lease.key.to_string()).is_some();
+                let former = self.leases.insert(lease.key, lease.clone());
+                former.as_ref() != Some(&lease) || readable_again
+            }
+            LeaseUpdate::Remove(key) => {
+                let malformed = self.malformed.remove(&key.to_string()).is_some();
+                self.leases.remove(&key).is_some() || malformed
+            }
+            LeaseUpdate::Malformed(entry) => {
+                let former = self.malformed.insert(entry.key, entry.reason.clone());
+                former.as_ref() != Some(&entry.reason)
+            }
+            LeaseUpdate::MalformedGone(key) => self.malformed.remove(&key).is_some(),
+        };
+        if changed {
+            self.judged = OnceLock::new();
+        }
+        changed
+    }
+
+    /// The usable leases of the other nodes, by key. Without IPv6 in the network a lease's IPv6 half is left out.
+    pub fn peers(&self) -> impl Iterator<Item = &Lease> {
+        self.judged().peers.iter()
+    }
+
+    /// Leases and entries that are not used, each with the reason.
+    pub fn refused(&self) -> Vec<RefusedLease> {
+        self.judged().refused.clone()
+    }
+
+    /// Until then nothing may be removed on the table's word.
+    pub fn has_snapshot(&self) -> bool {
+        self.has_snapshot
+    }
+
+    pub fn config(&self) -> &NetworkConfig {
+        &self.config
+    }
+
+    fn replace(&mut self, leases: Vec<Lease>, malformed: Vec<Malformed>) -> bool {
+        let mut leases: BTreeMap<_, _> = leases.into_iter().map(|lease| (lease.key, lease)).collect();
+        // A key whose value became unreadable is there still: what was known of it stays.
+        for entry in &malformed {
+            let known = entry.key.parse().ok().and_then(|key: LeaseKey| self.leases.get(&key));
+            if let Some(lease) = known {
+                leases.entry(lease.key).or_insert_with(|| lease.clone());
+            }
+        }
+        let malformed: BTreeMap<_, _> = malformed.into_iter().map(|m| (m.key, m.reason)).collect();
+        let changed = !self.has_snapshot || self.leases != leases || self.malformed != malformed;
+        self.has_snapshot = true;
+        self.leases = leases;
+        self.malformed = malformed;
+        changed
+    }
+
+    fn judged(&self) -> &Judged {
+        self.judged.get_or_init(|| self.judge())
+    }
+
+    fn judge(&self) -> Judged {
+        let mut judged = Judged::default();
+        let mut sane = Vec::new();
+        for (key, lease) in &self.leases {
+            let lease = self.in_our_families(lease);
+            match self.fault(&lease) {
+                Some(reason) => judged.refuse(key, reason),
+                None => sane.push((key, lease)),
+            }
+        }
+        // Sane leases have the network's own length, so to overlap is to be equal in one family.
+        sane.sort_by_key(|(key, lease)| (lease.create_revision, **key));
+        let mut holders: BTreeMap<Subnet, &LeaseKey> = BTreeMap::new();
+        for (key, lease) in sane {
+            let elder = lease.key.subnets().find_map(|subnet| holders.get(&subnet));
+            if let Some(elder) = elder {
+                judged.refuse(key, format!("overlaps {elder}, which is older: expected a subnet of its own"));
+                continue;
+            }
+            holders.extend(lease.key.subnets().map(|subnet| (subnet, key)));
+            match self.clash_with_own(&lease) {
+                Some(Clash::Same) => {}
+                Some(Clash::With(reason)) => judged.refuse(key, reason),
+                None => judged.peers.push(lease),
+            }
+        }
+        judged.peers.sort_by_key(|lease| lease.key);
+        let unreadable = self.malformed.iter().map(|(key, reason)| (key.clone(), reason.clone()));
+        judged.refused.extend(unreadable.map(|(key, reason)| RefusedLease { key, reason }));
+        judged.refused.sort_by(|a, b| (&a.key, &a.reason).cmp(&(&b.key, &b.reason)));
+        judged
+    }
+
+    fn in_our_families(&self, lease: &Lease) -> Lease {
+        let v6 = lease.key.v6.filter(|_| self.config.v6.is_some());
+        Lease { key: LeaseKey { v6, ..lease.key }, ..lease.clone() }
+    }
+
+    /// What is wrong with a lease in every node's eyes.
+    fn fault(&self, lease: &Lease) -> Option<String> {
+        misplaced(lease.key.v4, &self.config.v4, "Network", "SubnetLen")
+            .or_else(|| {
+                let (subnet, range) = lease.key.v6.zip(self.config.v6)?;
+                misplaced(subnet, &range, "IPv6Network", "IPv6SubnetLen")
+            })
+            .or_else(|| bad_public_ip(lease.attrs.public_ip, lease.key.v4))
+    }
+
+    /// What is wrong with a lease in this node's eyes alone.
+    fn clash_with_own(&self, lease: &Lease) -> Option<Clash> {
+        let own = self.own.as_ref().map(|own| self.in_our_families(own))?;
+        let (ip, own_ip) = (lease.attrs.public_ip, own.attrs.public_ip);
+        if lease.key == own.key && ip == own_ip {
+            Some(Clash::Same)
+        } else if lease.key.overlaps(&own.key) {
+            Some(Clash::With(format!("overlaps {}, this node's own: expected a subnet of its own", own.key)))
+        } else if ip == own_ip {
+            Some(Clash::With(format!(
+                "PublicIP = {ip}: expected another node's address, this one is our own"
+            )))
+        } else {
+            None
+        }
+    }
+}
+
+enum Clash {
+    Same,
+    With(String),
+}
+
+impl Judged {
+    fn refuse(&mut self, key: &LeaseKey, reason: String) {
+        self.refused.push(RefusedLease { key: key.to_string(), reason });
+    }
+}
+
+fn misplaced(subnet: Subnet, range: &Range, network_key: &str, len_key: &str) -> Option<String> {
+    if !range.network.covers(subnet) {
+        Some(format!("subnet = {subnet}: expected one inside {network_key} {}", range.network))
+    } else if subnet.len() != range.subnet_len {
+        Some(format!("subnet = {subnet}: expected length {} ({len_key})", range.subnet_len))
+    } else {
+        None
+    }
+}
+
+/// Link-local addresses are let pass: flannel falls back to them when an interface has no other.
+fn bad_public_ip(ip: Ipv4Addr, subnet: Subnet) -> Option<String> {
+    let what = if ip.octets()[0] == 0 {
+        "a unicast address, not one of 0.0.0.0/8"
+    } else if ip.is_loopback() {
+        "a unicast address, not a loopback one"
+    } else if ip.is_multicast() {
+        "a unicast address, not a multicast one"
+    } else if ip.is_broadcast() {
+        "a unicast address, not the broadcast one"
+    } else if subnet.contains(ip.into()) {
+        "an address of the underlay, not one inside the leased subnet"
+    } else {
+        return None;
+    };
+    Some(format!("PublicIP = {ip}: expected {what}"))
+}
+
+#[cfg(test)]
+mod tests;

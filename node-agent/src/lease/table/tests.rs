@@ -1,0 +1,197 @@
+use proptest::prelude::*;
+use weft_shared::lease::LeaseAttrs;
+
+use super::*;
+
+fn config() -> NetworkConfig {
+    NetworkConfig::parse(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#).expect("config")
+}
+
+fn dual_stack() -> NetworkConfig {
+    let range = Range {
+        network: "fd00::/48".parse().expect("network"),
+        subnet_len: 64,
+        min: "fd00:0:0:1::".parse().expect("min"),
+        max: "fd00:0:0:ffff::".parse().expect("max"),
+    };
+    NetworkConfig { v6: Some(range), ..config() }
+}
+
+fn lease(key: &str, ip: &str, create_revision: u64) -> Lease {
+    let attrs: LeaseAttrs =
+        serde_json::from_str(&format!(r#"{{"PublicIP":"{ip}","PublicIPv6":null}}"#)).expect(ip);
+    Lease { key: key.parse().expect(key), attrs, create_revision }
+}
+
+fn snapshot(leases: &[Lease], malformed: &[Malformed]) -> LeaseUpdate {
+    LeaseUpdate::Snapshot { leases: leases.to_vec(), malformed: malformed.to_vec() }
+}
+
+fn peers(table: &LeaseTable) -> Vec<String> {
+    table.peers().map(|lease| format!("{} {}", lease.key, lease.attrs.public_ip)).collect()
+}
+
+#[test]
+fn updates_are_compared_by_value() {
+    let mut table = LeaseTable::new(config());
+    let (a, b) = (lease("10.5.1.0-24", "192.0.2.1", 1), lease("10.5.2.0-24", "192.0.2.2", 2));
+    assert!(!table.has_snapshot());
+    assert!(table.apply(snapshot(&[], &[])), "the first snapshot is news even when empty");
+    assert!(table.has_snapshot());
+    assert!(table.apply(snapshot(&[a.clone(), b.clone()], &[])));
+    assert!(!table.apply(snapshot(&[b.clone(), a.clone()], &[])));
+    assert!(!table.apply(LeaseUpdate::Upsert(a.clone())));
+    let moved = lease("10.5.1.0-24", "192.0.2.9", 1);
+    assert!(table.apply(snapshot(&[moved, b], &[])), "same keys, another public IP");
+    assert_eq!(peers(&table), ["10.5.1.0-24 192.0.2.9", "10.5.2.0-24 192.0.2.2"]);
+    assert!(table.apply(LeaseUpdate::Remove(a.key)));
+    assert!(!table.apply(LeaseUpdate::Remove(a.key)));
+    assert_eq!(peers(&table), ["10.5.2.0-24 192.0.2.2"]);
+}
+
+#[test]
+fn the_own_lease_is_no_peer_and_nothing_takes_its_addresses() {
+    let own = lease("10.5.1.0-24", "192.0.2.1", 5);
+    let mut table = LeaseTable::new(config());
+    table.set_own(Some(&own));
+    let elder = lease("10.5.1.0-24&fd00:0:0:7::-64", "192.0.2.3", 4);
+    let twin = lease("10.5.8.0-24", "192.0.2.1", 6);
+    table.apply(snapshot(&[own.clone(), elder, twin, lease("10.5.2.0-24", "192.0.2.2", 7)], &[]));
+    assert_eq!(peers(&table), ["10.5.2.0-24 192.0.2.2"]);
+    let reasons: Vec<_> = table.refused().into_iter().map(|r| format!("{}: {}", r.key, r.reason)).collect();
+    assert_eq!(
+        reasons,
+        [
+            "10.5.1.0-24: overlaps 10.5.1.0-24&fd00:0:0:7::-64, which is older: expected a subnet of its own",
+            "10.5.1.0-24&fd00:0:0:7::-64: overlaps 10.5.1.0-24, this node's own: expected a subnet of its own",
+            "10.5.8.0-24: PublicIP = 192.0.2.1: expected another node's address, this one is our own",
+        ]
+    );
+    table.set_own(None);
+    assert!(peers(&table).contains(&"10.5.8.0-24 192.0.2.1".into()));
+}
+
+#[test]
+fn bad_leases_are_refused_by_key_value_and_expectation() {
+    let mut table = LeaseTable::new(dual_stack());
+    for (key, ip, reason) in [
+        ("10.6.1.0-24", "192.0.2.1", "subnet = 10.6.1.0/24: expected one inside Network 10.5.0.0/16"),
+        ("0.0.0.0-0", "192.0.2.1", "subnet = 0.0.0.0/0: expected one inside Network 10.5.0.0/16"),
+        ("10.5.1.0-25", "192.0.2.1", "subnet = 10.5.1.0/25: expected length 24 (SubnetLen)"),
+        (
+            "10.5.1.0-24&fd01::-64",
+            "192.0.2.1",
+            "subnet = fd01::/64: expected one inside IPv6Network fd00::/48",
+        ),
+        ("10.5.1.0-24&fd00::-80", "192.0.2.1", "subnet = fd00::/80: expected length 64 (IPv6SubnetLen)"),
+        ("10.5.1.0-24", "0.0.0.0", "PublicIP = 0.0.0.0: expected a unicast address, not one of 0.0.0.0/8"),
+        ("10.5.1.0-24", "127.0.0.1", "PublicIP = 127.0.0.1: expected a unicast address, not a loopback one"),
+        ("10.5.1.0-24", "224.0.0.1", "PublicIP = 224.0.0.1: expected a unicast address, not a multicast one"),
+        (
+            "10.5.1.0-24",
+            "255.255.255.255",
+            "PublicIP = 255.255.255.255: expected a unicast address, not the broadcast one",
+        ),
+        (
+            "10.5.1.0-24",
+            "10.5.1.9",
+            "PublicIP = 10.5.1.9: expected an address of the underlay, not one inside the leased subnet",
+        ),
+    ] {
+        table.apply(snapshot(&[lease(key, ip, 1), lease("10.5.9.0-24", "192.0.2.9", 2)], &[]));
+        assert_eq!(table.refused(), [RefusedLease { key: key.into(), reason: reason.into() }]);
+        assert_eq!(peers(&table), ["10.5.9.0-24 192.0.2.9"], "beside {key}");
+    }
+}
+
+#[test]
+fn a_lease_that_nobody_can_use_takes_no_addresses() {
+    let mut table = LeaseTable::new(config());
+    table.apply(snapshot(
+        &[lease("10.5.1.0-24&fd00::-64", "127.0.0.1", 1), lease("10.5.1.0-24", "192.0.2.1", 2)],
+        &[],
+    ));
+    assert_eq!(peers(&table), ["10.5.1.0-24 192.0.2.1"]);
+}
+
+#[test]
+fn the_ipv6_half_counts_only_in_a_network_that_has_ipv6() {
+    let update = snapshot(&[lease("10.5.1.0-24&fd00:0:0:3::-64", "192.0.2.1", 1)], &[]);
+    let mut table = LeaseTable::new(config());
+    table.apply(update.clone());
+    assert_eq!(peers(&table), ["10.5.1.0-24 192.0.2.1"]);
+    let mut table = LeaseTable::new(dual_stack());
+    table.apply(update);
+    assert_eq!(peers(&table), ["10.5.1.0-24&fd00:0:0:3::-64 192.0.2.1"]);
+}
+
+#[test]
+fn an_unreadable_entry_is_named_and_empties_nothing() {
+    let mut table = LeaseTable::new(config());
+    let bad = |key: &str| Malformed { key: key.into(), reason: "value is not JSON".into() };
+    let a = lease("10.5.1.0-24", "192.0.2.1", 1);
+    table.apply(snapshot(&[a.clone()], &[]));
+    assert!(table.apply(LeaseUpdate::Malformed(bad("10.5.1.0-24"))));
+    assert!(table.apply(LeaseUpdate::Malformed(bad("nonsense"))));
+    assert!(!table.apply(LeaseUpdate::Malformed(bad("nonsense"))));
+    assert_eq!(peers(&table), ["10.5.1.0-24 192.0.2.1"]);
+    // A relist sees the same: what was known of the key stays.
+    assert!(!table.apply(snapshot(&[], &[bad("10.5.1.0-24"), bad("nonsense")])));
+    assert_eq!(peers(&table), ["10.5.1.0-24 192.0.2.1"]);
+    assert_eq!(table.refused().len(), 2);
+    assert!(table.apply(LeaseUpdate::MalformedGone("nonsense".into())));
+    assert!(table.apply(LeaseUpdate::Upsert(a)), "readable again");
+    assert_eq!(table.refused(), []);
+    table.apply(LeaseUpdate::Malformed(bad("10.5.1.0-24")));
+    assert!(table.apply(LeaseUpdate::Remove("10.5.1.0-24".parse().expect("key"))));
+    assert_eq!((peers(&table).len(), table.refused().len()), (0, 0));
+}
+
+fn any_lease() -> impl Strategy<Value = Lease> {
+    let v6 = prop_oneof![Just(None), (1_u8..4).prop_map(Some)];
+    (1_u8..5, v6, prop_oneof![Just(127_u8), Just(192)], 1_u8..6, 0_u64..6).prop_map(
+        |(v4, v6, net, host, revision)| {
+            let v6 = v6.map(|n| format!("&fd00:0:0:{n}::-64")).unwrap_or_default();
+            lease(&format!("10.5.{v4}.0-24{v6}"), &format!("{net}.0.2.{host}"), revision)
+        },
+    )
+}
+
+proptest! {
+    /// Every order of arrival, and a snapshot, give the same peers and the same refusals; no two peers overlap; and
+    /// of two that do the elder is the one in use.
+    #[test]
+    fn the_verdict_does_not_depend_on_the_order_of_arrival(
+        leases in prop::collection::btree_map(any::<u8>(), any_lease(), 0..12),
+        own in prop::option::of(any_lease()),
+        dual in any::<bool>(),
+    ) {
+        // A store holds a key once; the map's keys serve as a random order of arrival.
+        let arrivals: BTreeMap<LeaseKey, (u8, Lease)> =
+            leases.into_iter().map(|(at, lease)| (lease.key, (at, lease))).collect();
+        let mut shuffled: Vec<_> = arrivals.values().cloned().collect();
+        shuffled.sort_by_key(|(at, _)| *at);
+        let sorted: Vec<Lease> = arrivals.values().map(|(_, lease)| lease.clone()).collect();
+        let config = if dual { dual_stack() } else { config() };
+
+        let mut by_snapshot = LeaseTable::new(config.clone());
+        by_snapshot.set_own(own.as_ref());
+        by_snapshot.apply(snapshot(&sorted, &[]));
+        let mut by_events = LeaseTable::new(config);
+        by_events.apply(snapshot(&[], &[]));
+        for (_, lease) in shuffled {
+            by_events.apply(LeaseUpdate::Upsert(lease));
+            by_events.peers().count();
+        }
+        by_events.set_own(own.as_ref());
+
+        let peers: Vec<&Lease> = by_snapshot.peers().collect();
+        prop_assert_eq!(&peers, &by_events.peers().collect::<Vec<_>>());
+        prop_assert_eq!(by_snapshot.refused(), by_events.refused());
+        for (n, peer) in peers.iter().enumerate() {
+            let own = own.as_ref().map(|own| by_snapshot.in_our_families(own).key);
+            prop_assert!(!own.is_some_and(|own| own.overlaps(&peer.key)));
+            prop_assert!(!peers[n + 1..].iter().any(|other| other.key.overlaps(&peer.key)));
+        }
+    }
+}

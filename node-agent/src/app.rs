@@ -100,7 +100,8 @@ async fn open_store(config: &StoreConfig) -> anyhow::Result<Store> {
     match config {
         StoreConfig::Etcd(etcd) => {
             let (cert, key) = etcd.client_cert.clone().map(|c| (c.cert_file, c.key_file)).unzip();
-            let (username, password) = etcd.login.clone().map(|l| (l.username, l.password.0)).unwrap_or_default();
+            let (username, password) =
+                etcd.login.clone().map(|l| (l.username, l.password.0)).unwrap_or_default();
             let config = lease::EtcdConfig {
                 endpoints: etcd.endpoints.clone(),
                 prefix: etcd.prefix.clone(),

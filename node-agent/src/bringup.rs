@@ -18,19 +18,20 @@ use weft_shared::netconf::{BackendConfig, NetworkConfig};
 use weft_shared::subnet_env::{SubnetEnv, previous_lease};
 
 use crate::config::{
-    AddrScope, Config, HostAddr, HostIface, HostNetwork, ReachRoute, Underlay, UnderlayChoice, choose_underlay,
+    AddrScope, Config, HostAddr, HostIface, HostNetwork, ReachRoute, Underlay, UnderlayChoice,
+    choose_underlay,
 };
 use crate::dataplane::{self, Backend, Dataplane};
 use crate::durable::{Durable, DurableFile};
 use crate::kernel::{self, KernelError, LinuxKernel};
 use crate::lease::{
-    AcquireRequest, Keeper, KeeperHandle, LeaseState, LeaseStore, LeaseTable, LeaseUpdate, StoreHealth,
-    wait_for_config,
+    AcquireRequest, Keeper, KeeperHandle, LeaseState, LeaseStore, LeaseTable, LeaseUpdate, StoreError,
+    StoreHealth, wait_for_config,
 };
 use crate::node::Node;
 use crate::notify::notify;
-use crate::reconcile::{NodeInputs, Report};
 use crate::reconcile::object::LinkKind;
+use crate::reconcile::{NodeInputs, Report};
 
 const UNDERLAY_RETRY: Duration = Duration::from_secs(1);
 /// Updates of the watch under way: a snapshot is one.
@@ -46,8 +47,11 @@ pub async fn bring_up(
     wait(Some(format!("the network configuration from {}", node.store.location())));
     let network = wait_for_config(&*node.store, |problem| {
         if let Some(problem) = problem {
-            wait(Some(problem.to_string()));
+            wait(Some(format!("the network configuration: {problem}{}", what_helps(problem))));
         }
+        // A store that says no answers.
+        let answers = !matches!(problem, Some(StoreError::Unavailable { .. }));
+        health.send_if_modified(|health| std::mem::replace(&mut health.connected, answers) != answers);
     })
     .await;
     node.facts().config = Some(network.clone());
@@ -93,9 +97,7 @@ pub async fn bring_up(
     }
     let (sender, updates) = mpsc::channel(UPDATES);
     let mut tasks = JoinSet::new();
-    tasks.spawn(async move {
-        match keeper.run().await {}
-    });
+    tasks.spawn(async move { match keeper.run().await {} });
     let store = node.store.clone();
     tasks.spawn(async move { store.watch(sender, health).await });
     let tending = Tending {
@@ -114,6 +116,17 @@ pub async fn bring_up(
     tokio::select! {
         ended = tending.run(handle, updates) => ended,
         task = tasks.join_next() => anyhow::bail!("the lease keeper or the watch ended: {task:?}"),
+    }
+}
+
+/// The setting behind a trouble that only its location shows.
+fn what_helps(problem: &StoreError) -> &'static str {
+    match problem {
+        StoreError::Unavailable { location, .. } if location.starts_with("etcd") => {
+            "; expected etcd v3 there: start it, name yours with --etcd-endpoints, or keep everything on this one \
+             machine with --store embedded"
+        }
+        _ => "",
     }
 }
 
@@ -225,8 +238,12 @@ impl Tending {
         };
         if self.written.as_ref() != Some(&env) {
             match env.write(&self.subnet_file) {
-                Ok(()) => info!(file = %self.subnet_file.display(), subnet = %env.subnet, mtu = env.mtu, "subnet file written"),
-                Err(error) => warn!(file = %self.subnet_file.display(), %error, "subnet file cannot be written"),
+                Ok(()) => {
+                    info!(file = %self.subnet_file.display(), subnet = %env.subnet, mtu = env.mtu, "subnet file written")
+                }
+                Err(error) => {
+                    warn!(file = %self.subnet_file.display(), %error, "subnet file cannot be written")
+                }
             }
             self.written = Some(env);
         }
@@ -306,7 +323,9 @@ async fn vtep_mac(network: &NetworkConfig, underlay: &Underlay, durable: Option<
         Some(mac) => Ok(mac),
         None => {
             let mut bytes = [0; 6];
-            std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes).context("random bytes for the VTEP MAC")?;
+            std::fs::File::open("/dev/urandom")?
+                .read_exact(&mut bytes)
+                .context("random bytes for the VTEP MAC")?;
             Ok(Mac::local_unicast(bytes))
         }
     }

@@ -63,7 +63,8 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let file = DurableFile::in_dir(&dir.path().join("weft"));
         assert_eq!(file.load().expect("load"), None);
-        let durable = Durable { lease: "10.5.1.0-24".parse().ok(), vtep_mac: "02:00:00:00:00:01".parse().ok() };
+        let durable =
+            Durable { lease: "10.5.1.0-24".parse().ok(), vtep_mac: "02:00:00:00:00:01".parse().ok() };
         file.save(&durable).expect("save");
         assert_eq!(file.load().expect("load"), Some(durable));
         fs::write(dir.path().join("weft/node.json"), "{").expect("write");

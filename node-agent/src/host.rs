@@ -25,7 +25,11 @@ impl Host {
             fixed: HostStatus {
                 hostname: hostname(),
                 kernel: System::kernel_version().unwrap_or_else(unknown),
-                distribution: System::long_os_version().unwrap_or_else(unknown),
+                distribution: format!(
+                    "{} {}",
+                    System::name().unwrap_or_else(unknown),
+                    System::os_version().unwrap_or_default()
+                ),
                 ..HostStatus::default()
             },
             process: Mutex::new(System::new().ok()),

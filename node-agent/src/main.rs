@@ -43,7 +43,8 @@ fn main() -> ExitCode {
 
 /// The first SIGTERM or SIGINT asks everything to end; the second ends the process at once.
 async fn stop_on_signal(stop: CancellationToken) {
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    let (Ok(mut terminate), Ok(mut interrupt)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
     else {
         tracing::warn!("signals cannot be received: stop weftd with SIGKILL");
         return;

@@ -157,7 +157,7 @@ mod tests {
         let text = metrics.render();
         for line in [
             "# HELP weft_node The node and its agent.",
-            "weft_node_info{node=\"node-a\",version=\"0.1.0\",kernel=\"6.18.0\",distribution=\"Linux (Debian 12)\"} 1",
+            "weft_node_info{node=\"node-a\",version=\"0.1.0\",kernel=\"6.18.0\",distribution=\"Debian GNU/Linux 12\"} 1",
             "weft_ready 1",
             "weft_store_connected 1",
             "weft_store_relists_total 2",

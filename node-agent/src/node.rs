@@ -130,7 +130,9 @@ impl Node {
                 return Err(NotReady::Degraded(format!("a new subnet: {key} is now held by {owner}")));
             }
             Some(LeaseState::Lost { key, owner: None, .. }) => {
-                return waiting(&format!("the lease of {key}, which is gone from the store, to be taken again"));
+                return waiting(&format!(
+                    "the lease of {key}, which is gone from the store, to be taken again"
+                ));
             }
             Some(LeaseState::Acquiring { problem: Some(problem) }) => {
                 return waiting(&format!("a subnet lease: {problem}"));
@@ -252,7 +254,11 @@ impl Fabric for NodeFabric {
             Ok(report) => (in_place(report), trouble(report, name)),
             Err(_) => (None, format!("the kernel did not answer in {} s", BRIDGE_DEADLINE.as_secs())),
         };
-        facts.ok_or_else(|| Failure { code: 11, msg: format!("bridge {name} is not in place yet"), details: why })
+        facts.ok_or_else(|| Failure {
+            code: 11,
+            msg: format!("bridge {name} is not in place yet"),
+            details: why,
+        })
     }
 
     async fn delete_veth(&self, name: &IfName) -> Result<(), String> {

@@ -161,7 +161,7 @@ pub(crate) mod sample {
             waiting_for: vec![],
             store: StoreStatus {
                 kind: "etcd".into(),
-                location: "http://10.0.0.1:2379, prefix /coreos.com/network".into(),
+                location: "etcd at http://10.0.0.1:2379, prefix /coreos.com/network".into(),
                 connected: true,
                 problem: None,
                 one_machine_only: false,
@@ -219,7 +219,7 @@ pub(crate) mod sample {
             host: HostStatus {
                 hostname: "node-a".into(),
                 kernel: "6.18.0".into(),
-                distribution: "Linux (Debian 12)".into(),
+                distribution: "Debian GNU/Linux 12".into(),
                 host_uptime: 90_061,
                 agent_uptime: 7_325,
                 agent_memory: 9_437_184,

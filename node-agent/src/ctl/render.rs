@@ -63,7 +63,7 @@ pub(super) fn status(status: &Status) -> String {
 fn store(page: &mut Page, status: &Status) {
     let store = &status.store;
     let state = if store.connected { "connected" } else { "NOT CONNECTED" };
-    page.line("store", format!("{} at {}: {state}", store.kind, store.location));
+    page.line("store", format!("{}: {state}", store.location));
     if let Some(problem) = &store.problem {
         page.line("", problem.clone());
     }

@@ -53,7 +53,7 @@ peers      1 of 2 programmed
            10.5.3.0-24 via 192.168.9.3: no such device
            REFUSED 10.9.1.0-24: outside Network 10.5.0.0/16
 pods       4 on cni0, 4 of 253 addresses used
-host       node-a, Linux (Debian 12), Linux 6.18.0, up 1 d 1 h
+host       node-a, Debian GNU/Linux 12, Linux 6.18.0, up 1 d 1 h
 agent      up 2 h 2 min, 9.0 MiB, 12.25 s of CPU
 "
         );

@@ -174,7 +174,10 @@ fn finish(
                 if let Some(found) = dump.links.get(name)
                     && object.satisfied_by(&Object::Link { name: name.clone(), link: found.link.clone() })
                 {
-                    report.devices.insert(name.clone(), BridgeFacts { ifindex: found.index, mac: found.link.mac.value() });
+                    report.devices.insert(
+                        name.clone(),
+                        BridgeFacts { ifindex: found.index, mac: found.link.mac.value() },
+                    );
                 }
             }
             (Key::Addr(dev, addr), _) if !failed.contains_key(key) => {

@@ -92,16 +92,23 @@ async fn a_change_is_noticed_in_under_200_ms() {
 #[tokio::test]
 async fn the_sweep_stands_behind_inotify() {
     let fixture = Temporary::new().await;
-    let mut watching = Watching::start(fixture.store().with_sweep(Duration::from_millis(300)));
+    let mut watching = Watching::start(fixture.store().with_sweep(Duration::from_millis(200)));
+    watching.until("the third snapshot", |w| w.snapshots == 3).await;
+    assert_eq!(watching.health.borrow().relists, 0, "nothing was wrong");
+}
+
+#[tokio::test]
+async fn a_file_that_takes_the_place_of_another_is_followed() {
+    let fixture = Temporary::new().await;
+    let mut watching = Watching::start(fixture.store());
     watching.until("the snapshot", |w| w.snapshots == 1).await;
-    // A file that was moved into place under the watched one's name rings another inode's bell.
     let other = Temporary::new().await;
     other.put("10.5.0.16-28", &value("192.0.2.1"), None).await;
     std::fs::rename(other.path(), fixture.path()).expect("rename");
     watching.until("the other file", |w| w.world.len() == 1).await;
     assert_eq!(watching.snapshots, 2, "another file is another history");
     watching.until_health("relisted", |health| health.relists == 1).await;
-    // And the bell hangs on the new file.
+    // The bell hangs on the new file: without a sweep, nothing else tells.
     fixture.put("10.5.0.32-28", &value("192.0.2.2"), None).await;
     watching.until("a change of it", |w| w.world.len() == 2).await;
 }

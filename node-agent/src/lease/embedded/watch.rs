@@ -9,7 +9,7 @@ use inotify::{Inotify, WatchMask};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch as latest};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::warn;
 
 use super::super::backoff::{Backoff, jittered};
@@ -27,13 +27,23 @@ pub(super) async fn run(
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
     let mut known: Option<World> = None;
     let mut bell = None;
+    let mut relist_at = Instant::now();
     loop {
+        // From time to time everything, so that a change that came and went between two looks is healed as well.
+        let relist = Instant::now() >= relist_at;
         let wait = match look(store, &mut bell).await {
             Ok(world) => {
                 backoff.reset();
                 health::connected(&health, store);
-                let (changes, relisted) = changes(known.as_ref(), &world);
-                if relisted {
+                let replaced = known.as_ref().is_some_and(|known| !known.is_succeeded_by(&world));
+                let changes = match &known {
+                    Some(known) if !relist && !replaced => changes(known, &world),
+                    _ => {
+                        relist_at = Instant::now() + jittered(store.sweep);
+                        vec![world.snapshot()]
+                    }
+                };
+                if replaced {
                     warn!(store = %store.location(), "another file, watch begins anew with a snapshot");
                     health.send_modify(|health| health.relists += 1);
                 }
@@ -47,7 +57,8 @@ pub(super) async fn run(
                 }
                 let expiry = world.next_expiry.map(until);
                 known = Some(world);
-                expiry.map_or(jittered(store.sweep), |expiry| expiry.min(jittered(store.sweep)))
+                let sweep = relist_at.saturating_duration_since(Instant::now());
+                expiry.map_or(sweep, |expiry| expiry.min(sweep))
             }
             Err(error) => {
                 health::disconnected(&health, store, &error);
@@ -87,15 +98,20 @@ async fn look(store: &EmbeddedStore, bell: &mut Option<Bell>) -> Result<World, S
     Ok(world)
 }
 
-/// From what was sent to what there is. The first time, and when the file is another one, a whole snapshot.
-fn changes(known: Option<&World>, world: &World) -> (Vec<LeaseUpdate>, bool) {
-    let same_history =
-        known.filter(|known| known.identity == world.identity && known.revision <= world.revision);
-    let Some(before) = same_history else {
-        let leases = world.entries.iter().filter_map(Entry::lease).collect();
-        let snapshot = LeaseUpdate::Snapshot { leases, malformed: world.malformed.clone() };
-        return (vec![snapshot], known.is_some());
-    };
+impl World {
+    fn snapshot(&self) -> LeaseUpdate {
+        let leases = self.entries.iter().filter_map(Entry::lease).collect();
+        LeaseUpdate::Snapshot { leases, malformed: self.malformed.clone() }
+    }
+
+    /// Whether `later` is the same file's, and not an older copy of it.
+    fn is_succeeded_by(&self, later: &World) -> bool {
+        self.identity == later.identity && self.revision <= later.revision
+    }
+}
+
+/// From what was sent to what there is.
+fn changes(before: &World, world: &World) -> Vec<LeaseUpdate> {
     let by_key = |world: &World| -> BTreeMap<_, _> {
         world.entries.iter().filter(|e| e.well_spelt).map(|e| (e.key, e.lease())).collect()
     };
@@ -109,12 +125,11 @@ fn changes(known: Option<&World>, world: &World) -> (Vec<LeaseUpdate>, bool) {
     let gone = before.malformed.iter().filter(|entry| {
         key_named(&entry.key).is_err() && !world.malformed.iter().any(|other| other.key == entry.key)
     });
-    let updates = removed
+    removed
         .chain(written)
         .chain(malformed.cloned().map(LeaseUpdate::Malformed))
         .chain(gone.map(|entry| LeaseUpdate::MalformedGone(entry.key.clone())))
-        .collect();
-    (updates, false)
+        .collect()
 }
 
 /// inotify on the database file. Hung anew when the file itself is replaced.

@@ -12,6 +12,8 @@ struct Node {
     dir: TempDir,
     store: EmbeddedStore,
     handle: KeeperHandle,
+    /// What the keeper was shown last.
+    shown: watch::Receiver<Option<LeaseUpdate>>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -33,16 +35,18 @@ impl Node {
         let (sender, mut updates) = tokio::sync::mpsc::channel(8);
         let (health, _) = watch::channel(StoreHealth::default());
         let (watched, observer) = (store.clone(), handle.clone());
+        let (show, shown) = watch::channel(None);
         let tasks = vec![
             tokio::spawn(async move { match keeper.run().await {} }),
             tokio::spawn(async move { watched.watch(sender, health).await }),
             tokio::spawn(async move {
                 while let Some(update) = updates.recv().await {
                     observer.observe(&update);
+                    show.send_replace(Some(update));
                 }
             }),
         ];
-        Self { dir, store, handle, tasks }
+        Self { dir, store, handle, shown, tasks }
     }
 
     async fn until(&mut self, what: &str, done: impl FnMut(&LeaseState) -> bool) -> LeaseState {
@@ -52,6 +56,18 @@ impl Node {
 
     async fn until_held(&mut self) -> OwnedLease {
         self.until("held", |state| state.held().is_some()).await.held().cloned().expect("held")
+    }
+
+    /// Held, and the watch has told of it: what happens to the key from now on will be seen.
+    async fn until_shown(&mut self) -> OwnedLease {
+        let held = self.until_held().await;
+        let told = |update: &Option<LeaseUpdate>| match update {
+            Some(LeaseUpdate::Snapshot { leases, .. }) => leases.contains(&held.lease),
+            Some(LeaseUpdate::Upsert(lease)) => *lease == held.lease,
+            _ => false,
+        };
+        timeout(PATIENCE, self.shown.wait_for(told)).await.expect("shown").expect("watch runs");
+        self.until_held().await
     }
 
     fn sql(&self, sql: &str, key: &LeaseKey, value: &str) {
@@ -97,7 +113,7 @@ async fn it_renews_as_long_before_the_end_as_the_margin_says() {
 #[tokio::test]
 async fn a_removed_key_is_made_again_at_once() {
     let mut node = Node::start(DAY, Duration::from_secs(60));
-    let first = node.until_held().await;
+    let first = node.until_shown().await;
     node.sql("DELETE FROM leases WHERE key = ?1 AND ?2 = ''", &first.lease.key, "");
     let again = node
         .until("taken again", |s| s.held().is_some_and(|h| h.mod_revision > first.mod_revision))
@@ -112,7 +128,7 @@ async fn a_removed_key_is_made_again_at_once() {
 #[tokio::test]
 async fn a_subnet_taken_by_another_is_left_to_it() {
     let mut node = Node::start(DAY, Duration::from_secs(60));
-    let first = node.until_held().await;
+    let first = node.until_shown().await;
     // Watch channels keep the latest only, so the passing state is recorded as it goes by.
     let mut states = node.handle.state.clone();
     states.mark_unchanged();

@@ -130,7 +130,7 @@ fn an_unreadable_entry_is_named_and_empties_nothing() {
     let mut table = LeaseTable::new(config());
     let bad = |key: &str| Malformed { key: key.into(), reason: "value is not JSON".into() };
     let a = lease("10.5.1.0-24", "192.0.2.1", 1);
-    table.apply(snapshot(&[a.clone()], &[]));
+    table.apply(snapshot(std::slice::from_ref(&a), &[]));
     assert!(table.apply(LeaseUpdate::Malformed(bad("10.5.1.0-24"))));
     assert!(table.apply(LeaseUpdate::Malformed(bad("nonsense"))));
     assert!(!table.apply(LeaseUpdate::Malformed(bad("nonsense"))));

@@ -22,6 +22,7 @@ impl Binaries {
                 if dir.ends_with("deps") { dir.parent().unwrap_or(dir).to_owned() } else { dir.to_owned() }
             }
         };
+        let dir = dir.canonicalize().with_context(|| format!("directory {}", dir.display()))?;
         for name in ["weftd", "weftctl", "weft"] {
             if !dir.join(name).is_file() {
                 bail!(

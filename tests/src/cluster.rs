@@ -62,6 +62,15 @@ impl Backend {
     }
 }
 
+impl StoreKind {
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Embedded => "embedded",
+            Self::Etcd => "etcd",
+        }
+    }
+}
+
 impl Spec {
     /// Nodes on a real etcd.
     pub fn etcd(nodes: u8, backend: Backend) -> Self {

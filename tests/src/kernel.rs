@@ -48,9 +48,7 @@ impl KernelView {
                 objects.insert(format!("fdb {entry}"));
             }
         }
-        for key in ["ipv4/ip_forward"] {
-            objects.insert(format!("sysctl {key} = {}", netns.sysctl(key)?));
-        }
+        objects.insert(format!("sysctl ipv4/ip_forward = {}", netns.sysctl("ipv4/ip_forward")?));
         Ok(Self { objects })
     }
 

@@ -15,6 +15,7 @@ pub mod binaries;
 pub mod capture;
 pub mod cluster;
 pub mod etcd;
+pub mod host;
 pub mod kernel;
 pub mod lab;
 pub mod netns;

@@ -1,9 +1,9 @@
 //! A pod: a network namespace that the real plugin has wired to its node.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use ipnetwork::IpNetwork;
 use serde_json::{Value, json};
 use weft_shared::IfName;
@@ -28,7 +28,7 @@ pub struct Sandbox {
 pub struct Pod {
     pub name: String,
     pub netns: Netns,
-    pub address: IpAddr,
+    pub address: Ipv4Addr,
     pub result: Value,
     pub call: Call,
 }
@@ -94,9 +94,12 @@ pub fn host_veth(call: &Call) -> Result<IfName> {
 }
 
 /// The address of the first entry of `ips`.
-pub fn address_of(result: &Value) -> Result<IpAddr> {
+pub fn address_of(result: &Value) -> Result<Ipv4Addr> {
     let text = result["ips"][0]["address"].as_str().with_context(|| format!("no address in {result}"))?;
-    Ok(text.parse::<IpNetwork>().with_context(|| format!("address {text:?}"))?.ip())
+    match text.parse::<IpNetwork>().with_context(|| format!("address {text:?}"))?.ip() {
+        IpAddr::V4(address) => Ok(address),
+        IpAddr::V6(address) => bail!("the first address is {address}: expected IPv4"),
+    }
 }
 
 /// A path below the bed that no namespace is mounted on.

@@ -47,7 +47,7 @@ fn nodes_reach_each_other_and_the_capture_sees_it() -> Result<()> {
 fn what_is_lost_is_missing_and_what_arrives_is_not() -> Result<()> {
     let bed = Bed::for_test()?;
     let (underlay, first, second) = two_nodes(&bed)?;
-    let to = second.address.into();
+    let to = second.address;
     let capture = Capture::start(&underlay.netns)?;
     let stream = Stream::start(&first.netns, &second.netns, to, 1000)?;
     eventually("some datagrams", SECOND * 10, || Ok(capture.frames().len() > 200))?;
@@ -70,7 +70,7 @@ fn what_is_lost_is_missing_and_what_arrives_is_not() -> Result<()> {
 fn flows_and_transfers_carry_what_they_say() -> Result<()> {
     let bed = Bed::for_test()?;
     let (_underlay, first, second) = two_nodes(&bed)?;
-    let to = second.address.into();
+    let to = second.address;
     let flows = Flows::open(&first.netns, &second.netns, to, 100)?;
     eventually("ten rounds", SECOND * 20, || Ok(flows.rounds() >= 10))?;
     assert!(flows.end()? >= 10);

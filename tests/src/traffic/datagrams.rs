@@ -1,6 +1,6 @@
 //! Numbered datagrams at a steady rate: every number that does not arrive is known.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -36,9 +36,9 @@ pub struct Tally {
 }
 
 impl Stream {
-    pub fn start(from: &Netns, to: &Netns, address: IpAddr, per_second: u32) -> Result<Self> {
+    pub fn start(from: &Netns, to: &Netns, address: Ipv4Addr, per_second: u32) -> Result<Self> {
         let receiver = to.enter(|| {
-            let socket = UdpSocket::bind(SocketAddr::new(address, 0))?;
+            let socket = UdpSocket::bind(SocketAddrV4::new(address, 0))?;
             setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER)?;
             socket.set_read_timeout(Some(Duration::from_millis(50)))?;
             Ok(socket)

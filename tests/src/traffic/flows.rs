@@ -1,7 +1,7 @@
 //! Open TCP connections that must live through whatever a scenario does to the agent.
 
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
@@ -24,8 +24,8 @@ pub struct Flows {
 }
 
 impl Flows {
-    pub fn open(from: &Netns, to: &Netns, address: IpAddr, count: usize) -> Result<Self> {
-        let listener = to.enter(|| Ok(TcpListener::bind(SocketAddr::new(address, 0))?))?;
+    pub fn open(from: &Netns, to: &Netns, address: Ipv4Addr, count: usize) -> Result<Self> {
+        let listener = to.enter(|| Ok(TcpListener::bind(SocketAddrV4::new(address, 0))?))?;
         let target = listener.local_addr()?;
         let mut near = Vec::new();
         let mut far = Vec::new();

@@ -1,7 +1,7 @@
 //! Throughput of one TCP stream and round trips of one UDP exchange: the lab's bench.
 
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,8 +13,8 @@ const CHUNK: usize = 128 << 10;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Bits per second that arrive over `duration`, by one stream.
-pub fn throughput(from: &Netns, to: &Netns, address: IpAddr, duration: Duration) -> Result<f64> {
-    let listener = to.enter(|| Ok(TcpListener::bind(SocketAddr::new(address, 0))?))?;
+pub fn throughput(from: &Netns, to: &Netns, address: Ipv4Addr, duration: Duration) -> Result<f64> {
+    let listener = to.enter(|| Ok(TcpListener::bind(SocketAddrV4::new(address, 0))?))?;
     let target = listener.local_addr()?;
     let mut stream = from.enter(|| Ok(TcpStream::connect_timeout(&target, PATIENCE)?))?;
     let receiver = thread::spawn(move || -> Result<f64> {
@@ -40,8 +40,8 @@ pub fn throughput(from: &Netns, to: &Netns, address: IpAddr, duration: Duration)
 }
 
 /// The median of `rounds` round trips of a small datagram.
-pub fn round_trip(from: &Netns, to: &Netns, address: IpAddr, rounds: usize) -> Result<Duration> {
-    let far = to.enter(|| Ok(UdpSocket::bind(SocketAddr::new(address, 0))?))?;
+pub fn round_trip(from: &Netns, to: &Netns, address: Ipv4Addr, rounds: usize) -> Result<Duration> {
+    let far = to.enter(|| Ok(UdpSocket::bind(SocketAddrV4::new(address, 0))?))?;
     let target = far.local_addr()?;
     let near = from.enter(|| {
         let socket = UdpSocket::bind("0.0.0.0:0")?;

@@ -1,7 +1,7 @@
 //! A large transfer over one TCP connection, compared by hash.
 
 use std::io::{Read, Write as _};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
@@ -23,8 +23,8 @@ pub struct Transfer {
 }
 
 /// Sends `bytes` pseudo-random bytes.
-pub fn transfer(from: &Netns, to: &Netns, address: IpAddr, bytes: u64) -> Result<Transfer> {
-    let listener = to.enter(|| Ok(TcpListener::bind(SocketAddr::new(address, 0))?))?;
+pub fn transfer(from: &Netns, to: &Netns, address: Ipv4Addr, bytes: u64) -> Result<Transfer> {
+    let listener = to.enter(|| Ok(TcpListener::bind(SocketAddrV4::new(address, 0))?))?;
     let target = listener.local_addr()?;
     let mut stream = from.enter(|| Ok(TcpStream::connect_timeout(&target, PATIENCE)?))?;
     stream.set_write_timeout(Some(PATIENCE))?;

@@ -1,1 +1,29 @@
+//! The lab and the end-to-end tests' harness: namespaces as nodes, the real agent, the real plugin, real stores.
+//!
+//! ```text
+//! Bed (a directory below /run; everything in it goes with it)
+//!  +- Underlay: a bridge in a namespace, the store's home
+//!  +- Node n1, n2, ...: a namespace, a weftd, a directory for its files
+//!  |   +- Pod: a namespace that the plugin wired to the node
+//!  +- Capture, Stream, Flows: what is looked at and what is carried while a scenario runs
+//! ```
+//! Nothing is made in the host's own network namespace. Root is needed; missing root or tools is a failure.
 
+pub mod agent;
+pub mod bed;
+pub mod binaries;
+pub mod capture;
+pub mod cluster;
+pub mod etcd;
+pub mod host;
+pub mod kernel;
+pub mod lab;
+pub mod netns;
+pub mod node;
+pub mod packet;
+pub mod plugin;
+pub mod pod;
+pub mod random;
+pub mod traffic;
+pub mod underlay;
+pub mod wait;

@@ -1,0 +1,74 @@
+# What scripts/lab and scripts/test both need before Rust takes over: packages, toolchain, target. Sourced by bash.
+
+TARGET=x86_64-unknown-linux-musl
+RUSTUP_LINE="curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y --profile minimal"
+
+die() {
+    echo "$(basename "$0"): $*" >&2
+    exit 1
+}
+
+# need_root: namespaces need it. Under sudo the rest of this file works as the user who called sudo.
+need_root() {
+    [ "$(id -u)" -eq 0 ] || die "root is needed for network namespaces: run it with sudo"
+}
+
+# as_owner COMMAND...: runs it as the user who called sudo, so that no file of root's is left in the user's folders.
+as_owner() {
+    if [ "$(id -u)" -eq 0 ] && [ -n "${SUDO_USER:-}" ] && [ "$SUDO_USER" != root ]; then
+        runuser -u "$SUDO_USER" -- env HOME="$(getent passwd "$SUDO_USER" | cut -d: -f6)" PATH="$PATH" "$@"
+    else
+        "$@"
+    fi
+}
+
+# missing_packages NAME:COMMAND-OR-FILE...: the packages that are not there.
+missing_packages() {
+    local entry
+    for entry in "$@"; do
+        if [ "${entry#*:/}" != "$entry" ]; then
+            [ -e "${entry#*:}" ] || printf '%s ' "${entry%%:*}"
+        else
+            command -v "${entry#*:}" >/dev/null || printf '%s ' "${entry%%:*}"
+        fi
+    done
+}
+
+# install_packages NAME:COMMAND-OR-FILE...: installs what is missing on Debian and Ubuntu; elsewhere names it and stops.
+install_packages() {
+    local missing
+    # sbin holds ip and nft, and is not in every user's PATH.
+    export PATH="$PATH:/usr/sbin:/sbin"
+    missing=$(missing_packages "$@")
+    if [ -z "$missing" ]; then
+        echo "Packages: all there."
+        return
+    fi
+    command -v apt-get >/dev/null || die "missing: ${missing% } (Debian's names). This distribution has no apt-get: install them with its own tool and start again."
+    echo "Packages to install: ${missing% } (less than a minute)"
+    # shellcheck disable=SC2086 # a list of words
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing; } >/tmp/weft-apt.$$ 2>&1 || {
+        cat /tmp/weft-apt.$$ >&2
+        rm -f /tmp/weft-apt.$$
+        die "apt-get failed; see above"
+    }
+    rm -f /tmp/weft-apt.$$
+}
+
+# need_rust: cargo and the target, through the rustup of whoever owns the work.
+need_rust() {
+    local home=$HOME
+    if [ -n "${SUDO_USER:-}" ]; then
+        home=$(getent passwd "$SUDO_USER" | cut -d: -f6)
+    fi
+    export PATH="$PATH:$home/.cargo/bin"
+    command -v cargo >/dev/null || die "cargo is missing. Install Rust with:
+  $RUSTUP_LINE
+and start again."
+    # rust-toolchain.toml names toolchain, components and target; without rustup they must be there already.
+    if command -v rustup >/dev/null; then
+        as_owner rustup toolchain install --no-self-update >/dev/null 2>&1 || as_owner rustup show active-toolchain >/dev/null ||
+            die "rustup cannot install the toolchain that rust-toolchain.toml names"
+        as_owner rustup target list --installed | grep -qx "$TARGET" || as_owner rustup target add "$TARGET"
+    fi
+}

@@ -1,0 +1,185 @@
+//! One weftd in a node's namespace: started, killed, stopped, asked.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use weft_agent::status::Status;
+
+use crate::binaries::Binaries;
+use crate::netns::Netns;
+use crate::wait::{eventually, until_ok};
+
+const STOP_DEADLINE: Duration = Duration::from_secs(10);
+const LOG_TAIL_LINES: usize = 40;
+
+/// The agent of one node. Its files lie in the node's directory, so a stopped one starts again as itself.
+#[derive(Debug)]
+pub struct Agent {
+    binaries: Binaries,
+    netns: Netns,
+    dir: PathBuf,
+    /// What the harness always says: where files lie, who the node is.
+    fixed: Vec<String>,
+    /// The store, and what a test adds. Read at every start.
+    pub flags: Vec<String>,
+    child: Option<Child>,
+}
+
+impl Agent {
+    pub fn new(binaries: &Binaries, netns: &Netns, dir: &Path, node_name: &str) -> Self {
+        let at = |flag: &str, file: &str| format!("--{flag}={}", dir.join(file).display());
+        let fixed = vec![
+            at("run-dir", "run"),
+            at("state-dir", "state"),
+            at("subnet-file", "subnet.env"),
+            format!("--node-name={node_name}"),
+        ];
+        Self {
+            binaries: binaries.clone(),
+            netns: netns.clone(),
+            dir: dir.to_owned(),
+            fixed,
+            flags: Vec::new(),
+            child: None,
+        }
+    }
+
+    /// Starts the process, without waiting for anything.
+    pub fn start(&mut self) -> Result<()> {
+        if self.child.is_some() {
+            bail!("the agent of {} runs already", self.netns.name());
+        }
+        let mut log = File::options().create(true).append(true).open(self.log_path())?;
+        writeln!(log, "--- start: weftd {} {}", self.fixed.join(" "), self.flags.join(" "))?;
+        // A session of its own: it outlives the terminal of `lab up`.
+        let mut command = Command::new("setsid");
+        command.arg(self.binaries.agent()).args(&self.fixed).args(&self.flags);
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        self.child = Some(self.netns.spawn(&mut command)?);
+        Ok(())
+    }
+
+    /// Waits until the agent calls itself ready: the first ADD can succeed.
+    pub fn wait_ready(&mut self, deadline: Duration) -> Result<()> {
+        let waited = eventually("the agent to be ready", deadline, || {
+            let status = self.status()?;
+            if !status.ready {
+                bail!("agent waits for {:?}", status.waiting_for);
+            }
+            Ok(true)
+        });
+        waited.map(drop).with_context(|| self.explain())
+    }
+
+    pub fn status(&self) -> Result<Status> {
+        let json = self.ctl(&["status", "--json"])?;
+        serde_json::from_str(&json).with_context(|| format!("weftctl status --json printed {json:?}"))
+    }
+
+    /// What `weftctl` prints, whatever its exit status; no output at all is an error.
+    pub fn ctl(&self, args: &[&str]) -> Result<String> {
+        let mut command = Command::new(self.binaries.ctl());
+        command.arg("--socket").arg(self.admin_socket()).args(args);
+        let output = self.netns.output(&mut command)?;
+        if output.stdout.is_empty() {
+            bail!("weftctl {args:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    pub fn cni_socket(&self) -> PathBuf {
+        self.dir.join("run/cni.sock")
+    }
+
+    pub fn admin_socket(&self) -> PathBuf {
+        self.dir.join("run/admin.sock")
+    }
+
+    pub fn run_dir(&self) -> PathBuf {
+        self.dir.join("run")
+    }
+
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
+    pub fn subnet_file(&self) -> PathBuf {
+        self.dir.join("subnet.env")
+    }
+
+    pub fn log_path(&self) -> PathBuf {
+        self.dir.join("weftd.log")
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    pub fn pid(&self) -> Result<Pid> {
+        let child = self.child.as_ref().with_context(|| format!("{} has no agent", self.netns.name()))?;
+        Ok(Pid::from_raw(child.id() as i32))
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.child.is_some()
+    }
+
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill(self.pid()?, signal)?)
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self) -> Result<()> {
+        self.signal(Signal::SIGKILL)?;
+        self.reap(STOP_DEADLINE).map(drop)
+    }
+
+    /// SIGTERM, and its end within the deadline.
+    pub fn stop(&mut self) -> Result<ExitStatus> {
+        self.signal(Signal::SIGTERM)?;
+        self.reap(STOP_DEADLINE).with_context(|| self.explain())
+    }
+
+    /// Waits for the process to end by itself.
+    pub fn reap(&mut self, deadline: Duration) -> Result<ExitStatus> {
+        let mut child = self.child.take().context("no agent to wait for")?;
+        let ended = until_ok("the agent to end", deadline, || child.try_wait()?.context("it still runs"));
+        if ended.is_err() {
+            self.child = Some(child);
+        }
+        ended
+    }
+
+    pub fn restart(&mut self, deadline: Duration) -> Result<()> {
+        self.start()?;
+        self.wait_ready(deadline)
+    }
+
+    /// Leaves it running when this value goes.
+    pub fn detach(&mut self) {
+        self.child = None;
+    }
+
+    /// The end of its log, for a failure's context.
+    pub fn explain(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        let tail = &lines[lines.len().saturating_sub(LOG_TAIL_LINES)..];
+        format!("weftd on {}, end of log:\n  {}\n", self.netns.name(), tail.join("\n  "))
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! The network under the overlay: a bridge in a namespace of its own, and nodes that hang on it by a veth pair each.
+//!
+//! Each node has one interface `eth0` and a default route through the bridge's address, as a machine in a rack has:
+//! so the agent's choice of an interface by default route is exercised everywhere.
+
+use std::net::Ipv4Addr;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use crate::bed::Bed;
+use crate::netns::Netns;
+
+const BRIDGE: &str = "br0";
+
+#[derive(Debug)]
+pub struct Underlay {
+    pub netns: Netns,
+}
+
+/// What makes a node: its name, its place in the underlay.
+#[derive(Debug, Clone)]
+pub struct NodeNet {
+    pub name: String,
+    pub netns: Netns,
+    pub address: Ipv4Addr,
+    /// The node's end in the underlay: the switch port that a capture listens on.
+    pub port: String,
+}
+
+/// Nodes are numbered from 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct NodeNumber(pub u8);
+
+impl NodeNumber {
+    pub fn name(self) -> String {
+        format!("n{}", self.0)
+    }
+
+    pub fn address(self) -> Ipv4Addr {
+        Ipv4Addr::new(192, 168, 77, 10 + self.0)
+    }
+}
+
+impl Underlay {
+    /// Where nodes find the store, and their default gateway.
+    pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 1);
+
+    pub fn create(bed: &Bed) -> Result<Self> {
+        let netns = bed.netns("underlay")?;
+        // A fixed address: a bridge otherwise takes the lowest of its ports' and changes it as nodes come.
+        netns.ip(&format!("link add {BRIDGE} address 02:00:c0:a8:4d:01 type bridge forward_delay 0"))?;
+        netns.ip(&format!("address add {}/24 dev {BRIDGE}", Self::GATEWAY))?;
+        netns.ip(&format!("link set {BRIDGE} up"))?;
+        Ok(Self { netns })
+    }
+
+    pub fn attach(&self, bed: &Bed, number: NodeNumber) -> Result<NodeNet> {
+        let name = number.name();
+        let netns = bed.netns(&name)?;
+        let port = name.clone();
+        self.netns.ip(&format!(
+            "link add {port} master {BRIDGE} type veth peer name eth0 netns {}",
+            netns.path().display()
+        ))?;
+        self.netns.ip(&format!("link set {port} up"))?;
+        netns.ip(&format!("address add {}/24 dev eth0", number.address()))?;
+        netns.ip("link set eth0 up")?;
+        netns.ip(&format!("route add default via {}", Self::GATEWAY))?;
+        Ok(NodeNet { name, netns, address: number.address(), port })
+    }
+}

@@ -1,0 +1,61 @@
+//! Waiting for a condition with a deadline: the tests' substitute for sleeping.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+
+/// How often a condition is looked at.
+const PACE: Duration = Duration::from_millis(10);
+
+/// Looks until `condition` holds and says how long that took. An error of the condition means "not yet", and is told
+/// when time is up.
+pub fn eventually(
+    what: &str,
+    deadline: Duration,
+    mut condition: impl FnMut() -> Result<bool>,
+) -> Result<Duration> {
+    let start = Instant::now();
+    loop {
+        let state = condition();
+        if matches!(state, Ok(true)) {
+            return Ok(start.elapsed());
+        }
+        if start.elapsed() >= deadline {
+            return match state {
+                Err(error) => Err(error).with_context(|| format!("waited {deadline:?} for {what}")),
+                Ok(_) => bail!("waited {deadline:?} for {what}"),
+            };
+        }
+        thread::sleep(PACE);
+    }
+}
+
+/// Tries until `attempt` succeeds, and returns what it made.
+pub fn until_ok<T>(what: &str, deadline: Duration, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    let mut made = None;
+    eventually(what, deadline, || {
+        made = Some(attempt()?);
+        Ok(true)
+    })?;
+    made.context("condition held without a value")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_condition_that_never_holds_names_what_was_waited_for() {
+        let error = eventually("spring", Duration::from_millis(20), || bail!("snow"));
+        let text = format!("{:#}", error.expect_err("never holds"));
+        assert!(text.contains("spring") && text.contains("snow"), "{text}");
+        let mut looks = 0;
+        eventually("third look", Duration::from_secs(5), || {
+            looks += 1;
+            Ok(looks == 3)
+        })
+        .expect("holds");
+        assert_eq!(looks, 3);
+    }
+}

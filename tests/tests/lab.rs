@@ -1,0 +1,165 @@
+//! The lab as a newcomer uses it, by its script; and the host afterwards, which must be as it was.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use e2e::binaries::Binaries;
+use e2e::host::{HostSnapshot, marked_processes};
+use e2e::wait::eventually;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const ROOT: &str = "/run/weft-lab";
+const SECOND: Duration = Duration::from_secs(1);
+
+/// There is one lab on a machine: one test at a time.
+struct Lab {
+    _turn: MutexGuard<'static, ()>,
+    binaries: Binaries,
+    mark: String,
+    before: HostSnapshot,
+}
+
+impl Lab {
+    fn new() -> Result<Self> {
+        static TURN: Mutex<()> = Mutex::new(());
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        ensure!(!Path::new(ROOT).exists(), "{ROOT} exists: take that lab down first");
+        let mark = format!("WEFT_LAB_TEST={}", std::process::id());
+        Ok(Self { _turn: turn, binaries: Binaries::find()?, mark, before: HostSnapshot::take()? })
+    }
+
+    fn command(&self, arguments: &str) -> Command {
+        let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/lab"));
+        command.args(arguments.split_whitespace()).env("WEFT_BIN_DIR", &self.binaries.dir);
+        if let Some((name, value)) = self.mark.split_once('=') {
+            command.env(name, value);
+        }
+        command.stdin(Stdio::null());
+        command
+    }
+
+    fn output(&self, arguments: &str) -> Result<Output> {
+        Ok(self.command(arguments).output()?)
+    }
+
+    /// What it prints when it succeeds.
+    fn run(&self, arguments: &str) -> Result<String> {
+        let output = self.output(arguments)?;
+        let text = both(&output);
+        ensure!(output.status.success(), "lab {arguments}: {}: {text}", output.status);
+        Ok(text)
+    }
+
+    /// What it prints when it refuses.
+    fn refuse(&self, arguments: &str) -> Result<String> {
+        let output = self.output(arguments)?;
+        let text = both(&output);
+        ensure!(!output.status.success(), "lab {arguments} succeeded: {text}");
+        Ok(text)
+    }
+
+    /// Takes the lab down; the host must be what it was before.
+    fn down(&self) -> Result<()> {
+        self.run("down")?;
+        ensure!(!Path::new(ROOT).exists());
+        let left = marked_processes(&self.mark)?;
+        ensure!(left.is_empty(), "left running: {left:?}");
+        let difference = self.before.difference(&HostSnapshot::take()?);
+        ensure!(difference.is_empty(), "the host changed:\n{difference}");
+        Ok(())
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        let _ = self.run("down");
+    }
+}
+
+fn both(output: &Output) -> String {
+    [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned()).concat()
+}
+
+#[test]
+fn up_status_ping_exec_down() -> Result<()> {
+    let lab = Lab::new()?;
+    let table = lab.run("up")?;
+    assert!(table.contains("30 of 30 ordered pairs reach."), "{table}");
+    assert_eq!(
+        table.lines().filter(|line| line.trim_start().starts_with("scripts/lab")).count(),
+        5,
+        "{table}"
+    );
+    let status = lab.run("status")?;
+    for node in ["n1", "n2", "n3"] {
+        assert!(status.contains(node), "{status}");
+    }
+    assert!(status.contains("one machine only"), "{status}");
+    let ping = lab.run("ping")?;
+    assert!(ping.contains("30 of 30 ordered pairs reach."), "{ping}");
+    assert!(lab.run("exec n1 ip route")?.contains("flannel.1"));
+    assert!(lab.run("exec n1-a ip -o address")?.contains("eth0"));
+    assert_eq!(lab.output("exec n1-a false")?.status.code(), Some(1), "the command's own exit code");
+
+    assert!(lab.refuse("up")?.contains("scripts/lab down"));
+    let refused = lab.refuse("exec n9 true")?;
+    assert!(refused.contains("n9") && refused.contains("n1-a"), "{refused}");
+    lab.down()
+}
+
+#[test]
+fn a_broken_overlay_shows_and_is_mended() -> Result<()> {
+    let lab = Lab::new()?;
+    lab.run("up --nodes 2 --backend host-gw --store etcd")?;
+    lab.run("exec n2 ip link set eth0 down")?;
+    let silent = lab.refuse("ping")?;
+    assert!(silent.contains("SILENT"), "{silent}");
+    lab.run("exec n2 ip link set eth0 up")?;
+    lab.run("exec n2 ip route replace default via 192.168.77.1")?;
+    eventually("every pair to reach again", SECOND * 30, || Ok(lab.output("ping")?.status.success()))?;
+    lab.down()
+}
+
+#[test]
+fn down_after_an_up_that_was_killed() -> Result<()> {
+    let lab = Lab::new()?;
+    // Killed when the bed holds so many namespaces: at the underlay, among the nodes, among the pods.
+    for namespaces in [0, 1, 3, 4, 6, 9] {
+        let mut command = lab.command("up");
+        let mut up = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        eventually("up to be midway", SECOND * 60, || {
+            Ok(up.try_wait()?.is_some() || fs::read_dir(format!("{ROOT}/netns"))?.count() >= namespaces)
+        })?;
+        kill(Pid::from_raw(up.id() as i32), Signal::SIGKILL)?;
+        up.wait()?;
+        assert!(lab.refuse("status")?.contains("down"), "after a kill at {namespaces}");
+        assert!(lab.refuse("up")?.contains("down"), "after a kill at {namespaces}");
+        lab.down()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn bad_input_is_refused_before_anything_is_made() -> Result<()> {
+    let lab = Lab::new()?;
+    for (arguments, expected) in [
+        ("up --nodes 0", "1 to 20"),
+        ("up --nodes many", "many"),
+        ("up --backend udp", "vxlan or host-gw"),
+        ("up --store=zookeeper", "embedded or etcd"),
+        ("up --colour", "--colour"),
+        ("up 3", "3"),
+        ("start", "start"),
+        ("status", "scripts/lab up"),
+        ("exec n1 true", "scripts/lab up"),
+    ] {
+        let refused = lab.refuse(arguments)?;
+        assert!(refused.contains(expected), "{arguments}: {refused}");
+    }
+    lab.down()
+}

@@ -1,0 +1,240 @@
+//! The agent may die at any moment: packets, connections, addresses and everything that is right in the kernel stay.
+
+use std::io::{BufRead as _, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use e2e::cluster::{Backend, READY, Spec, scenario};
+use e2e::kernel::{KernelView, indexes};
+use e2e::netns::Netns;
+use e2e::random::Random;
+use e2e::traffic::datagrams::Stream;
+use e2e::traffic::echo::ping;
+use e2e::traffic::flows::Flows;
+use e2e::wait::eventually;
+
+const SECOND: Duration = Duration::from_secs(1);
+const KILLS: usize = 20;
+const FLOWS: usize = 100;
+const DATAGRAMS_PER_SECOND: u32 = 1000;
+
+/// 20 kills at random moments under load: nothing missing, nothing reset.
+fn killed_under_load(backend: Backend) -> Result<()> {
+    scenario(Spec::etcd(2, backend), |cluster| {
+        let (near, far) = cluster.pod_pair()?;
+        ping(&near.netns, far.address, 5, SECOND)?;
+        let there = Stream::start(&near.netns, &far.netns, far.address, DATAGRAMS_PER_SECOND)?;
+        let back = Stream::start(&far.netns, &near.netns, near.address, DATAGRAMS_PER_SECOND)?;
+        let flows = Flows::open(&near.netns, &far.netns, far.address, FLOWS)?;
+        let mut random = Random::of_the_moment();
+        for kill in 0..KILLS {
+            let agent = &mut cluster.nodes[kill % 2].agent;
+            // The moment is the test: from the first instruction of a start to well after it is ready.
+            thread::sleep(Duration::from_millis(random.below(600)));
+            agent.kill()?;
+            agent.start()?;
+        }
+        cluster.wait_converged()?;
+        let rounds = flows.rounds();
+        eventually("every flow to carry on", READY, || Ok(flows.rounds() > rounds + 2))?;
+        flows.end().context("a flow did not live")?;
+        for tally in [there.end()?, back.end()?] {
+            assert!(tally.sent > u64::from(DATAGRAMS_PER_SECOND), "{} sent only {}", tally.name, tally.sent);
+            assert_eq!(
+                tally.missing.len(),
+                0,
+                "{}: {} missing of {}",
+                tally.name,
+                tally.missing.len(),
+                tally.sent
+            );
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn twenty_kills_lose_nothing_by_vxlan() -> Result<()> {
+    killed_under_load(Backend::Vxlan)
+}
+
+#[test]
+fn twenty_kills_lose_nothing_by_host_gw() -> Result<()> {
+    killed_under_load(Backend::HostGw)
+}
+
+#[test]
+fn a_restart_changes_nothing_that_is_right() -> Result<()> {
+    for backend in [Backend::Vxlan, Backend::HostGw] {
+        scenario(Spec::etcd(2, backend), |cluster| {
+            let (near, far) = cluster.pod_pair()?;
+            ping(&near.netns, far.address, 5, SECOND)?;
+            let node = &mut cluster.nodes[0];
+            let before = (KernelView::of(node.netns())?, indexes(node.netns())?);
+            let watchers = [Watcher::start(node.netns(), "ip")?, Watcher::start(node.netns(), "bridge")?];
+            node.agent.kill()?;
+            node.agent.restart(READY)?;
+            node.wait_peers(1, READY)?;
+            let after = (KernelView::of(node.netns())?, indexes(node.netns())?);
+            assert_eq!(before.0.difference(&after.0), "", "{}", backend.kind());
+            assert_eq!(before.1, after.1, "a device was made anew");
+            for watcher in watchers {
+                assert_eq!(watcher.events(node.netns())?, Vec::<String>::new(), "{}", backend.kind());
+            }
+            ping(&near.netns, far.address, 5, SECOND)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn addresses_survive_a_kill() -> Result<()> {
+    scenario(Spec::etcd(1, Backend::Vxlan), |cluster| {
+        let node = &mut cluster.nodes[0];
+        let first = node.pod("a")?;
+        let second = node.pod("b")?;
+        node.agent.kill()?;
+        node.agent.restart(READY)?;
+        assert_eq!(node.status()?.pods.attachments, 2);
+        let third = node.pod("c")?;
+        assert!(
+            ![first.address, second.address].contains(&third.address),
+            "{} was handed out twice",
+            third.address
+        );
+        ping(&first.netns, third.address, 5, SECOND)?;
+        for pod in [first, second, third] {
+            pod.delete()?;
+        }
+        eventually("no attachment to be left", SECOND, || Ok(node.status()?.pods.attachments == 0))?;
+        Ok(())
+    })
+}
+
+#[test]
+fn entries_of_peers_that_left_meanwhile_go_at_start() -> Result<()> {
+    for backend in [Backend::Vxlan, Backend::HostGw] {
+        scenario(Spec::etcd(3, backend), |cluster| {
+            let lease = cluster.nodes[2].status()?.lease.context("n3 has a lease")?;
+            let subnet = lease.key.v4.to_string();
+            assert!(holds(cluster.nodes[0].netns(), &subnet)?);
+            cluster.nodes[2].agent.kill()?;
+            cluster.nodes[0].agent.kill()?;
+            cluster.etcd()?.delete_lease(&lease.key.to_string())?;
+            assert!(holds(cluster.nodes[0].netns(), &subnet)?, "gone although no agent ran");
+            cluster.nodes[0].agent.restart(READY)?;
+            eventually("the entries of n3 to go", READY, || Ok(!holds(cluster.nodes[0].netns(), &subnet)?))?;
+            cluster.nodes[0].wait_peers(1, READY)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_restart_without_a_store_keeps_the_data_path() -> Result<()> {
+    scenario(Spec::etcd(2, Backend::Vxlan), |cluster| {
+        let (near, far) = cluster.pod_pair()?;
+        ping(&near.netns, far.address, 5, SECOND)?;
+        let before = KernelView::of(cluster.nodes[0].netns())?;
+        cluster.etcd()?.kill()?;
+        cluster.nodes[0].agent.kill()?;
+        cluster.nodes[0].agent.start()?;
+        eventually("the agent to say that it waits for the store", READY, || {
+            let status = cluster.nodes[0].status()?;
+            Ok(!status.store.connected && status.store.problem.is_some())
+        })?;
+        assert_eq!(before.difference(&KernelView::of(cluster.nodes[0].netns())?), "");
+        ping(&near.netns, far.address, 5, SECOND)?;
+        cluster.etcd()?.resume()?;
+        cluster.wait_converged()
+    })
+}
+
+/// Whether the node has any route, neighbour or FDB entry for the subnet.
+fn holds(netns: &Netns, subnet: &str) -> Result<bool> {
+    let network = subnet.split('/').next().unwrap_or(subnet);
+    Ok(KernelView::of(netns)?
+        .objects
+        .iter()
+        .any(|o| !o.starts_with("address") && o.contains(&format!("\"{network}"))))
+}
+
+/// `ip monitor` or `bridge monitor` in a node. What it prints in the end is closed off by an entry made for that.
+struct Watcher {
+    tool: &'static str,
+    child: Child,
+    lines: Arc<Mutex<Vec<String>>>,
+}
+
+impl Watcher {
+    /// The address of the last event that is waited for.
+    const SENTINEL: &str = "02:00:5e:00:00:fe";
+
+    fn start(netns: &Netns, tool: &'static str) -> Result<Self> {
+        let mut command = Command::new(tool);
+        let objects: &[&str] = if tool == "ip" { &["link", "address", "route", "neigh"] } else { &["fdb"] };
+        command.arg("monitor").args(objects).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = netns.spawn(&mut command)?;
+        let stdout = child.stdout.take().context("stdout of the monitor")?;
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        thread::spawn({
+            let lines = Arc::clone(&lines);
+            move || {
+                for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                    lines.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+                }
+            }
+        });
+        let watcher = Self { tool, child, lines };
+        // It listens once it reports a change made for it.
+        eventually(&format!("{tool} monitor to listen"), SECOND * 5, || {
+            watcher.mark(netns)?;
+            Ok(watcher.seen() > 0)
+        })?;
+        Ok(watcher)
+    }
+
+    /// Everything that concerns the overlay since the start.
+    fn events(mut self, netns: &Netns) -> Result<Vec<String>> {
+        let marks = self.seen();
+        self.mark(netns)?;
+        eventually("the last event", SECOND * 5, || Ok(self.seen() > marks))?;
+        self.child.kill()?;
+        self.child.wait()?;
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let ours = |line: &&String| {
+            ["flannel", "cni0", "veth"].iter().any(|device| line.contains(device)) && !is_dynamic(line)
+        };
+        Ok(lines.iter().filter(ours).cloned().collect())
+    }
+
+    fn seen(&self) -> usize {
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.iter().filter(|line| line.contains(Self::SENTINEL)).count()
+    }
+
+    /// An entry on the underlay's interface that is none of the agent's business, made and taken away.
+    fn mark(&self, netns: &Netns) -> Result<()> {
+        let change = |verb: &str| match self.tool {
+            "ip" => {
+                let words = if verb == "add" { "lladdr 02:00:5e:00:00:fe nud permanent" } else { "" };
+                netns.ip(&format!("neighbor {verb} 192.168.77.254 {words} dev eth0"))
+            }
+            "bridge" => netns.bridge(&format!("fdb {verb} {} dev eth0", Self::SENTINEL)),
+            other => bail!("no monitor {other}"),
+        };
+        change("add")?;
+        change("del")?;
+        Ok(())
+    }
+}
+
+/// Neighbours that the kernel learns and ages, on the bridge towards the pods and among learned addresses.
+fn is_dynamic(line: &str) -> bool {
+    ["REACHABLE", "STALE", "DELAY", "PROBE", "FAILED", "INCOMPLETE"].iter().any(|state| line.contains(state))
+        || line.contains("master cni0") && !line.contains("permanent")
+}

@@ -5,6 +5,9 @@ mod support;
 use serde_json::json;
 use support::{Namespace, Node};
 
+/// Environment, stdin, the code, and a part of the text.
+type Fault<'a> = (&'a [(&'a str, &'a str)], &'a str, u32, &'a str);
+
 const ALL: [&str; 4] = ["CNI_COMMAND", "CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"];
 
 #[test]
@@ -15,7 +18,7 @@ fn the_first_fault_in_the_references_order_is_reported() {
     let long = " ".repeat((1 << 20) + 1);
     let bad_everything = r#"{"cniVersion":"9","name":"a/b"}"#;
     // Each row has all the faults of the rows below it, as far as that can be.
-    let table: &[(&[(&str, &str)], &str, u32, &str)] = &[
+    let table: &[Fault<'_>] = &[
         (&[("CNI_COMMAND", "FOO"), ("CNI_CONTAINERID", ""), ("CNI_IFNAME", "a/b")], "{", 4, "FOO"),
         (
             &[("CNI_CONTAINERID", ""), ("CNI_NETNS", ""), ("CNI_IFNAME", "")],

@@ -165,6 +165,26 @@ fn two_families() {
 }
 
 #[test]
+fn a_second_interface_leaves_the_first_ones_routes_in_front() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let _agent = node.agent().behaving(Behaviour { dual_stack: true, ..Behaviour::default() });
+    let conf = node.conf("1.1.0", json!({}));
+    let mut results = Vec::new();
+    for ifname in ["eth0", "eth1"] {
+        results.push(node.call("ADD", "c1", &pod.path(), &conf).env("CNI_IFNAME", ifname).run().ok());
+    }
+    let best = pod.ip_json(&["route", "get", "192.0.2.1"]);
+    assert_eq!(best[0]["dev"], "eth0");
+    for (ifname, result) in ["eth0", "eth1"].into_iter().zip(results) {
+        let chained = node.conf("1.1.0", json!({"prevResult": result}));
+        let call = |verb| node.call(verb, "c1", &pod.path(), &chained).env("CNI_IFNAME", ifname).run();
+        call("CHECK").ok();
+        call("DEL").ok();
+    }
+    assert_eq!((node.ns.link_names(), pod.link_names()), (vec!["cni0".to_owned()], vec![]));
+}
+
+#[test]
 fn neighbours_learn_of_a_new_owner_of_an_address_at_once() {
     let (node, witness, first, second) = (Node::new(), Namespace::new(), Namespace::new(), Namespace::new());
     let _agent = node.agent().behaving(Behaviour { dual_stack: true, ..Behaviour::default() });
@@ -289,8 +309,6 @@ fn del_succeeds_whatever_is_left() {
 #[test]
 fn del_spares_a_foreign_interface_of_our_name() {
     let node = Node::new();
-    let _agent = node.agent();
-    drop(_agent);
     node.ns.ip(&["link", "add", &host_veth("c1"), "type", "veth", "peer", "name", "other"]);
     node.del("c1", "").ok();
     assert!(node.ns.link_names().contains(&host_veth("c1")));

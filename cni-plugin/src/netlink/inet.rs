@@ -6,7 +6,7 @@ use ipnetwork::IpNetwork;
 use weft_shared::Subnet;
 
 use super::link::push_up;
-use super::message::{attributes, u32_at};
+use super::message::{attribute, attributes, u16_at, u32_at};
 use super::uapi::*;
 use super::{Netlink, NetlinkError};
 
@@ -44,7 +44,8 @@ impl Netlink {
         push_up(&mut batch, ifindex);
         for route in routes {
             let fixed = rtmsg(family(route.dst.addr()), route.dst.len());
-            batch.push(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, &fixed, |a| {
+            // Behind an equal route: a pod may have a second interface of ours, and the first one's keeps its place.
+            batch.push(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_APPEND, &fixed, |a| {
                 if route.dst.len() > 0 {
                     a.bytes(RTA_DST, &octets(route.dst.addr()));
                 }
@@ -68,7 +69,12 @@ impl Netlink {
         let mut fixed = [0; 12];
         fixed[0] = if v4 { AF_INET } else { AF_INET6 };
         let found = self.dump(RTM_GETROUTE, &fixed, parse_route)?;
-        Ok(found.into_iter().filter(|(index, _)| *index == ifindex).map(|(_, route)| route).collect())
+        Ok(found
+            .into_iter()
+            .flatten()
+            .filter(|(index, _)| *index == ifindex)
+            .map(|(_, route)| route)
+            .collect())
     }
 }
 
@@ -114,18 +120,33 @@ fn parse_address(payload: &[u8]) -> Option<(u32, Address)> {
     Some((ifindex, IpNetwork::new(local.or(address)?, prefix).ok()?))
 }
 
-fn parse_route(payload: &[u8]) -> Option<(u32, Route)> {
+/// One route for each of its next hops: IPv6 joins appended routes into one with several.
+fn parse_route(payload: &[u8]) -> Option<Vec<(u32, Route)>> {
     let (family, len, table) = (*payload.first()?, *payload.get(1)?, *payload.get(4)?);
-    let (mut dst, mut gateway, mut oif) = (None, None, None);
+    let (mut dst, mut hops) = (None, Vec::new());
+    let (mut gateway, mut oif) = (None, None);
     for (kind, value) in attributes(payload.get(12..)?) {
         match kind {
             RTA_DST => dst = ip(value),
             RTA_GATEWAY => gateway = ip(value),
             RTA_OIF => oif = u32_at(value, 0),
+            RTA_MULTIPATH => hops = next_hops(value),
             _ => {}
         }
     }
+    hops.extend(oif.zip(gateway));
     let zero: IpAddr = if family == AF_INET { [0; 4].into() } else { [0; 16].into() };
-    let route = Route { dst: Subnet::new(dst.unwrap_or(zero), len)?, gateway: gateway? };
-    (table == RT_TABLE_MAIN).then_some((oif?, route))
+    let dst = Subnet::new(dst.unwrap_or(zero), len).filter(|_| table == RT_TABLE_MAIN)?;
+    Some(hops.into_iter().map(|(oif, gateway)| (oif, Route { dst, gateway })).collect())
+}
+
+/// Interface and gateway of each `struct rtnexthop`.
+fn next_hops(mut bytes: &[u8]) -> Vec<(u32, IpAddr)> {
+    let mut hops = Vec::new();
+    while let (Some(len), Some(oif)) = (u16_at(bytes, 0).map(usize::from), u32_at(bytes, 4)) {
+        let Some(attributes) = bytes.get(8..len) else { break };
+        hops.extend(attribute(attributes, RTA_GATEWAY).and_then(ip).map(|gateway| (oif, gateway)));
+        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
+    }
+    hops
 }

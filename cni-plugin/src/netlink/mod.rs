@@ -62,6 +62,7 @@ struct Pending {
 pub(crate) struct Netlink {
     socket: Socket,
     next_seq: u32,
+    received: Vec<u8>,
 }
 
 impl AsFd for Netlink {
@@ -77,7 +78,7 @@ impl Netlink {
         // Kernels that lack them work without.
         let _ = socket.set_ext_ack(true);
         let _ = socket.set_netlink_get_strict_chk(true);
-        Ok(Self { socket, next_seq: 1 })
+        Ok(Self { socket, next_seq: 1, received: Vec::with_capacity(RECEIVE_BUFFER) })
     }
 
     fn batch(&self) -> Batch {
@@ -89,11 +90,10 @@ impl Netlink {
         self.next_seq = self.next_seq.wrapping_add(batch.len as u32);
         self.socket.send_to(&batch.bytes, &SocketAddr::new(0, 0), 0)?;
         let mut pending: Vec<_> = (0..batch.len).map(|_| Pending::default()).collect();
-        let mut buffer = Vec::with_capacity(RECEIVE_BUFFER);
         while pending.iter().any(|p| p.ended.is_none()) {
-            buffer.clear();
-            self.socket.recv_from(&mut buffer, 0)?;
-            for message in messages(&buffer) {
+            self.received.clear();
+            self.socket.recv_from(&mut self.received, 0)?;
+            for message in messages(&self.received) {
                 // Anything else is late news of an earlier batch.
                 let Some(p) = pending.get_mut(message.seq.wrapping_sub(batch.first_seq) as usize) else {
                     continue;

@@ -12,6 +12,7 @@ pub(super) const NLM_F_ACK_TLVS: u16 = 0x200;
 pub(super) const NLM_F_DUMP: u16 = 0x300;
 pub(super) const NLM_F_EXCL: u16 = 0x200;
 pub(super) const NLM_F_CREATE: u16 = 0x400;
+pub(super) const NLM_F_APPEND: u16 = 0x800;
 pub(super) const NLMSGERR_ATTR_MSG: u16 = 1;
 pub(super) const NLA_F_NESTED: u16 = 0x8000;
 pub(super) const NLA_TYPE_MASK: u16 = 0x3fff;
@@ -32,6 +33,7 @@ pub(super) const RTN_UNICAST: u8 = 1;
 pub(super) const RTA_DST: u16 = 1;
 pub(super) const RTA_OIF: u16 = 4;
 pub(super) const RTA_GATEWAY: u16 = 5;
+pub(super) const RTA_MULTIPATH: u16 = 9;
 pub(super) const RTEXT_FILTER_SKIP_STATS: u32 = 1 << 3;
 
 // linux/if_link.h, linux/if.h

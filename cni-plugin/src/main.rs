@@ -1,1 +1,16 @@
-fn main() {}
+//! See the library: this file only hands it the process.
+
+use std::io;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args: Vec<String> =
+        std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect();
+    ExitCode::from(weft_cni::run(
+        &|name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned()),
+        &args,
+        &mut io::stdin().lock(),
+        &mut io::stdout().lock(),
+        &mut io::stderr().lock(),
+    ))
+}

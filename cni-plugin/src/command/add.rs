@@ -1,0 +1,144 @@
+//! ADD: a transaction that the agent owns. Reserve, wire, Commit on one connection; when it closes early, for whatever
+//! reason, the agent undoes everything, and the alarm makes sure that no plugin wires after its reservation has lapsed.
+
+use std::io::Write;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use weft_shared::cni::{
+    CniArgs, CniResult, Code, Interface, InterfaceConf, IpConfig, NetConf, Route, Target,
+};
+use weft_shared::protocol::{Attachment, Commit, Failure, Request, Reservation, Reserve};
+
+use crate::agent::Agent;
+use crate::netlink::Netlink;
+use crate::netns::Netns;
+use crate::sys::Alarm;
+use crate::wiring::{self, Plan, Pod, Wired};
+
+const ALARM_SECONDS: u32 = 10;
+/// Short of the alarm, so that a slow agent still gets the runtime an error in words.
+const TOTAL: Duration = Duration::from_secs(9);
+const PATIENCE: Duration = Duration::from_secs(3);
+/// Time to take an ADD back whose result nobody could be given.
+const TAKE_BACK: Duration = Duration::from_secs(3);
+
+pub(crate) fn add(
+    conf: &NetConf,
+    target: &Target,
+    netns_path: &str,
+    args: &str,
+    own_netns_is_fine: bool,
+    out: &mut dyn Write,
+) -> Result<(), Failure> {
+    let _alarm = Alarm::arm(ALARM_SECONDS);
+    let deadline = Instant::now() + TOTAL;
+    if conf.has_prev_result() {
+        let msg = "prevResult is set: weft makes the interface, so expected it first in the list of plugins";
+        return Err(Failure::new(Code::BadConfiguration, msg));
+    }
+    let args = CniArgs::parse(args)?;
+    let interface = InterfaceConf::parse(conf, &args)?;
+    let socket = conf.socket()?;
+    let bad_netns =
+        |e: &dyn std::fmt::Display| Failure::new(Code::BadNetns, format!("CNI_NETNS = {netns_path:?}: {e}"));
+    let netns = Netns::open(netns_path, own_netns_is_fine).map_err(|e| bad_netns(&e))?;
+    let mut pod = Pod::open(netns).map_err(|e| bad_netns(&e))?;
+
+    let attachment = conf.attachment(target);
+    let unavailable = |e: crate::agent::AgentError| e.into_failure(&socket, Code::TryAgainLater);
+    let mut agent = Agent::connect(&socket, PATIENCE, deadline).map_err(unavailable)?;
+    let reserved = agent
+        .reserve(Reserve {
+            attachment: attachment.clone(),
+            netns: netns_path.to_owned(),
+            netns_cookie: pod.cookie(),
+            requested: interface.requested.clone(),
+            bridge: interface.bridge.clone(),
+            pod: args.pod,
+        })
+        .map_err(unavailable)?;
+    check_mtu(&interface, &reserved)?;
+
+    let mut host = Netlink::open().map_err(|e| Failure::new(Code::Wiring, format!("netlink socket: {e}")))?;
+    let plan = Plan::new(&attachment, &interface, &reserved);
+    let wired = wiring::wire(&plan, &mut host, &mut pod)?;
+    let commit = Commit {
+        attachment: attachment.clone(),
+        host_ifindex: wired.host_ifindex,
+        host_mac: wired.host_mac,
+        container_mac: wired.container_mac,
+    };
+    if let Err(e) = agent.commit(commit) {
+        wiring::undo(&mut host, wired.host_ifindex);
+        return Err(Failure { code: Code::TryAgainLater as u32, ..unavailable(e) });
+    }
+    let result = result(&interface, &plan, &reserved, &wired, netns_path);
+    print(&result, conf, out).inspect_err(|_| {
+        wiring::undo(&mut host, wired.host_ifindex);
+        take_back(&socket, attachment);
+    })
+}
+
+/// The agent grants at most the dataplane's MTU; more was asked for when it granted less.
+fn check_mtu(interface: &InterfaceConf, reserved: &Reservation) -> Result<(), Failure> {
+    match interface.bridge.mtu {
+        Some(asked) if asked > reserved.mtu => Err(Failure::new(
+            Code::BadConfiguration,
+            format!("mtu = {asked}: expected at most the dataplane's MTU of {}", reserved.mtu),
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn result(
+    interface: &InterfaceConf,
+    plan: &Plan,
+    reserved: &Reservation,
+    wired: &Wired,
+    sandbox: &str,
+) -> CniResult {
+    let link = |name: &weft_shared::IfName, mac: weft_shared::Mac, sandbox: &str| Interface {
+        name: name.to_string(),
+        mac: mac.to_string(),
+        mtu: Some(plan.mtu),
+        sandbox: sandbox.to_owned(),
+    };
+    let interfaces = vec![
+        link(&reserved.bridge, reserved.bridge_mac, ""),
+        link(&plan.host_name, wired.host_mac, ""),
+        link(&plan.container_name, wired.container_mac, sandbox),
+    ];
+    let container = interfaces.len() - 1;
+    let ip = |a: &weft_shared::protocol::PodAddress| IpConfig {
+        interface: Some(container),
+        address: a.address,
+        gateway: Some(a.gateway),
+    };
+    CniResult {
+        ips: reserved.addresses.iter().map(ip).collect(),
+        routes: plan
+            .routes
+            .iter()
+            .map(|route| Route { dst: route.dst.into(), gw: Some(route.gateway) })
+            .collect(),
+        interfaces,
+        dns: interface.dns.clone(),
+    }
+}
+
+fn print(result: &CniResult, conf: &NetConf, out: &mut dyn Write) -> Result<(), Failure> {
+    let text = result.render(conf.version)?;
+    writeln!(out, "{text}")
+        .and_then(|()| out.flush())
+        .map_err(|e| Failure::new(Code::Io, format!("cannot write the result to stdout: {e}")))
+}
+
+/// The runtime does not know of the container's interface, so nobody will ever delete it. On a connection of its own:
+/// the transaction's is done.
+fn take_back(socket: &Path, attachment: Attachment) {
+    let deadline = Instant::now() + TAKE_BACK;
+    // Should this fail too, the agent finds the host's end of the pair gone.
+    let _ = Agent::connect(socket, Duration::ZERO, deadline)
+        .and_then(|mut agent| agent.done(&Request::Release { attachment }));
+}

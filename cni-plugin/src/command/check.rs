@@ -1,0 +1,156 @@
+//! CHECK: is the container still wired as the result of its ADD says? Runtimes call it on the way of a pod's start, so
+//! it is a handful of questions. Later plugins may have changed MAC and MTU: `prevResult` is the measure, not memory.
+
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use weft_shared::cni::{CniResult, Code, IpConfig, NetConf, SpecVersion, Target};
+use weft_shared::names::host_ifname;
+use weft_shared::protocol::{Attachment, Failure, Request};
+use weft_shared::{Mac, Subnet};
+
+use crate::agent::Agent;
+use crate::netlink::{Link, Netlink, NetlinkError, Route};
+use crate::netns::Netns;
+use crate::wiring::Pod;
+
+const TOTAL: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(1);
+
+pub(crate) fn check(
+    conf: &NetConf,
+    target: &Target,
+    netns_path: &str,
+    own_netns_is_fine: bool,
+) -> Result<(), Failure> {
+    let deadline = Instant::now() + TOTAL;
+    conf.require(SpecVersion::WITH_CHECK, "CHECK")?;
+    let Some(result) = conf.prev_result()? else {
+        let msg = "prevResult is missing: expected the result of the ADD";
+        return Err(Failure::new(Code::BadConfiguration, msg));
+    };
+    let expected = Expected::from_result(&result, target, netns_path)?;
+    let attachment = conf.attachment(target);
+    let bad_netns =
+        |e: &dyn std::fmt::Display| Failure::new(Code::BadNetns, format!("CNI_NETNS = {netns_path:?}: {e}"));
+    let netns = Netns::open(netns_path, own_netns_is_fine).map_err(|e| bad_netns(&e))?;
+    let mut pod = Pod::open(netns).map_err(|e| bad_netns(&e))?;
+
+    let container = check_container(pod.netlink(), target, &expected)?;
+    check_host(&attachment, &container, &expected)?;
+
+    let socket = conf.socket()?;
+    let addresses = expected.ips.iter().map(|ip| ip.address.ip()).collect();
+    Agent::connect(&socket, PATIENCE, deadline)
+        .and_then(|mut agent| agent.done(&Request::Check { attachment, addresses }))
+        .map_err(|e| e.into_failure(&socket, Code::TryAgainLater))
+}
+
+/// What `prevResult` says of our interface.
+struct Expected {
+    mac: Option<Mac>,
+    bridge: Option<String>,
+    ips: Vec<IpConfig>,
+    routes: Vec<Route>,
+}
+
+impl Expected {
+    fn from_result(result: &CniResult, target: &Target, sandbox: &str) -> Result<Self, Failure> {
+        let ours = |i: &weft_shared::cni::Interface| {
+            i.name == target.ifname.as_str() && !i.sandbox.is_empty() && i.sandbox == sandbox
+        };
+        let Some(index) = result.interfaces.iter().position(ours) else {
+            let msg = format!("prevResult has no interface {} in {sandbox:?}", target.ifname);
+            return Err(Failure::new(Code::BadConfiguration, msg));
+        };
+        let ips: Vec<_> = result.ips.iter().filter(|ip| ip.interface == Some(index)).cloned().collect();
+        let gateways: Vec<IpAddr> = ips.iter().filter_map(|ip| ip.gateway).collect();
+        // Routes through other gateways are other plugins'.
+        let route = |r: &weft_shared::cni::Route| {
+            let family = |g: &IpAddr| g.is_ipv4() == r.dst.is_ipv4();
+            let gateway = r.gw.or_else(|| gateways.iter().copied().find(family))?;
+            gateways.contains(&gateway).then_some(Route { dst: Subnet::from(r.dst), gateway })
+        };
+        Ok(Self {
+            mac: result.interfaces[index].mac.parse().ok(),
+            bridge: result.interfaces.first().filter(|i| i.sandbox.is_empty()).map(|i| i.name.clone()),
+            routes: result.routes.iter().filter_map(route).collect(),
+            ips,
+        })
+    }
+}
+
+fn check_container(pod: &mut Netlink, target: &Target, expected: &Expected) -> Result<Link, Failure> {
+    let name = &target.ifname;
+    let link = pod
+        .link_by_name(name)
+        .map_err(unreadable)?
+        .ok_or_else(|| wrong(format!("interface {name} is gone from the container")))?;
+    if link.kind.as_deref() != Some("veth") {
+        let kind = link.kind.as_deref().unwrap_or("of no kind");
+        return Err(wrong(format!("interface {name} is {kind}: expected veth")));
+    }
+    if !link.up {
+        return Err(wrong(format!("interface {name} is down")));
+    }
+    if let (Some(expected), Some(found)) = (expected.mac, link.mac)
+        && expected != found
+    {
+        return Err(wrong(format!("interface {name} has MAC address {found}: expected {expected}")));
+    }
+    let addresses = pod.addresses(link.index).map_err(unreadable)?;
+    if let Some(ip) = expected.ips.iter().find(|ip| !addresses.contains(&ip.address)) {
+        return Err(wrong(format!("interface {name} does not have address {}", ip.address)));
+    }
+    for v4 in [true, false] {
+        let mut wanted = expected.routes.iter().filter(|r| r.dst.is_ipv4() == v4).peekable();
+        if wanted.peek().is_none() {
+            continue;
+        }
+        let found = pod.routes(link.index, v4).map_err(unreadable)?;
+        if let Some(route) = wanted.find(|route| !found.contains(route)) {
+            return Err(wrong(format!("route to {} via {} on {name} is gone", route.dst, route.gateway)));
+        }
+    }
+    Ok(link)
+}
+
+fn check_host(attachment: &Attachment, container: &Link, expected: &Expected) -> Result<(), Failure> {
+    let mut host = Netlink::open().map_err(|e| unreadable(e.into()))?;
+    let name = host_ifname(attachment);
+    let link = host
+        .link_by_name(&name)
+        .map_err(unreadable)?
+        .ok_or_else(|| wrong(format!("host interface {name} is gone")))?;
+    if !link.up {
+        return Err(wrong(format!("host interface {name} is down")));
+    }
+    if link.peer != Some(container.index) || container.peer != Some(link.index) {
+        return Err(wrong(format!(
+            "host interface {name} is not the other end of the container's {}",
+            attachment.ifname
+        )));
+    }
+    let Some(bridge) = &expected.bridge else { return Ok(()) };
+    let found = match bridge.parse() {
+        Ok(bridge) => host.link_by_name(&bridge).map_err(unreadable)?,
+        Err(_) => None,
+    };
+    match found {
+        None => Err(wrong(format!("bridge {bridge} is gone"))),
+        Some(b) if b.kind.as_deref() != Some("bridge") => Err(wrong(format!("{bridge} is not a bridge"))),
+        Some(b) if !b.up => Err(wrong(format!("bridge {bridge} is down"))),
+        Some(b) if link.master != Some(b.index) => {
+            Err(wrong(format!("host interface {name} is not a port of bridge {bridge}")))
+        }
+        Some(_) => Ok(()),
+    }
+}
+
+fn wrong(msg: String) -> Failure {
+    Failure::new(Code::NotAsAdded, msg)
+}
+
+fn unreadable(e: NetlinkError) -> Failure {
+    Failure::new(Code::TryAgainLater, format!("the kernel could not be asked: {e}"))
+}

@@ -1,0 +1,102 @@
+//! DEL: succeeds when nothing is left, however little was there. An error would make the runtime try for ever, so all
+//! that cannot be done now is left to the agent as a tombstone.
+
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::time::{ClockId, clock_gettime};
+use weft_shared::IfName;
+use weft_shared::cni::{Code, NetConf, Target};
+use weft_shared::names::{CNI_SOCKET, VETH_GROUP, host_ifname};
+use weft_shared::protocol::{Attachment, Failure, Request};
+use weft_shared::tombstone::{Tombstone, dir_beside, lock_file};
+
+use crate::agent::{Agent, AgentError, ensure_dir};
+use crate::netlink::{Netlink, NetlinkError};
+use crate::netns::Netns;
+use crate::wiring::Pod;
+
+const TOTAL: Duration = Duration::from_secs(5);
+/// How long the agent is waited for that drains the tombstones before it listens.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_EVERY: Duration = Duration::from_millis(10);
+
+pub(crate) fn del(conf: &NetConf, target: &Target, netns: Option<&str>) -> Result<(), Failure> {
+    let deadline = Instant::now() + TOTAL;
+    let attachment = conf.attachment(target);
+    // A bad path could not have been added through: the default agent's books are as good as any.
+    let socket = conf.socket().unwrap_or_else(|_| CNI_SOCKET.into());
+    // First of all the traffic stops, whoever is up. A veth that cannot be deleted now is the agent's affair.
+    let _ = delete_ours(&host_ifname(&attachment));
+    release(&socket, &attachment, deadline).or_else(|_| bury(&socket, attachment, netns, deadline))
+}
+
+fn release(socket: &Path, attachment: &Attachment, deadline: Instant) -> Result<(), AgentError> {
+    Agent::connect(socket, Duration::ZERO, deadline)?
+        .done(&Request::Release { attachment: attachment.clone() })
+}
+
+/// Deletes the host's end of the pair, and with it the container's, if it bears our mark.
+fn delete_ours(name: &IfName) -> Result<(), NetlinkError> {
+    let mut host = Netlink::open()?;
+    match host.link_by_name(name)? {
+        Some(link) if link.group == VETH_GROUP => host.delete_link(link.index),
+        _ => Ok(()),
+    }
+}
+
+/// Leaves word for the agent. It drains under the exclusive lock before it listens: under the shared one, either a
+/// last attempt to connect succeeds or the tombstone is seen.
+fn bury(
+    socket: &Path,
+    attachment: Attachment,
+    netns: Option<&str>,
+    deadline: Instant,
+) -> Result<(), Failure> {
+    let dir = dir_beside(socket);
+    let unwritable = |e: &dyn std::fmt::Display| {
+        Failure::new(Code::TryAgainLater, format!("weftd is away, and no tombstone can be left: {e}"))
+            .with_details(format!("socket {}, tombstones in {}", socket.display(), dir.display()))
+    };
+    ensure_dir(socket).map_err(|e| unwritable(&e))?;
+    let lock = lock_shared(&dir).map_err(|e| unwritable(&e))?;
+    if release(socket, &attachment, deadline).is_ok() {
+        return Ok(());
+    }
+    let boottime = clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(|e| unwritable(&e))?;
+    let tombstone = Tombstone {
+        attachment,
+        boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+            .map_err(|e| unwritable(&e))?
+            .trim()
+            .to_owned(),
+        boottime_ns: Duration::from(boottime).as_nanos().try_into().unwrap_or(u64::MAX),
+        netns_cookie: netns.and_then(cookie),
+    };
+    tombstone.write(&dir).map_err(|e| unwritable(&e))?;
+    drop(lock);
+    Ok(())
+}
+
+/// The shared lock, or none when the agent keeps it to itself for long: then it is running, and will see the file.
+fn lock_shared(dir: &Path) -> std::io::Result<Option<Flock<std::fs::File>>> {
+    let give_up = Instant::now() + LOCK_PATIENCE;
+    let mut file = lock_file(dir)?;
+    loop {
+        match Flock::lock(file, FlockArg::LockSharedNonblock) {
+            Ok(lock) => return Ok(Some(lock)),
+            Err((_, Errno::EWOULDBLOCK)) if Instant::now() >= give_up => return Ok(None),
+            Err((same, Errno::EWOULDBLOCK | Errno::EINTR)) => file = same,
+            Err((_, e)) => return Err(e.into()),
+        }
+        thread::sleep(LOCK_EVERY);
+    }
+}
+
+/// The namespace's identity, if it is still there to ask.
+fn cookie(path: &str) -> Option<u64> {
+    Pod::open(Netns::open(path, false).ok()?).ok()?.cookie()
+}

@@ -1,0 +1,37 @@
+//! Settings of the container's interface under `/proc/sys/net`. The calling thread must be in the container's network
+//! namespace: that is what the paths mean to it.
+
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::path::Path;
+
+use weft_shared::IfName;
+
+/// Makes the kernel announce the interface's addresses whenever its MAC address is set, and settles IPv6: switched
+/// off without an IPv6 address, so that no router advertisement gives the container one behind the cluster's back.
+pub(crate) fn prepare(ifname: &IfName, ipv6: bool) -> io::Result<()> {
+    set("ipv4", ifname, "arp_notify", "1")?;
+    if !ipv6 {
+        return match set("ipv6", ifname, "disable_ipv6", "1") {
+            // The kernel has no IPv6 at all.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        };
+    }
+    for (name, value) in [
+        ("accept_ra", "0"),
+        ("accept_dad", "0"),
+        ("keep_addr_on_down", "1"),
+        ("ndisc_notify", "1"),
+        ("disable_ipv6", "0"),
+    ] {
+        set("ipv6", ifname, name, value)?;
+    }
+    Ok(())
+}
+
+fn set(family: &str, ifname: &IfName, name: &str, value: &str) -> io::Result<()> {
+    let path = Path::new("/proc/sys/net").join(family).join("conf").join(ifname.as_str()).join(name);
+    let named = |e: io::Error| io::Error::new(e.kind(), format!("{} = {value}: {e}", path.display()));
+    OpenOptions::new().write(true).open(&path).and_then(|mut f| f.write_all(value.as_bytes())).map_err(named)
+}

@@ -1,0 +1,280 @@
+//! An agent that is away, hangs, refuses or hangs up; a plugin that is killed; names that are taken.
+
+mod support;
+
+use std::fs::{self, OpenOptions, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use support::double::{Behaviour, failure};
+use support::{Namespace, Node, eventually, exists, host_veth};
+use weft_shared::protocol::Request;
+
+#[test]
+fn without_an_agent_each_verb_says_what_the_runtime_can_act_on() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let socket = node.socket().display().to_string();
+    let text = node.add("c1", &pod).refused(11);
+    assert!(text.contains(&socket) && text.contains("systemctl status weftd"), "{text}");
+    assert_eq!(pod.link_names(), [""; 0]);
+    let conf = node.conf("1.1.0", json!({}));
+    let text = node.call("STATUS", "", "", &conf).run().refused(50);
+    assert!(text.contains(&socket) && text.contains("systemctl status weftd"), "{text}");
+    let gc = node.conf("1.1.0", json!({"cni.dev/attachments": []}));
+    node.call("GC", "", "", &gc).run().refused(11);
+}
+
+#[test]
+fn an_add_rides_out_a_restart() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let child = node.call("ADD", "c1", &pod.path(), &node.conf("1.1.0", json!({}))).spawn();
+    // The plugin has found nobody before the agent comes: its attempts show in its system calls, so look there.
+    eventually("the plugin waits", || {
+        let wait = fs::read_to_string(format!("/proc/{}/wchan", child.id())).unwrap_or_default();
+        wait.contains("nanosleep")
+    });
+    let _agent = node.agent();
+    support::Outcome::of(child.wait_with_output().expect("end")).ok();
+}
+
+#[test]
+fn a_del_without_an_agent_deletes_the_veth_and_leaves_a_tombstone() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let agent = node.agent();
+    node.add("c1", &pod).ok();
+    let Request::Reserve(reserve) = agent.books().requests[0].clone() else { panic!("Reserve comes first") };
+    drop(agent);
+    for _ in 0..2 {
+        assert_eq!(node.del("c1", &pod.path()).ok(), Value::Null);
+        assert_eq!(node.ns.link_names(), ["cni0"]);
+        let tombstones = node.tombstones();
+        let [tombstone] = tombstones.as_slice() else { panic!("{tombstones:?}") };
+        assert_eq!(tombstone.attachment, reserve.attachment);
+        assert_eq!(tombstone.netns_cookie, reserve.netns_cookie);
+        let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").expect("boot id");
+        assert_eq!(tombstone.boot_id, boot_id.trim());
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).expect("clock");
+        let age = Duration::from(now) - Duration::from_nanos(tombstone.boottime_ns);
+        assert!(age < Duration::from_secs(60), "{age:?}");
+    }
+    node.del("c2", "/run/netns/wcni-none").ok();
+    let unknown = node.tombstones().into_iter().find(|t| t.attachment.container_id == "c2");
+    assert_eq!(unknown.expect("a second tombstone").netns_cookie, None);
+}
+
+#[test]
+fn a_del_before_the_agents_first_start_makes_a_directory_of_its_own() {
+    let node = Node::new();
+    let run = node.dir.path().join("run");
+    let conf = json!({"cniVersion": "1.1.0", "name": "mesh", "socket": run.join("cni.sock")});
+    node.call("DEL", "c1", "", &conf).run().ok();
+    assert_eq!(fs::metadata(&run).expect("made").permissions().mode() & 0o7777, 0o700);
+    assert!(exists(&run.join("tombstones")));
+}
+
+#[test]
+fn a_del_waits_for_the_draining_agent_and_then_reaches_it() {
+    let node = Node::new();
+    let dir = weft_shared::tombstone::dir_beside(&node.socket());
+    let file = weft_shared::tombstone::lock_file(&dir).expect("lock file");
+    let draining = nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusive).expect("lock");
+    let child = node.call("DEL", "c1", "", &node.conf("1.1.0", json!({}))).spawn();
+    eventually("the plugin waits for the lock", || {
+        let wait = fs::read_to_string(format!("/proc/{}/wchan", child.id())).unwrap_or_default();
+        wait.contains("nanosleep")
+    });
+    let agent = node.agent();
+    drop(draining);
+    support::Outcome::of(child.wait_with_output().expect("end")).ok();
+    assert!(matches!(agent.last_request(), Request::Release { .. }));
+    assert!(node.tombstones().is_empty());
+}
+
+#[test]
+fn a_release_that_fails_becomes_a_tombstone() {
+    let node = Node::new();
+    let _agent =
+        node.agent().behaving(Behaviour { refuse: Some(failure(999, "disk full")), ..Behaviour::default() });
+    node.del("c1", "").ok();
+    assert_eq!(node.tombstones().len(), 1);
+}
+
+#[test]
+fn a_mute_agent_is_given_up() {
+    let node = Node::new();
+    let _agent = node.agent().behaving(Behaviour { mute: true, ..Behaviour::default() });
+    let start = Instant::now();
+    let text = node.call("STATUS", "", "", &node.conf("1.1.0", json!({}))).run().refused(50);
+    assert!(text.contains("did not answer in time"), "{text}");
+    // Generous: it guards against waiting for ever, kubelet against more than a second.
+    assert!(start.elapsed() < Duration::from_secs(5));
+    node.del("c1", "").ok();
+    assert_eq!(node.tombstones().len(), 1);
+}
+
+#[test]
+fn a_failed_commit_leaves_nothing() {
+    let hang_up = Behaviour { close_at_commit: true, ..Behaviour::default() };
+    let refuse = Behaviour { refuse_commit: Some(failure(104, "aborted by DEL")), ..Behaviour::default() };
+    for (behaviour, part) in [(hang_up, "closed the connection"), (refuse, "aborted by DEL")] {
+        let (node, pod) = (Node::new(), Namespace::new());
+        let agent = node.agent().behaving(behaviour);
+        let text = node.add("c1", &pod).refused(11);
+        assert!(text.contains(part), "{text}");
+        assert_eq!(pod.link_names(), [""; 0], "the plugin has deleted the veth before it exits");
+        assert!(matches!(agent.last_request(), Request::Commit(_)));
+        eventually("the agent forgets", || agent.books().records.is_empty());
+    }
+}
+
+#[test]
+fn a_refused_reservation_is_passed_on() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let _agent = node
+        .agent()
+        .behaving(Behaviour { refuse: Some(failure(101, "10.77.0.0/24 is full")), ..Behaviour::default() });
+    assert!(node.add("c1", &pod).refused(101).contains("10.77.0.0/24 is full"));
+    assert_eq!(pod.link_names(), [""; 0]);
+}
+
+#[test]
+fn an_interface_that_exists_is_named_and_left_alone() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let agent = node.agent();
+    pod.ip(&["link", "add", "eth0", "type", "veth", "peer", "name", "other"]);
+    pod.ip(&["address", "add", "192.0.2.1/24", "dev", "eth0"]);
+    let before = pod.ip_json(&["address", "show"]);
+    let text = node.add("c1", &pod).refused(100);
+    assert!(text.contains("CNI_IFNAME = eth0: the container already has"), "{text}");
+    assert_eq!(pod.ip_json(&["address", "show"]), before);
+    eventually("the agent forgets", || agent.books().records.is_empty());
+    assert_eq!(node.ns.link_names(), ["cni0"]);
+}
+
+#[test]
+fn a_second_add_leaves_the_first_alone() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let _agent = node.agent();
+    node.add("c1", &pod).ok();
+    // By index: a pair made anew would have another one.
+    let seen = || (pod.ip_json(&["address", "show"]), node.ns.link(&host_veth("c1"))["ifindex"].clone());
+    let before = seen();
+    node.add("c1", &pod).refused(100);
+    assert_eq!(seen(), before);
+}
+
+#[test]
+fn a_host_interface_of_our_name_is_left_alone() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let _agent = node.agent().behaving(Behaviour { spare_orphans: true, ..Behaviour::default() });
+    let veth = host_veth("c1");
+    node.ns.ip(&["link", "add", &veth, "type", "veth", "peer", "name", "other"]);
+    let before = node.ns.link(&veth)["ifindex"].clone();
+    assert!(node.add("c1", &pod).refused(100).contains(&format!("host interface {veth} exists")));
+    assert_eq!(node.ns.link(&veth)["ifindex"], before);
+    assert_eq!(pod.link_names(), [""; 0]);
+}
+
+#[test]
+fn a_bridge_that_is_none_leaves_nothing() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let agent = node.agent();
+    node.ns.ip(&["link", "del", "cni0"]);
+    let text = node.add("c1", &pod).refused(105);
+    assert!(text.contains("cannot create veth"), "{text}");
+    assert_eq!((node.ns.link_names(), pod.link_names()), (vec![], vec![]));
+    eventually("the agent forgets", || agent.books().records.is_empty());
+}
+
+#[test]
+fn a_step_that_fails_midway_is_undone() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let agent = node.agent();
+    // No address on the pod's interface can make this gateway reachable.
+    let conf = node.conf("1.1.0", json!({"runtimeConfig": {"ips": ["10.88.0.5"]}}));
+    let text = node.call("ADD", "c1", &pod.path(), &conf).run().refused(105);
+    assert!(text.contains("addresses and routes") && text.contains("invalid gateway"), "{text}");
+    assert_eq!(pod.link_names(), [""; 0]);
+    eventually("the agent forgets", || agent.books().records.is_empty());
+}
+
+#[test]
+fn a_result_that_cannot_be_delivered_is_taken_back() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let agent = node.agent();
+    let full = OpenOptions::new().write(true).open("/dev/full").expect("/dev/full");
+    let call = node.call("ADD", "c1", &pod.path(), &node.conf("1.1.0", json!({}))).stdout(full);
+    assert_eq!(call.run().code, Some(1));
+    assert!(matches!(agent.last_request(), Request::Release { .. }));
+    assert!(agent.books().records.is_empty());
+    assert_eq!((node.ns.link_names(), pod.link_names()), (vec!["cni0".to_owned()], vec![]));
+}
+
+#[test]
+fn a_directory_that_others_can_write_is_not_trusted() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let agent = node.agent();
+    fs::set_permissions(node.dir.path(), Permissions::from_mode(0o777)).expect("chmod");
+    assert!(node.add("c1", &pod).refused(5).contains("others cannot write"));
+    fs::set_permissions(node.dir.path(), Permissions::from_mode(0o700)).expect("chmod");
+    let link = node.dir.path().join("link");
+    std::os::unix::fs::symlink(node.dir.path(), &link).expect("symlink");
+    let conf = json!({"cniVersion": "1.1.0", "name": "mesh", "socket": link.join("cni.sock")});
+    assert!(node.call("ADD", "c1", &pod.path(), &conf).run().refused(5).contains("symbolic link"));
+    assert!(agent.books().requests.is_empty());
+}
+
+#[test]
+fn a_listener_of_another_user_is_not_trusted() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let socket = node.socket();
+    fs::set_permissions(node.dir.path(), Permissions::from_mode(0o711)).expect("chmod");
+    // The listener's credentials are those of listen(2), so it has to be a process of that user.
+    let inside = node.dir.path().join("theirs");
+    fs::create_dir(&inside).expect("directory");
+    nix::unistd::chown(&inside, Some(65534.into()), Some(65534.into())).expect("chown");
+    let theirs = inside.join("cni.sock");
+    let script = "import socket,sys,os\ns=socket.socket(socket.AF_UNIX)\nos.setuid(65534)\ns.bind(sys.argv[1])\ns.listen()\ns.accept()[0].recv(1)";
+    let mut listener =
+        std::process::Command::new("python3").args(["-c", script]).arg(&theirs).spawn().expect("python3");
+    eventually("it listens", || exists(&theirs));
+    fs::rename(&theirs, &socket).expect("rename");
+    let text = node.add("c1", &pod).refused(5);
+    assert!(text.contains("uid 65534"), "{text}");
+    let _ = listener.kill();
+    let _ = listener.wait();
+}
+
+#[test]
+fn killed_at_any_moment_nothing_is_left_after_del() {
+    let node = Node::new();
+    let agent = node.agent();
+    let mut cut_short = 0;
+    for n in 0..60_u32 {
+        let (pod, id) = (Namespace::new(), format!("k{n}"));
+        let mut child = node.call("ADD", &id, &pod.path(), &node.conf("1.1.0", json!({}))).spawn();
+        // The moment is the thing under test: it sweeps over the time that an ADD takes.
+        std::thread::sleep(Duration::from_micros(u64::from(n) * 150));
+        let _ = child.kill();
+        let killed = !child.wait().expect("end").success();
+        cut_short += u32::from(killed);
+        if killed && n % 2 == 0 {
+            // The runtime may also simply try again with the same ID.
+            eventually("a repeated ADD goes through or finds itself done", || {
+                let outcome = node.add(&id, &pod);
+                outcome.code == Some(0) || outcome.json["code"] == 100
+            });
+        }
+        node.del(&id, &pod.path()).ok();
+        eventually("nothing is left", || {
+            pod.link_names().is_empty()
+                && !node.ns.link_names().contains(&host_veth(&id))
+                && agent.books().records.is_empty()
+        });
+    }
+    assert!(
+        (1..60).contains(&cut_short),
+        "the moments must straddle an ADD: {cut_short} of 60 were cut short"
+    );
+}

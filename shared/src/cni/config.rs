@@ -1,0 +1,294 @@
+//! The network configuration on stdin: what every verb needs of it. What ADD and CHECK need more is in `interface`.
+
+use std::path::PathBuf;
+
+use serde_json::{Map, Value};
+
+use super::env::check_identifier;
+use super::{CniResult, Code, ContainerId, SpecVersion, Target};
+use crate::names;
+use crate::protocol::{Attachment, Failure};
+
+/// A configuration whose name and version are good. Unknown keys are ignored: runtimes add their own.
+#[derive(Debug, Clone)]
+pub struct NetConf {
+    pub version: SpecVersion,
+    pub name: NetworkName,
+    body: Map<String, Value>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkName(String);
+
+impl NetworkName {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl NetConf {
+    /// Checks in the reference's order: JSON, `name`, `cniVersion`. An error comes with the version to print it in.
+    pub fn parse(stdin: &[u8]) -> Result<Self, (SpecVersion, Failure)> {
+        let body = match serde_json::from_slice(stdin) {
+            Ok(Value::Object(body)) => body,
+            Ok(other) => {
+                let msg =
+                    format!("network configuration on stdin is {}: expected a JSON object", kind(&other));
+                return Err((SpecVersion::NEWEST, Failure::new(Code::Decode, msg)));
+            }
+            Err(e) => {
+                let failure = Failure::new(Code::Decode, "network configuration on stdin is not valid JSON");
+                return Err((SpecVersion::NEWEST, failure.with_details(e.to_string())));
+            }
+        };
+        let keys = Keys::top(&body);
+        let version = spec_version(&keys);
+        let name = network_name(&keys).map_err(|e| (*version.as_ref().unwrap_or(&SpecVersion::NEWEST), e))?;
+        let version = version.map_err(|e| (SpecVersion::NEWEST, e))?;
+        Ok(Self { version, name, body })
+    }
+
+    /// Refuses a verb that the configuration's version does not have.
+    pub fn require(&self, since: SpecVersion, verb: &str) -> Result<(), Failure> {
+        if self.version >= since {
+            return Ok(());
+        }
+        let msg = format!(
+            "cniVersion = {:?} does not have {verb}: expected {since} or newer",
+            self.version.as_str()
+        );
+        Err(Failure::new(Code::IncompatibleVersion, msg))
+    }
+
+    /// Where the agent listens.
+    pub fn socket(&self) -> Result<PathBuf, Failure> {
+        let keys = self.keys();
+        let Some(path) = keys.str("socket", "the absolute path of the agent's socket")? else {
+            return Ok(PathBuf::from(names::CNI_SOCKET));
+        };
+        // sun_path holds 108 bytes with its terminating zero (unix(7)).
+        if path.starts_with('/') && path.len() < 108 {
+            Ok(PathBuf::from(path))
+        } else {
+            Err(keys.bad("socket", "the absolute path of the agent's socket, at most 107 bytes"))
+        }
+    }
+
+    pub fn has_prev_result(&self) -> bool {
+        self.body.get("prevResult").is_some_and(|v| !v.is_null())
+    }
+
+    pub fn prev_result(&self) -> Result<Option<CniResult>, Failure> {
+        match self.body.get("prevResult") {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => CniResult::parse(value, self.version).map(Some),
+        }
+    }
+
+    /// The attachments that GC must spare. `None` when the caller passed no list at all: then nothing may be concluded.
+    /// `null` is a Go nil slice and means an empty list, as ocicni sends it.
+    pub fn valid_attachments(&self) -> Result<Option<Vec<Attachment>>, Failure> {
+        const KEYS: [&str; 2] = ["cni.dev/valid-attachments", "cni.dev/attachments"];
+        let Some(key) = KEYS.into_iter().find(|key| self.body.contains_key(*key)) else { return Ok(None) };
+        let expected = "a list of {\"containerID\": …, \"ifname\": …}";
+        let list = self.keys().list(key, expected)?;
+        let one = |item: &Value| {
+            let text = |name: &str| item.get(name).and_then(Value::as_str);
+            Some(Attachment {
+                network: self.name.0.clone(),
+                container_id: text("containerID")?.parse::<ContainerId>().ok()?.as_str().to_owned(),
+                ifname: text("ifname")?.parse().ok()?,
+            })
+        };
+        list.iter()
+            .map(|item| one(item).ok_or_else(|| bad_value(key, item, expected)))
+            .collect::<Result<_, _>>()
+            .map(Some)
+    }
+
+    pub fn attachment(&self, target: &Target) -> Attachment {
+        Attachment {
+            network: self.name.0.clone(),
+            container_id: target.container_id.as_str().to_owned(),
+            ifname: target.ifname.clone(),
+        }
+    }
+
+    pub(super) fn keys(&self) -> Keys<'_> {
+        Keys::top(&self.body)
+    }
+}
+
+fn network_name(keys: &Keys<'_>) -> Result<NetworkName, Failure> {
+    let expected = "a network name of letters, digits, '_', '.' and '-'";
+    let name = keys.str("name", expected)?.filter(|name| !name.is_empty()).ok_or_else(|| {
+        Failure::new(Code::BadConfiguration, format!("name is missing: expected {expected}"))
+    })?;
+    check_identifier(name)
+        .map_err(|e| Failure::new(Code::BadConfiguration, format!("name: network name {e}")))?;
+    Ok(NetworkName(name.to_owned()))
+}
+
+fn spec_version(keys: &Keys<'_>) -> Result<SpecVersion, Failure> {
+    let incompatible = |e: String| Failure::new(Code::IncompatibleVersion, format!("cniVersion: {e}"));
+    match keys.str("cniVersion", "a version such as 1.1.0").map_err(|e| incompatible(e.msg))? {
+        None | Some("") => Ok(SpecVersion::UNSTATED),
+        Some(text) => text.parse().map_err(|e: super::version::UnknownVersion| incompatible(e.to_string())),
+    }
+}
+
+/// An object of the configuration whose values are read with their type checked; `null` reads as absent, as in Go.
+#[derive(Clone)]
+pub(super) struct Keys<'a> {
+    path: String,
+    map: Option<&'a Map<String, Value>>,
+}
+
+impl<'a> Keys<'a> {
+    fn top(map: &'a Map<String, Value>) -> Self {
+        Self { path: String::new(), map: Some(map) }
+    }
+
+    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
+        self.map?.get(key).filter(|v| !v.is_null())
+    }
+
+    pub(super) fn names(&self) -> impl Iterator<Item = &'a str> {
+        self.map.into_iter().flatten().map(|(key, _)| key.as_str())
+    }
+
+    pub(super) fn str(&self, key: &str, expected: &str) -> Result<Option<&'a str>, Failure> {
+        self.typed(key, expected, Value::as_str)
+    }
+
+    pub(super) fn bool(&self, key: &str, default: bool) -> Result<bool, Failure> {
+        Ok(self.typed(key, "true or false", Value::as_bool)?.unwrap_or(default))
+    }
+
+    pub(super) fn u32(&self, key: &str, expected: &str) -> Result<Option<u32>, Failure> {
+        self.typed(key, expected, |v| v.as_u64().and_then(|n| n.try_into().ok()))
+    }
+
+    /// An absent list is an empty one.
+    pub(super) fn list(&self, key: &str, expected: &str) -> Result<&'a [Value], Failure> {
+        Ok(self.typed(key, expected, Value::as_array)?.map_or(&[], Vec::as_slice))
+    }
+
+    /// An absent object is an empty one.
+    pub(super) fn object(&self, key: &str) -> Result<Keys<'a>, Failure> {
+        let map = self.typed(key, "an object", Value::as_object)?;
+        Ok(Keys { path: format!("{}{key}.", self.path), map })
+    }
+
+    pub(super) fn bad(&self, key: &str, expected: &str) -> Failure {
+        bad_value(&format!("{}{key}", self.path), self.get(key).unwrap_or(&Value::Null), expected)
+    }
+
+    /// For a field that is well formed and asks for something that is not done.
+    pub(super) fn unsupported(&self, key: &str, expected: &str) -> Failure {
+        Failure { code: Code::UnsupportedField as u32, ..self.bad(key, expected) }
+    }
+
+    fn typed<T>(
+        &self,
+        key: &str,
+        expected: &str,
+        read: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>, Failure> {
+        self.get(key).map(|value| read(value).ok_or_else(|| self.bad(key, expected))).transpose()
+    }
+}
+
+pub(super) fn bad_value(key: &str, value: &Value, expected: &str) -> Failure {
+    Failure::new(Code::BadConfiguration, format!("{key} = {value}: expected {expected}"))
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: &str) -> Result<NetConf, Failure> {
+        NetConf::parse(json.as_bytes()).map_err(|(_, failure)| failure)
+    }
+
+    #[test]
+    fn order_and_codes_are_the_references() {
+        for (json, code, part) in [
+            ("", Code::Decode, "not valid JSON"),
+            ("{", Code::Decode, "not valid JSON"),
+            ("[]", Code::Decode, "a list"),
+            (r#"{"cniVersion":"9"}"#, Code::BadConfiguration, "name is missing"),
+            (r#"{"cniVersion":"9","name":""}"#, Code::BadConfiguration, "name is missing"),
+            (r#"{"cniVersion":"9","name":"a/b"}"#, Code::BadConfiguration, "a/b"),
+            (r#"{"cniVersion":"9","name":5}"#, Code::BadConfiguration, "name = 5"),
+            (r#"{"cniVersion":"9","name":"n"}"#, Code::IncompatibleVersion, "\"9\""),
+            (r#"{"cniVersion":"1.0","name":"n"}"#, Code::IncompatibleVersion, "\"1.0\""),
+            (r#"{"cniVersion":1,"name":"n"}"#, Code::IncompatibleVersion, "cniVersion = 1"),
+        ] {
+            let failure = parse(json).expect_err(json);
+            assert!(failure.is(code) && failure.msg.contains(part), "{json}: {failure:?}");
+        }
+        let stated = NetConf::parse(br#"{"cniVersion":"0.3.1"}"#).expect_err("no name").0;
+        assert_eq!(stated, SpecVersion::V0_3_1, "an error is printed in the version that was asked for");
+    }
+
+    #[test]
+    fn versions_and_verbs() {
+        assert_eq!(parse(r#"{"name":"n"}"#).expect("no version").version, SpecVersion::V0_1_0);
+        for version in SpecVersion::ALL {
+            let conf = parse(&format!(r#"{{"name":"n","cniVersion":"{version}"}}"#)).expect("known");
+            assert_eq!(
+                conf.require(SpecVersion::WITH_CHECK, "CHECK").is_ok(),
+                version >= SpecVersion::V0_4_0
+            );
+            let gc = conf.require(SpecVersion::WITH_GC_AND_STATUS, "GC");
+            assert_eq!(gc.is_ok(), version == SpecVersion::V1_1_0);
+            assert!(gc.err().is_none_or(|e| e.is(Code::IncompatibleVersion)));
+        }
+    }
+
+    #[test]
+    fn the_socket_is_an_absolute_path() {
+        assert_eq!(parse(r#"{"name":"n"}"#).expect("conf").socket(), Ok(PathBuf::from("/run/weft/cni.sock")));
+        assert_eq!(
+            parse(r#"{"name":"n","socket":"/a/b"}"#).expect("conf").socket(),
+            Ok(PathBuf::from("/a/b"))
+        );
+        for bad in [r#""a/b""#, r#""""#, "5"] {
+            let conf = parse(&format!(r#"{{"name":"n","socket":{bad}}}"#)).expect("conf");
+            assert!(conf.socket().expect_err(bad).msg.contains(&format!("socket = {bad}: expected")));
+        }
+    }
+
+    #[test]
+    fn null_and_empty_lists_mean_none_and_absent_means_unknown() {
+        let valid = |json: &str| parse(json).expect(json).valid_attachments();
+        assert_eq!(valid(r#"{"name":"n"}"#), Ok(None));
+        for key in ["cni.dev/valid-attachments", "cni.dev/attachments"] {
+            for none in ["null", "[]"] {
+                assert_eq!(valid(&format!(r#"{{"name":"n","{key}":{none}}}"#)), Ok(Some(vec![])));
+            }
+            let one = valid(&format!(r#"{{"name":"n","{key}":[{{"containerID":"c","ifname":"eth0"}}]}}"#));
+            let one = one.expect("good").expect("present");
+            assert_eq!((one[0].network.as_str(), one[0].container_id.as_str()), ("n", "c"));
+        }
+        let both = r#"{"name":"n","cni.dev/valid-attachments":[{"containerID":"c","ifname":"eth0"}],"cni.dev/attachments":[]}"#;
+        assert_eq!(valid(both).expect("good").expect("present").len(), 1);
+        for bad in ["5", "[5]", r#"[{"containerID":"c"}]"#, r#"[{"containerID":"c/","ifname":"eth0"}]"#, "{}"]
+        {
+            let failure = valid(&format!(r#"{{"name":"n","cni.dev/valid-attachments":{bad}}}"#));
+            assert!(failure.expect_err(bad).is(Code::BadConfiguration));
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! What the configuration asks of a container's interface: the keys of the reference `bridge` plugin that flannel's
+//! users set, the requested addresses, and a refusal for every key that would silently not be honoured.
+
+use std::net::IpAddr;
+
+use serde_json::Value;
+
+use super::args::{parse_ip, parse_mac};
+use super::config::{Keys, bad_value};
+use super::{CniArgs, Code, Dns, NetConf};
+use crate::names::DEFAULT_BRIDGE;
+use crate::protocol::{BridgeOptions, Failure};
+use crate::{IfName, Mac};
+
+const MAX_REQUESTED: usize = 16;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InterfaceConf {
+    pub bridge: BridgeOptions,
+    pub is_default_gateway: bool,
+    pub dns: Dns,
+    /// Addresses that must be assigned, all of them.
+    pub requested: Vec<IpAddr>,
+    pub mac: Option<Mac>,
+}
+
+impl InterfaceConf {
+    pub fn parse(conf: &NetConf, args: &CniArgs) -> Result<Self, Failure> {
+        let keys = conf.keys();
+        refuse_unsupported(&keys)?;
+        let runtime = keys.object("runtimeConfig")?;
+        let own_args = keys.object("args")?.object("cni")?;
+        Ok(Self {
+            bridge: BridgeOptions {
+                name: bridge_name(&keys)?,
+                hairpin: keys.bool("hairpinMode", true)?,
+                isolated: keys.bool("portIsolation", false)?,
+                mtu: mtu(&keys)?,
+            },
+            is_default_gateway: keys.bool("isDefaultGateway", true)?,
+            dns: dns(&keys)?,
+            requested: requested_ips(&[&runtime, &own_args], &args.ips)?,
+            mac: match (requested_mac(&runtime)?, requested_mac(&own_args)?) {
+                (Some(mac), _) | (None, Some(mac)) => Some(mac),
+                (None, None) => args.mac,
+            },
+        })
+    }
+}
+
+/// Keys of the reference plugins with the values that change nothing here. Any other value is refused by name: a pod
+/// that silently lacks its VLAN or its filter is worse than one that does not start.
+fn refuse_unsupported(keys: &Keys<'_>) -> Result<(), Failure> {
+    for (key, expected) in [
+        ("promiscMode", "false: the bridge is not put into promiscuous mode"),
+        ("macspoofchk", "false: there is no MAC spoofing filter"),
+        ("ipMasq", "false: weftd masquerades for the whole node"),
+        ("disableContainerInterface", "false: the interface is always brought up"),
+        ("enabledad", "false: addresses come from the node's own pool and are not probed for"),
+        ("forceAddress", "false: weftd owns the bridge's addresses"),
+    ] {
+        if keys.bool(key, false)? {
+            return Err(keys.unsupported(key, expected));
+        }
+    }
+    if keys.u32("vlan", "a VLAN number")?.is_some_and(|vlan| vlan != 0) {
+        return Err(keys.unsupported("vlan", "0: the bridge does not filter VLANs"));
+    }
+    if !keys.list("vlanTrunk", "a list")?.is_empty() {
+        return Err(keys.unsupported("vlanTrunk", "no trunks: the bridge does not filter VLANs"));
+    }
+    if !keys.bool("isGateway", true)? && !keys.bool("isDefaultGateway", true)? {
+        return Err(keys.unsupported("isGateway", "true: the bridge always carries the subnet's gateway"));
+    }
+    let ipam = keys.object("ipam")?;
+    if ipam.str("type", "\"weft\"")?.is_some_and(|kind| kind != "weft") {
+        return Err(ipam.unsupported("type", "\"weft\", or no ipam: addresses come from the node's lease"));
+    }
+    if let Some(key) = ipam.names().find(|key| *key != "type" && ipam.get(key).is_some()) {
+        return Err(ipam.unsupported(key, "no such key: addresses come from the node's lease"));
+    }
+    let runtime = keys.object("runtimeConfig")?;
+    for (key, expected) in [
+        ("ipRanges", "none: addresses come from the node's lease"),
+        ("portMappings", "none: declare this capability on portmap, chained behind weft"),
+        ("bandwidth", "none: declare this capability on bandwidth, chained behind weft"),
+    ] {
+        let empty = match runtime.get(key) {
+            None => true,
+            Some(Value::Array(list)) => list.is_empty(),
+            Some(Value::Object(object)) => object.is_empty(),
+            Some(_) => false,
+        };
+        if !empty {
+            return Err(runtime.unsupported(key, expected));
+        }
+    }
+    Ok(())
+}
+
+fn bridge_name(keys: &Keys<'_>) -> Result<IfName, Failure> {
+    let expected = "an interface name of 1 to 15 bytes";
+    let name = keys.str("bridge", expected)?.filter(|name| !name.is_empty()).unwrap_or(DEFAULT_BRIDGE);
+    name.parse().map_err(|_| keys.bad("bridge", expected))
+}
+
+/// 0 means the default, as in the reference; the floor is IPv4's own (RFC 791).
+fn mtu(keys: &Keys<'_>) -> Result<Option<u32>, Failure> {
+    let expected = "a number of bytes from 68 to 65535, not above the dataplane's MTU";
+    match keys.u32("mtu", expected)? {
+        None | Some(0) => Ok(None),
+        Some(mtu @ 68..=65535) => Ok(Some(mtu)),
+        Some(_) => Err(keys.bad("mtu", expected)),
+    }
+}
+
+fn dns(keys: &Keys<'_>) -> Result<Dns, Failure> {
+    let expected = "{\"nameservers\": […], \"domain\": …, \"search\": […], \"options\": […]}";
+    match keys.get("dns") {
+        None => Ok(Dns::default()),
+        // serde also reads a struct from a list
+        Some(value) if value.is_object() => Dns::from_value(value).map_err(|_| keys.bad("dns", expected)),
+        Some(_) => Err(keys.bad("dns", expected)),
+    }
+}
+
+/// The union of the places where addresses can be asked for.
+fn requested_ips(places: &[&Keys<'_>], first: &[IpAddr]) -> Result<Vec<IpAddr>, Failure> {
+    let expected = "an address such as 10.1.2.3 or 10.1.2.3/24";
+    let mut ips: Vec<IpAddr> = Vec::new();
+    let mut add = |ip| {
+        if !ips.contains(&ip) {
+            ips.push(ip);
+        }
+    };
+    first.iter().copied().for_each(&mut add);
+    for keys in places {
+        for item in keys.list("ips", "a list of addresses")? {
+            add(item.as_str().and_then(parse_ip).ok_or_else(|| bad_value("ips", item, expected))?);
+        }
+    }
+    if ips.len() > MAX_REQUESTED {
+        let msg = format!("{} requested addresses: expected at most {MAX_REQUESTED}", ips.len());
+        return Err(Failure::new(Code::BadConfiguration, msg));
+    }
+    Ok(ips)
+}
+
+fn requested_mac(keys: &Keys<'_>) -> Result<Option<Mac>, Failure> {
+    let expected = "a unicast MAC address such as 0a:58:0a:01:02:03";
+    match keys.str("mac", expected)? {
+        None | Some("") => Ok(None),
+        Some(text) => parse_mac(text).map(Some).map_err(|_| keys.bad("mac", expected)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(extra: &str, args: &str) -> Result<InterfaceConf, Failure> {
+        let json = format!(r#"{{"name":"n","cniVersion":"1.1.0","type":"weft"{extra}}}"#);
+        let conf = NetConf::parse(json.as_bytes()).map_err(|(_, e)| e)?;
+        InterfaceConf::parse(&conf, &CniArgs::parse(args)?)
+    }
+
+    #[test]
+    fn defaults_are_flannels_conflist() {
+        let conf = with("", "").expect("bare");
+        assert_eq!(conf.bridge.name.as_str(), "cni0");
+        assert!(conf.bridge.hairpin && !conf.bridge.isolated && conf.is_default_gateway);
+        assert_eq!((conf.bridge.mtu, conf.mac, conf.requested.len()), (None, None, 0));
+        let flannel = with(r#","hairpinMode":true,"isDefaultGateway":true"#, "").expect("flannel's delegate");
+        assert_eq!(flannel, conf);
+    }
+
+    #[test]
+    fn each_key_is_honoured() {
+        let conf = with(
+            r#","bridge":"br9","hairpinMode":false,"isDefaultGateway":false,"portIsolation":true,"mtu":1400,
+               "dns":{"nameservers":["10.0.0.10"],"search":["a.b"]},"unknown":{"x":[1]},"cni.dev/x":1"#,
+            "",
+        )
+        .expect("good");
+        assert_eq!(conf.bridge.name.as_str(), "br9");
+        assert!(!conf.bridge.hairpin && conf.bridge.isolated && !conf.is_default_gateway);
+        assert_eq!(conf.bridge.mtu, Some(1400));
+        assert_eq!(conf.dns.nameservers, ["10.0.0.10"]);
+    }
+
+    #[test]
+    fn requested_addresses_unite_and_macs_have_precedence() {
+        let both = r#","runtimeConfig":{"ips":["10.1.0.5/24","10.1.0.6"],"mac":"02:00:00:00:00:01"},
+                      "args":{"cni":{"ips":["10.1.0.6","fd00::7"],"mac":"02:00:00:00:00:02"}}"#;
+        let conf = with(both, "IP=10.1.0.4;MAC=02:00:00:00:00:03").expect("good");
+        let ips: Vec<_> = conf.requested.iter().map(ToString::to_string).collect();
+        assert_eq!(ips, ["10.1.0.4", "10.1.0.5", "10.1.0.6", "fd00::7"]);
+        let mac = |extra, args| with(extra, args).expect("good").mac.map(|m| m.0[5]);
+        assert_eq!(mac(both, "MAC=02:00:00:00:00:03"), Some(1));
+        assert_eq!(mac(r#","args":{"cni":{"mac":"02:00:00:00:00:02"}}"#, "MAC=02:00:00:00:00:03"), Some(2));
+        assert_eq!(mac(r#","runtimeConfig":{"mac":""}"#, "MAC=02:00:00:00:00:03"), Some(3));
+    }
+
+    #[test]
+    fn what_would_not_be_honoured_is_refused_by_key_and_value() {
+        for (extra, part) in [
+            (r#""vlan":5"#, "vlan = 5"),
+            (r#""vlanTrunk":[{"id":5}]"#, "vlanTrunk = [{\"id\":5}]"),
+            (r#""promiscMode":true"#, "promiscMode = true"),
+            (r#""macspoofchk":true"#, "macspoofchk = true"),
+            (r#""ipMasq":true"#, "ipMasq = true"),
+            (r#""disableContainerInterface":true"#, "disableContainerInterface = true"),
+            (r#""enabledad":true"#, "enabledad = true"),
+            (r#""forceAddress":true"#, "forceAddress = true"),
+            (r#""isGateway":false,"isDefaultGateway":false"#, "isGateway = false"),
+            (r#""ipam":{"type":"host-local"}"#, "ipam.type = \"host-local\""),
+            (r#""ipam":{"type":"weft","subnet":"10.0.0.0/24"}"#, "ipam.subnet = \"10.0.0.0/24\""),
+            (r#""runtimeConfig":{"ipRanges":[[{"subnet":"10.0.0.0/24"}]]}"#, "runtimeConfig.ipRanges"),
+            (r#""runtimeConfig":{"portMappings":[{"hostPort":1}]}"#, "runtimeConfig.portMappings"),
+            (r#""runtimeConfig":{"bandwidth":{"ingressRate":1}}"#, "runtimeConfig.bandwidth"),
+        ] {
+            let failure = with(&format!(",{extra}"), "").expect_err(extra);
+            assert!(failure.is(Code::UnsupportedField) && failure.msg.contains(part), "{extra}: {failure:?}");
+            assert!(failure.msg.contains(": expected "), "{failure}");
+        }
+        let defaults = r#","vlan":0,"vlanTrunk":[],"preserveDefaultVlan":true,"promiscMode":false,"ipMasq":false,"isGateway":true,
+            "ipam":{"type":"weft"},"enabledad":null,"runtimeConfig":{"portMappings":[],"bandwidth":{},"dns":{}}"#;
+        assert!(with(defaults, "").is_ok());
+        assert!(with(r#","ipam":{}"#, "").is_ok());
+    }
+
+    #[test]
+    fn bad_values_are_named_with_what_was_expected() {
+        for (extra, part) in [
+            (r#""bridge":"a/b""#, "bridge = \"a/b\""),
+            (r#""bridge":7"#, "bridge = 7"),
+            (r#""hairpinMode":"yes""#, "hairpinMode = \"yes\""),
+            (r#""mtu":67"#, "mtu = 67"),
+            (r#""mtu":-1"#, "mtu = -1"),
+            (r#""mtu":70000"#, "mtu = 70000"),
+            (r#""mtu":"1400""#, "mtu = \"1400\""),
+            (r#""dns":[]"#, "dns = []"),
+            (r#""dns":{"search":"a"}"#, "dns = "),
+            (r#""ipam":[]"#, "ipam = []"),
+            (r#""vlan":"x""#, "vlan = \"x\""),
+            (r#""runtimeConfig":{"ips":["x"]}"#, "ips = \"x\""),
+            (r#""runtimeConfig":{"ips":"10.0.0.1"}"#, "runtimeConfig.ips = \"10.0.0.1\""),
+            (r#""runtimeConfig":{"mac":"ff:ff:ff:ff:ff:ff"}"#, "runtimeConfig.mac"),
+            (r#""args":{"cni":{"mac":"x"}}"#, "args.cni.mac = \"x\""),
+        ] {
+            let failure = with(&format!(",{extra}"), "").expect_err(extra);
+            assert!(failure.is(Code::BadConfiguration) && failure.msg.contains(part), "{extra}: {failure:?}");
+            assert!(failure.msg.contains(": expected "), "{failure}");
+        }
+        let many: Vec<_> = (0..17).map(|n| format!("\"10.0.0.{n}\"")).collect();
+        assert!(with(&format!(r#","runtimeConfig":{{"ips":[{}]}}"#, many.join(",")), "").is_err());
+    }
+}

@@ -59,7 +59,7 @@ impl TestFabric {
     }
 
     pub(crate) fn world(&self) -> MutexGuard<'_, World> {
-        self.0.world.lock().expect("world")
+        self.0.world.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the plugin does between Reserve and Commit.

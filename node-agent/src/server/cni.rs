@@ -74,7 +74,7 @@ impl<F: Fabric> Server<F> {
         listener::refuse_live(socket).await?;
         ipam.clean_tombstones().map_err(|e| BindError::io(ipam.tombstones_dir(), e))?;
         ipam.drain_tombstones().await;
-        let listener = Listener::bind(socket).await?;
+        let listener = Listener::bind(socket)?;
         drop(lock);
         info!(path = %socket.display(), "listening for the CNI plugin");
         Ok(Self { listener, ipam, limits })

@@ -158,7 +158,7 @@ async fn an_add_that_closes_before_commit_is_undone() {
 
 #[tokio::test]
 async fn a_peer_that_dies_during_reserve_is_noticed() {
-    let agent = Agent::start(Limits::default()).await;
+    let agent = Agent::start(Limits { request: 6 * DEADLINE, ..Limits::default() }).await;
     let gate = agent.node.fabric.hold_bridge();
     let mut add = agent.plugin().await;
     add.0.write_all(&encode(&Request::Reserve(reserve("a"))).expect("encode")).await.expect("write");

@@ -16,6 +16,8 @@ mod tombstones;
 mod verbs;
 
 #[cfg(test)]
+mod histories;
+#[cfg(test)]
 pub(crate) mod tests;
 
 use std::fmt;
@@ -311,7 +313,7 @@ impl<F: Fabric> Ipam<F> {
                     let mut state = self.state();
                     // Meanwhile it may be another ADD's.
                     let same = state.table.get(key).is_some_and(|entry| {
-                        matches!(entry.phase, Phase::Committed { .. })
+                        entry.is_committed()
                             && entry.record.committed.is_some_and(|wired| wired.host_ifindex == ifindex)
                     });
                     same && state.table.abort(key, None)

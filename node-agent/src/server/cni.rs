@@ -33,7 +33,9 @@ pub struct Limits {
     pub idle: Duration,
     /// From Reserve's answer to Commit. A plugin ends itself before that.
     pub wiring: Duration,
-    /// ADD, DEL and CHECK. What takes longer goes on and is settled, but the plugin gets an answer.
+    /// Reserve, within the plugin's 10 s. What takes longer goes on and is settled, but the plugin gets an answer.
+    pub reserve: Duration,
+    /// The same for Commit, DEL and CHECK; a DEL has 5 s.
     pub request: Duration,
     pub gc: Duration,
     pub status: Duration,
@@ -49,6 +51,7 @@ impl Default for Limits {
             connections: 1024,
             idle: Duration::from_secs(5),
             wiring: Duration::from_secs(15),
+            reserve: Duration::from_secs(8),
             request: Duration::from_secs(4),
             gc: Duration::from_secs(30),
             status: Duration::from_millis(800),

@@ -1,8 +1,8 @@
 //! Address management: which attachment has which address, from Reserve until nothing of it is left.
 //!
 //! ADD is a transaction that the agent owns (DESIGN: "Who does what"): what a plugin began and did not commit, this
-//! module undoes, whoever died in between. [`table`] decides and does no I/O; [`records`] keeps it across the death of
-//! the agent; [`verbs`] carries requests out; this file holds them together and does what nobody asks for: orphans,
+//! module undoes, whoever died in between. `table` decides and does no I/O; `records` keeps it across the death of
+//! the agent; `verbs` carries requests out; this file holds them together and does what nobody asks for: orphans,
 //! dead attachments, tombstones. State changes under one short lock that is never held across an await.
 
 mod boottime;
@@ -299,6 +299,11 @@ impl<F: Fabric> Ipam<F> {
         if due {
             state.table.remove(key);
             debug!(attachment = ?key, "freed");
+        } else if let Some(entry) = state.table.get(key)
+            && let Err(error) = state.records.write(&entry.record)
+        {
+            // What is said to be deleted must not be attached again for the next agent.
+            warn!(attachment = ?key, %error, "record not rewritten");
         }
         self.publish(&state);
         Ok(())

@@ -230,7 +230,11 @@ impl Table {
         let not_before = held_until(&entry.record);
         entry.phase = match entry.phase {
             Phase::Reserved { conn } => Phase::Aborted { conn: Some(conn), not_before },
-            Phase::Committed { .. } => Phase::Aborted { conn: None, not_before },
+            Phase::Committed { .. } => {
+                // On disk, if it must stay there for a while, it is no attachment any more.
+                entry.record.committed = None;
+                Phase::Aborted { conn: None, not_before }
+            }
             aborted @ Phase::Aborted { .. } => aborted,
         };
         true

@@ -627,6 +627,23 @@ async fn a_repeated_add_after_a_crash_goes_on() {
 }
 
 #[tokio::test]
+async fn what_was_deleted_is_not_attached_again_after_a_crash() {
+    let mut node = Node::new();
+    let (connection, _) = node.add("a").await.expect("reserve");
+    drop(connection);
+    node.restart();
+    node.attach("a").await;
+    // What the orphan holds keeps the record for a while.
+    node.ipam().release(&key("a")).await.expect("DEL");
+    node.restart();
+    assert_eq!(node.states()["a"], "aborted");
+    node.fabric.wire(&host_ifname(&key("a")));
+    node.pass_time(table::WIRING_LIMIT);
+    node.ipam().tend().await;
+    node.assert_empty();
+}
+
+#[tokio::test]
 async fn a_repeated_add_may_have_its_own_address_again() {
     let mut node = Node::new();
     let wanted = Reserve { requested: vec![addr("10.5.1.9")], ..reserve("a") };

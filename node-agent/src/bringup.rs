@@ -50,8 +50,12 @@ pub async fn bring_up(
             wait(Some(format!("the network configuration: {problem}")));
         }
         // A store that says no answers.
-        let answers = !matches!(problem, Some(StoreError::Unavailable { .. }));
-        health.send_if_modified(|health| std::mem::replace(&mut health.connected, answers) != answers);
+        let silence =
+            problem.filter(|p| matches!(p, StoreError::Unavailable { .. })).map(ToString::to_string);
+        health.send_modify(|health| {
+            health.connected = silence.is_none();
+            health.problem = silence;
+        });
     })
     .await;
     node.facts().config = Some(network.clone());

@@ -137,11 +137,16 @@ fn stock_plugins_chain_behind_ours() -> Result<()> {
         assert_eq!(query(&pod, "ip -json link show eth0")?[0]["mtu"], 1400, "tuning came after us");
         let rules = node.netns().run(Command::new("iptables-save").args(["-t", "nat"]))?;
         assert!(rules.contains("--dport 9090"), "portmap understood our result: {rules}");
-        tool.run("check", &pod)?;
         tool.run("del", &pod)?;
         let rules = node.netns().run(Command::new("iptables-save").args(["-t", "nat"]))?;
         assert!(!rules.contains("--dport 9090"), "{rules}");
         assert_eq!(node.status()?.pods.attachments, 0);
+
+        // CHECK without published ports: portmap 1.1.1 misses IPv6 chains that an IPv4 pod never gets.
+        tool.capabilities = None;
+        tool.run("add", &pod)?;
+        tool.run("check", &pod)?;
+        tool.run("del", &pod)?;
         Ok(())
     })
 }

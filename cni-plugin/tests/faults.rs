@@ -115,8 +115,13 @@ fn a_mute_agent_is_given_up() {
 
 #[test]
 fn a_failed_commit_leaves_nothing() {
-    let hang_up = Behaviour { close_at_commit: true, ..Behaviour::default() };
-    let refuse = Behaviour { refuse_commit: Some(failure(104, "aborted by DEL")), ..Behaviour::default() };
+    // The double spares the veth, so that what is gone the plugin has deleted.
+    let hang_up = Behaviour { close_at_commit: true, spare_orphans: true, ..Behaviour::default() };
+    let refuse = Behaviour {
+        spare_orphans: true,
+        refuse_commit: Some(failure(104, "aborted by DEL")),
+        ..Behaviour::default()
+    };
     for (behaviour, part) in [(hang_up, "closed the connection"), (refuse, "aborted by DEL")] {
         let (node, pod) = (Node::new(), Namespace::new());
         let agent = node.agent().behaving(behaviour);
@@ -190,7 +195,7 @@ fn a_bridge_that_is_none_leaves_nothing() {
 #[test]
 fn a_step_that_fails_midway_is_undone() {
     let (node, pod) = (Node::new(), Namespace::new());
-    let agent = node.agent();
+    let agent = node.agent().behaving(Behaviour { spare_orphans: true, ..Behaviour::default() });
     // No address on the pod's interface can make this gateway reachable.
     let conf = node.conf("1.1.0", json!({"runtimeConfig": {"ips": ["10.88.0.5"]}}));
     let text = node.call("ADD", "c1", &pod.path(), &conf).run().refused(105);

@@ -30,7 +30,7 @@ use crate::lease::{
 };
 use crate::node::Node;
 use crate::notify::notify;
-use crate::reconcile::object::LinkKind;
+use crate::reconcile::object::{self, LinkKind};
 use crate::reconcile::{NodeInputs, Report};
 
 const UNDERLAY_RETRY: Duration = Duration::from_secs(1);
@@ -47,11 +47,15 @@ pub async fn bring_up(
     wait(Some(format!("the network configuration from {}", node.store.location())));
     let network = wait_for_config(&*node.store, |problem| {
         if let Some(problem) = problem {
-            wait(Some(format!("the network configuration: {problem}{}", what_helps(problem))));
+            wait(Some(format!("the network configuration: {problem}")));
         }
         // A store that says no answers.
-        let answers = !matches!(problem, Some(StoreError::Unavailable { .. }));
-        health.send_if_modified(|health| std::mem::replace(&mut health.connected, answers) != answers);
+        let silence =
+            problem.filter(|p| matches!(p, StoreError::Unavailable { .. })).map(ToString::to_string);
+        health.send_modify(|health| {
+            health.connected = silence.is_none();
+            health.problem = silence;
+        });
     })
     .await;
     node.facts().config = Some(network.clone());
@@ -116,17 +120,6 @@ pub async fn bring_up(
     tokio::select! {
         ended = tending.run(handle, updates) => ended,
         task = tasks.join_next() => anyhow::bail!("the lease keeper or the watch ended: {task:?}"),
-    }
-}
-
-/// The setting behind a trouble that only its location shows.
-fn what_helps(problem: &StoreError) -> &'static str {
-    match problem {
-        StoreError::Unavailable { location, .. } if location.starts_with("etcd") => {
-            "; expected etcd v3 there: start it, name yours with --etcd-endpoints, or keep everything on this one \
-             machine with --store embedded"
-        }
-        _ => "",
     }
 }
 
@@ -286,9 +279,9 @@ fn host_network(kernel: &mut LinuxKernel, reach: Option<IpAddr>) -> Result<HostN
     let host_addr = |found: &kernel::FoundAddr| HostAddr {
         addr: found.addr,
         scope: match found.scope {
-            kernel::AddrScope::Global => AddrScope::Global,
-            kernel::AddrScope::Link => AddrScope::Link,
-            kernel::AddrScope::Host => AddrScope::Host,
+            object::AddrScope::Global => AddrScope::Global,
+            object::AddrScope::Link => AddrScope::Link,
+            object::AddrScope::Host => AddrScope::Host,
         },
         deprecated: found.deprecated,
         dynamic: found.dynamic,

@@ -198,13 +198,14 @@ impl Facts {
             return Vec::new();
         };
         let status = |lease: &Lease| {
-            let known = report.peers.get(&lease.key).cloned().unwrap_or_default();
+            let known = report.peers.get(&lease.key);
+            let problem = known.and_then(|peer| peer.problem()).map(Into::into);
             PeerStatus {
                 key: lease.key,
                 public_ip: lease.attrs.public_ip.into(),
                 backend: lease.attrs.backend_type.clone(),
-                programmed: known.programmed,
-                problem: known.problem,
+                programmed: known.is_some() && problem.is_none(),
+                problem,
                 overlay_probe: backend.probe(&lease.key),
             }
         };

@@ -16,6 +16,7 @@ pub struct Subnet(IpNetwork);
 #[error("subnet {0:?} must be an address and a prefix length such as 10.5.0.0/16")]
 pub struct BadSubnet(String);
 
+#[expect(clippy::len_without_is_empty, reason = "a prefix length, not a number of elements")]
 impl Subnet {
     /// The subnet of length `len` that holds `addr`; `None` when `len` is longer than the family's address.
     pub fn new(addr: IpAddr, len: u8) -> Option<Self> {

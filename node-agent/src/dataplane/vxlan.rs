@@ -14,7 +14,7 @@ use weft_shared::netconf::VxlanConfig;
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::{Dataplane, LocalNode, Wanted};
-use crate::reconcile::object::{Link, LinkKind, LinkMac, Object, Route, Vxlan};
+use crate::reconcile::object::{AddrScope, Link, LinkKind, LinkMac, Object, Route, Vxlan};
 
 /// Outer IPv4 header 20, UDP 8, VXLAN 8, inner Ethernet 14.
 const OVERHEAD: u32 = 50;
@@ -134,9 +134,8 @@ impl Dataplane for VxlanPlane {
         wanted
             .desired
             .insert(Object::Sysctl { path: format!("net/ipv6/conf/{dev}/accept_ra"), value: "0".into() });
-        wanted
-            .desired
-            .insert(Object::Addr { dev: dev.clone(), addr: IpNetwork::from(local.lease.v4.addr()) });
+        let addr = IpNetwork::from(local.lease.v4.addr());
+        wanted.desired.insert(Object::Addr { dev: dev.clone(), addr, scope: AddrScope::Global });
         for peer in peers {
             match self.peer_entries(peer) {
                 Ok(entries) => wanted.serve(peer, entries),

@@ -1,8 +1,8 @@
 //! Address management: which attachment has which address, from Reserve until nothing of it is left.
 //!
 //! ADD is a transaction that the agent owns (DESIGN: "Who does what"): what a plugin began and did not commit, this
-//! module undoes, whoever died in between. [`table`] decides and does no I/O; [`records`] keeps it across the death of
-//! the agent; [`verbs`] carries requests out; this file holds them together and does what nobody asks for: orphans,
+//! module undoes, whoever died in between. `table` decides and does no I/O; `records` keeps it across the death of
+//! the agent; `verbs` carries requests out; this file holds them together and does what nobody asks for: orphans,
 //! dead attachments, tombstones. State changes under one short lock that is never held across an await.
 
 mod boottime;
@@ -15,6 +15,8 @@ mod table;
 mod tombstones;
 mod verbs;
 
+#[cfg(test)]
+mod histories;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -297,6 +299,11 @@ impl<F: Fabric> Ipam<F> {
         if due {
             state.table.remove(key);
             debug!(attachment = ?key, "freed");
+        } else if let Some(entry) = state.table.get(key)
+            && let Err(error) = state.records.write(&entry.record)
+        {
+            // What is said to be deleted must not be attached again for the next agent.
+            warn!(attachment = ?key, %error, "record not rewritten");
         }
         self.publish(&state);
         Ok(())
@@ -311,7 +318,7 @@ impl<F: Fabric> Ipam<F> {
                     let mut state = self.state();
                     // Meanwhile it may be another ADD's.
                     let same = state.table.get(key).is_some_and(|entry| {
-                        matches!(entry.phase, Phase::Committed { .. })
+                        entry.is_committed()
                             && entry.record.committed.is_some_and(|wired| wired.host_ifindex == ifindex)
                     });
                     same && state.table.abort(key, None)

@@ -52,6 +52,12 @@ pub(super) struct Entry {
     pub(super) phase: Phase,
 }
 
+impl Entry {
+    pub(super) fn is_committed(&self) -> bool {
+        matches!(self.phase, Phase::Committed { .. })
+    }
+}
+
 /// What stands in the way of an ADD.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Standing {
@@ -224,7 +230,11 @@ impl Table {
         let not_before = held_until(&entry.record);
         entry.phase = match entry.phase {
             Phase::Reserved { conn } => Phase::Aborted { conn: Some(conn), not_before },
-            Phase::Committed { .. } => Phase::Aborted { conn: None, not_before },
+            Phase::Committed { .. } => {
+                // On disk, if it must stay there for a while, it is no attachment any more.
+                entry.record.committed = None;
+                Phase::Aborted { conn: None, not_before }
+            }
             aborted @ Phase::Aborted { .. } => aborted,
         };
         true
@@ -287,10 +297,11 @@ impl Table {
         true
     }
 
-    /// Frees what orphans held, and says whether anything changed.
-    pub(super) fn expire_held(&mut self, now: Boottime) -> bool {
+    /// Frees what orphans held. Only Commit proves that the veth of this name is not the orphan's; until then what is
+    /// held goes with the entry, after the veth.
+    pub(super) fn expire_held(&mut self, now: Boottime) {
         let mut expired = Vec::new();
-        for entry in self.entries.values_mut() {
+        for entry in self.entries.values_mut().filter(|entry| entry.is_committed()) {
             entry.record.held.retain(|held| {
                 let keep = held.until > now;
                 if !keep {
@@ -299,9 +310,7 @@ impl Table {
                 keep
             });
         }
-        let any = !expired.is_empty();
         self.free(expired.into_iter());
-        any
     }
 
     /// Judges a look at the kernel.
@@ -357,7 +366,8 @@ impl Table {
             Phase::Aborted { conn: None, not_before } => Some(not_before),
             _ => None,
         });
-        let held = self.entries.values().flat_map(|entry| entry.record.held.iter().map(|held| held.until));
+        let committed = self.entries.values().filter(|entry| entry.is_committed());
+        let held = committed.flat_map(|entry| entry.record.held.iter().map(|held| held.until));
         let strays = self.strays.values().map(|first| first.plus(WIRING_LIMIT));
         undo.chain(held).chain(strays).min()
     }
@@ -457,7 +467,8 @@ impl Table {
         self.pools.entry(subnet).or_insert_with(|| unreachable!("inserted above"))
     }
 
-    fn blocked(&self) -> impl Iterator<Item = IpAddr> {
+    /// Every address that nobody else may have.
+    pub(super) fn blocked(&self) -> impl Iterator<Item = IpAddr> {
         let records = self.entries.values().map(|entry| &entry.record);
         let records =
             records.flat_map(|r| r.addresses.iter().copied().chain(r.held.iter().map(|h| h.address)));

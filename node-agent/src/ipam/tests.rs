@@ -59,7 +59,7 @@ impl TestFabric {
     }
 
     pub(crate) fn world(&self) -> MutexGuard<'_, World> {
-        self.0.world.lock().expect("world")
+        self.0.world.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the plugin does between Reserve and Commit.
@@ -123,6 +123,7 @@ pub(crate) struct Node {
     ports: watch::Sender<PodPorts>,
     seen: watch::Sender<SeenVeths>,
     now: Arc<AtomicU64>,
+    pub(super) patience: Duration,
     agent: Option<Arc<Ipam<TestFabric>>>,
 }
 
@@ -136,6 +137,7 @@ impl Node {
             ports,
             seen: watch::Sender::new(SeenVeths::default()),
             now: Arc::new(AtomicU64::new(Duration::from_secs(1000).as_nanos() as u64)),
+            patience: Duration::from_millis(100),
             agent: None,
         };
         node.restart();
@@ -151,7 +153,7 @@ impl Node {
     }
 
     /// `kill -9`, then another agent. Connections of the old one must be dropped (or leaked) by then.
-    fn restart(&mut self) {
+    pub(super) fn restart(&mut self) {
         self.restart_in(BOOT);
     }
 
@@ -169,7 +171,7 @@ impl Node {
             run_dir: self.dir.path().to_owned(),
             tombstones: self.tombstones(),
             boot_id: boot_id.into(),
-            patience: Duration::from_millis(100),
+            patience: self.patience,
         };
         fs::create_dir_all(self.tombstones()).expect("tombstones");
         let now = self.now.clone();
@@ -186,8 +188,12 @@ impl Node {
         self.now.fetch_add(span.as_nanos() as u64, Ordering::Relaxed);
     }
 
+    pub(super) fn clock(&self) -> Boottime {
+        Boottime::from_nanos(self.now.load(Ordering::Relaxed))
+    }
+
     /// The reconciler looks at the kernel and publishes.
-    async fn look(&self) {
+    pub(super) async fn look(&self) {
         let veths = self.fabric.world().veths.clone();
         let veths = veths.into_iter().map(|(name, ifindex)| SeenVeth { name, ifindex }).collect();
         self.seen.send_modify(|seen| *seen = SeenVeths { pass: seen.pass + 1, veths });
@@ -208,7 +214,7 @@ impl Node {
         weft_shared::tombstone::list(&self.tombstones()).expect("list").len()
     }
 
-    async fn add(&self, id: &str) -> Result<(Connection<TestFabric>, Reservation), Failure> {
+    pub(super) async fn add(&self, id: &str) -> Result<(Connection<TestFabric>, Reservation), Failure> {
         self.add_with(reserve(id)).await
     }
 
@@ -289,7 +295,7 @@ pub(crate) fn reserve(id: &str) -> Reserve {
     }
 }
 
-fn subnet(text: &str) -> Subnet {
+pub(super) fn subnet(text: &str) -> Subnet {
     text.parse().expect(text)
 }
 
@@ -297,7 +303,7 @@ fn addr(text: &str) -> IpAddr {
     text.parse().expect(text)
 }
 
-fn address(reservation: &Reservation) -> IpAddr {
+pub(super) fn address(reservation: &Reservation) -> IpAddr {
     reservation.addresses[0].address.ip()
 }
 
@@ -615,6 +621,23 @@ async fn a_repeated_add_after_a_crash_goes_on() {
     assert_eq!(node.ipam().status().addresses_used, 2);
     node.ipam().release(&key("a")).await.expect("DEL");
     assert_eq!((node.ipam().status().addresses_used, node.fabric.world().veths.len()), (2, 0));
+    node.pass_time(table::WIRING_LIMIT);
+    node.ipam().tend().await;
+    node.assert_empty();
+}
+
+#[tokio::test]
+async fn what_was_deleted_is_not_attached_again_after_a_crash() {
+    let mut node = Node::new();
+    let (connection, _) = node.add("a").await.expect("reserve");
+    drop(connection);
+    node.restart();
+    node.attach("a").await;
+    // What the orphan holds keeps the record for a while.
+    node.ipam().release(&key("a")).await.expect("DEL");
+    node.restart();
+    assert_eq!(node.states()["a"], "aborted");
+    node.fabric.wire(&host_ifname(&key("a")));
     node.pass_time(table::WIRING_LIMIT);
     node.ipam().tend().await;
     node.assert_empty();

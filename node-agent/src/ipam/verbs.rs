@@ -13,7 +13,7 @@ use weft_shared::protocol::{
 
 use super::locks::NameGuard;
 use super::pool::PoolError;
-use super::table::{CommitRefusal, ConnId, Phase, ReserveRefusal, Standing};
+use super::table::{CommitRefusal, ConnId, ReserveRefusal, Standing};
 use super::{Ipam, request};
 use crate::pods::{Fabric, NotReady, PodNetwork};
 
@@ -105,13 +105,16 @@ impl<F: Fabric> Ipam<F> {
     /// DEL. Done when nothing is left, also when there never was anything.
     pub async fn release(&self, key: &Attachment) -> Result<(), Failure> {
         request::check_attachment(key)?;
-        {
+        let known = {
             let mut state = self.state();
-            if state.table.abort(key, None) {
-                self.publish(&state);
-            }
-        }
+            let known = state.table.abort(key, None);
+            self.publish(&state);
+            known
+        };
         self.undo(key).await.map_err(|error| try_again("DEL is not complete", error))?;
+        if known {
+            info!(attachment = ?key, "deleted");
+        }
         self.counters.dels.inc();
         Ok(())
     }
@@ -121,7 +124,7 @@ impl<F: Fabric> Ipam<F> {
         let not_held =
             |details: String| Err(failure(code::NOT_HELD, "the agent holds no such attachment", details));
         let state = self.state();
-        let Some(entry) = state.table.get(key).filter(|e| matches!(e.phase, Phase::Committed { .. })) else {
+        let Some(entry) = state.table.get(key).filter(|e| e.is_committed()) else {
             return not_held(shown(key));
         };
         let held = &entry.record.addresses;
@@ -135,7 +138,7 @@ impl<F: Fabric> Ipam<F> {
     pub async fn gc(&self, network: &str, valid: &[Attachment]) -> Result<(), Failure> {
         let stale: Vec<Attachment> = {
             let state = self.state();
-            let committed = state.table.entries().filter(|(_, e)| matches!(e.phase, Phase::Committed { .. }));
+            let committed = state.table.entries().filter(|(_, e)| e.is_committed());
             committed
                 .map(|(key, _)| key)
                 .filter(|k| k.network == network && !valid.contains(k))

@@ -10,7 +10,7 @@ use weft_shared::IfName;
 use super::encode;
 use super::socket::{Request, RouteSocket};
 use super::{Errno, KernelError};
-use crate::reconcile::object::{Link, LinkKind, Object};
+use crate::reconcile::object::{Found, Link, LinkKind, Object};
 use crate::reconcile::plan::Op;
 
 /// Interface indices by name, as far as they are known.
@@ -33,12 +33,10 @@ pub(super) fn apply(
             Op::Set { object: Object::Sysctl { path, value }, .. } => {
                 results[place] = super::linux::write_sysctl(path, value);
             }
-            Op::Set { object, found } => {
-                match requests(indices, object, found.as_ref().is_some_and(|f| f.ours)) {
-                    Ok(requests) => batch.push(place, requests, false),
-                    Err(error) => results[place] = Err(error),
-                }
-            }
+            Op::Set { object, found } => match requests(indices, object, found.as_ref()) {
+                Ok(requests) => batch.push(place, requests, false),
+                Err(error) => results[place] = Err(error),
+            },
             Op::Remove(object) => match removal(indices, object) {
                 Some(request) => batch.push(place, vec![request], true),
                 // What stood on a device that is gone is gone.
@@ -117,7 +115,7 @@ fn set_link(
 
 /// The messages that make `object` so. A route of somebody else's under the same key is not replaced: ours goes before
 /// it (`ip route prepend`) and theirs stays.
-fn requests(indices: &Indices, object: &Object, replaces_ours: bool) -> Result<Vec<Request>, KernelError> {
+fn requests(indices: &Indices, object: &Object, found: Option<&Found>) -> Result<Vec<Request>, KernelError> {
     let replace = NLM_F_CREATE | NLM_F_REPLACE;
     Ok(match object {
         Object::Link { .. } | Object::Sysctl { .. } => Vec::new(),
@@ -131,8 +129,11 @@ fn requests(indices: &Indices, object: &Object, replaces_ours: bool) -> Result<V
             requests.push(request(Message::NewLink(encode::port_options(index, port)), 0));
             requests
         }
-        Object::Addr { dev, addr } => {
-            vec![request(Message::NewAddress(encode::address(index_of(indices, dev)?, *addr)), replace)]
+        Object::Addr { dev, addr, .. } => {
+            let address = encode::address(index_of(indices, dev)?, *addr);
+            // The kernel replaces an address's lifetime, but never its scope.
+            let old = found.map(|_| request(Message::DelAddress(address.clone()), 0));
+            old.into_iter().chain([request(Message::NewAddress(address), replace)]).collect()
         }
         Object::Neigh { dev, ip, mac } => {
             vec![request(
@@ -144,7 +145,7 @@ fn requests(indices: &Indices, object: &Object, replaces_ours: bool) -> Result<V
             vec![request(Message::NewNeighbour(encode::fdb(index_of(indices, dev)?, *mac, *dst)), replace)]
         }
         Object::Route { dst, route } => {
-            let flags = if replaces_ours { replace } else { NLM_F_CREATE };
+            let flags = if found.is_some_and(|f| f.ours) { replace } else { NLM_F_CREATE };
             vec![request(
                 Message::NewRoute(encode::route(index_of(indices, &route.dev)?, *dst, route)),
                 flags,
@@ -157,7 +158,7 @@ fn removal(indices: &Indices, object: &Object) -> Option<Request> {
     let message = match object {
         Object::Link { name, .. } => Message::DelLink(encode::link_by_index(*indices.get(name)?)),
         Object::Sysctl { .. } | Object::Port { .. } => return None,
-        Object::Addr { dev, addr } => Message::DelAddress(encode::address(*indices.get(dev)?, *addr)),
+        Object::Addr { dev, addr, .. } => Message::DelAddress(encode::address(*indices.get(dev)?, *addr)),
         Object::Neigh { dev, ip, mac } => {
             Message::DelNeighbour(encode::neighbour(*indices.get(dev)?, *ip, *mac))
         }

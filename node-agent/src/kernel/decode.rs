@@ -19,8 +19,8 @@ use netlink_packet_route::route::{
 };
 use weft_shared::{IfName, Mac, Subnet};
 
-use super::{AddrScope, FoundLink};
-use crate::reconcile::object::{BridgePort, Link, LinkKind, LinkMac, Vxlan};
+use super::FoundLink;
+use crate::reconcile::object::{AddrScope, BridgePort, Link, LinkKind, LinkMac, Vxlan};
 
 /// IPv6 routes get this metric when none is asked for (`IP6_RT_PRIO_USER`).
 const IPV6_DEFAULT_METRIC: u32 = 1024;

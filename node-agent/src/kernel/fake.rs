@@ -6,8 +6,8 @@ use std::net::IpAddr;
 
 use weft_shared::IfName;
 
-use super::{AddrScope, Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError, Scope};
-use crate::reconcile::object::{BridgePort, Found, Key, Link, LinkKind, LinkMac, Object};
+use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError, Scope};
+use crate::reconcile::object::{AddrScope, BridgePort, Found, Key, Link, LinkKind, LinkMac, Object};
 use crate::reconcile::plan::Op;
 
 #[derive(Debug, Default)]
@@ -84,7 +84,7 @@ impl FakeKernel {
                     self.dump.links.get_mut(veth).ok_or_else(|| KernelError::NoDevice(veth.clone()))?;
                 found.port = port.clone();
             }
-            Object::Addr { dev, addr } => {
+            Object::Addr { dev, addr, .. } => {
                 if !self.dump.addrs.iter().any(|a| a.dev == *dev && a.addr == *addr) {
                     self.dump.addrs.push(found_addr(dev, *addr));
                 }
@@ -112,7 +112,7 @@ impl FakeKernel {
         match object {
             Object::Link { name, .. } => self.delete_link(name),
             Object::Sysctl { .. } | Object::Port { .. } => {}
-            Object::Addr { dev, addr } => self.dump.addrs.retain(|a| a.dev != *dev || a.addr != *addr),
+            Object::Addr { dev, addr, .. } => self.dump.addrs.retain(|a| a.dev != *dev || a.addr != *addr),
             Object::Neigh { dev, ip, .. } => self.dump.neighs.retain(|(d, i, _)| (d, i) != (dev, ip)),
             Object::Fdb { dev, mac, dst } => {
                 self.dump.fdb.retain(|entry| *entry != (dev.clone(), *mac, *dst))

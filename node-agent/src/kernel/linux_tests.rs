@@ -10,7 +10,7 @@ use weft_shared::protocol::Attachment;
 use super::*;
 use crate::kernel::Kernel;
 use crate::reconcile::object::{
-    BridgePort, Desired, Link, LinkKind, LinkMac, Object, Observed, Route, Vxlan,
+    AddrScope, BridgePort, Desired, Link, LinkKind, LinkMac, Object, Observed, Route, Vxlan,
 };
 use crate::reconcile::observe::{Ownership, observe};
 use crate::reconcile::plan::plan;
@@ -100,8 +100,16 @@ fn desired(underlay: u32) -> Desired {
         Object::Sysctl { path: "net/ipv4/ip_forward".into(), value: "1".into() },
         Object::Sysctl { path: "net/ipv6/conf/flannel.1/accept_ra".into(), value: "0".into() },
         Object::Port { veth: veth_name(), port },
-        Object::Addr { dev: dev.clone(), addr: "10.5.1.0/32".parse().expect("net") },
-        Object::Addr { dev: name("cni0"), addr: "10.5.1.1/24".parse().expect("net") },
+        Object::Addr {
+            dev: dev.clone(),
+            addr: "10.5.1.0/32".parse().expect("net"),
+            scope: AddrScope::Global,
+        },
+        Object::Addr {
+            dev: name("cni0"),
+            addr: "10.5.1.1/24".parse().expect("net"),
+            scope: AddrScope::Global,
+        },
         Object::Neigh {
             dev: dev.clone(),
             ip: "10.5.2.0".parse().expect("ip"),
@@ -232,6 +240,13 @@ fn every_deletion_and_every_alteration_is_seen_and_put_right() {
                 }),
             ),
             ("address deleted", Box::new(|| ip("address del 10.5.1.0/32 dev flannel.1"))),
+            (
+                "address with another scope",
+                Box::new(|| {
+                    ip("address del 10.5.1.0/32 dev flannel.1");
+                    ip("address add 10.5.1.0/32 dev flannel.1 scope link");
+                }),
+            ),
             ("gateway deleted", Box::new(|| ip("address del 10.5.1.1/24 dev cni0"))),
             (
                 "gateway with another length",

@@ -17,7 +17,7 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use weft_shared::{IfName, Mac, Subnet};
 
-use crate::reconcile::object::{BridgePort, Link, Route};
+use crate::reconcile::object::{AddrScope, BridgePort, Link, Route};
 use crate::reconcile::plan::Op;
 
 pub use linux::LinuxKernel;
@@ -78,14 +78,6 @@ pub struct FoundAddr {
     /// From a router advertisement or DHCP: it has a lifetime.
     pub dynamic: bool,
     pub temporary: bool,
-}
-
-/// How far an address is valid (`rtm_scope`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AddrScope {
-    Global,
-    Link,
-    Host,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -77,7 +77,7 @@ impl Slots {
         Self { range: *range, min, shift, count: ((max - min) >> shift) + 1 }
     }
 
-    /// First and last slot that share an address with `subnet`.
+    /// First and last slot that share an address with `subnet`; the last may lie beyond the range.
     fn covered_by(&self, subnet: Subnet) -> Option<(u128, u128)> {
         if subnet.is_ipv4() != self.range.network.is_ipv4() {
             return None;
@@ -85,7 +85,7 @@ impl Slots {
         let (first, last) = (number(subnet.addr()), number(subnet.last()));
         let first = first.saturating_sub(self.min) >> self.shift;
         let last = last.checked_sub(self.min)? >> self.shift;
-        (first < self.count).then(|| (first, last.min(self.count - 1)))
+        (first < self.count).then_some((first, last))
     }
 
     fn subnet(&self, slot: u128) -> Option<Subnet> {

@@ -15,6 +15,8 @@ use super::{AcquireRequest, LeaseStore, LeaseUpdate, OwnedLease, StoreError};
 
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(10);
+/// An operator who has just written the configuration is watching (flannel: 1 s).
+const CONFIG_RETRY_MAX: Duration = Duration::from_secs(2);
 /// The wall clock is asked again at least this often: timers stand still while a machine sleeps, leases do not.
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 
@@ -59,7 +61,7 @@ pub async fn wait_for_config<S: LeaseStore>(
     store: &S,
     mut report: impl FnMut(Option<&StoreError>),
 ) -> NetworkConfig {
-    let mut trouble = Trouble::default();
+    let mut trouble = Trouble::new(CONFIG_RETRY_MAX);
     loop {
         match store.network_config().await {
             Ok(config) => {
@@ -147,7 +149,7 @@ impl<S: LeaseStore> Keeper<S> {
 
     /// The state stays what it was (acquiring or lost) until there is a lease; only the problem is kept current.
     async fn acquire(&self) -> OwnedLease {
-        let mut trouble = Trouble::default();
+        let mut trouble = Trouble::new(RETRY_MAX);
         loop {
             match self.store.acquire(&self.want).await {
                 Ok(owned) => return owned,
@@ -164,7 +166,7 @@ impl<S: LeaseStore> Keeper<S> {
     async fn hold(&self, mut held: OwnedLease) -> (Option<String>, Option<String>) {
         loop {
             self.until_due(&held).await;
-            let mut trouble = Trouble::default();
+            let mut trouble = Trouble::new(RETRY_MAX);
             held = loop {
                 match self.store.renew(&held, self.want.ttl).await {
                     Ok(renewed) => break renewed,
@@ -234,13 +236,11 @@ struct Trouble {
     logged: Option<String>,
 }
 
-impl Default for Trouble {
-    fn default() -> Self {
-        Self { backoff: Backoff::new(RETRY_MIN, RETRY_MAX), logged: None }
-    }
-}
-
 impl Trouble {
+    fn new(longest: Duration) -> Self {
+        Self { backoff: Backoff::new(RETRY_MIN, longest), logged: None }
+    }
+
     fn wait(&mut self, error: &StoreError, what: &str) -> Duration {
         let text = error.to_string();
         if self.logged.as_ref() != Some(&text) {

@@ -92,8 +92,16 @@ impl Report {
 
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PeerReport {
-    pub programmed: bool,
-    pub problem: Option<String>,
+    /// Why the dataplane has no use for it.
+    pub refused: Option<String>,
+    /// What of it is not in the kernel.
+    pub missing: Option<String>,
+}
+
+impl PeerReport {
+    pub fn problem(&self) -> Option<&str> {
+        self.refused.as_deref().or(self.missing.as_deref())
+    }
 }
 
 /// The loop, from outside.
@@ -230,7 +238,7 @@ fn next_pass(report: &Report, memory: &Memory, resync: Duration) -> Duration {
     BACKOFF_FIRST.saturating_mul(1 << memory.failures().min(10)).min(resync)
 }
 
-/// Says a trouble once, when it begins.
+/// Says a trouble once, when it has come twice: a device that goes while it is being looked at is no trouble.
 fn complain(last: &Report, report: &Report) {
     if let Some(error) = &report.error
         && last.error != report.error
@@ -238,15 +246,12 @@ fn complain(last: &Report, report: &Report) {
         error!(%error, "the kernel could not be brought in order");
     }
     for pending in &report.pending {
-        let known = last.pending.iter().any(|p| p.object == pending.object && p.error == pending.error);
-        if !known {
+        if pending.attempts == 2 {
             warn!(object = %pending.object, error = %pending.error, "kernel object is not as it should be; will be tried again");
         }
     }
     for (key, peer) in &report.peers {
-        if let Some(problem) = &peer.problem
-            && last.peers.get(key).is_none_or(|p| p.problem != peer.problem)
-        {
+        if let Some(problem) = peer.refused.as_ref().filter(|_| last.peers.get(key) != Some(peer)) {
             warn!(peer = %key, %problem, "peer cannot be served");
         }
     }

@@ -28,7 +28,7 @@ pub enum Object {
     Link { name: IfName, link: Link },
     Sysctl { path: String, value: String },
     Port { veth: IfName, port: BridgePort },
-    Addr { dev: IfName, addr: IpNetwork },
+    Addr { dev: IfName, addr: IpNetwork, scope: AddrScope },
     Neigh { dev: IfName, ip: IpAddr, mac: Mac },
     Fdb { dev: IfName, mac: Mac, dst: IpAddr },
     Route { dst: Subnet, route: Route },
@@ -60,6 +60,14 @@ pub struct Vxlan {
     pub port: u16,
     pub learning: bool,
     pub gbp: bool,
+}
+
+/// How far an address is valid (`ifa_scope`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AddrScope {
+    Global,
+    Link,
+    Host,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,7 +110,7 @@ impl Object {
             Self::Link { name, .. } => Key::Link(name.clone()),
             Self::Sysctl { path, .. } => Key::Sysctl(path.clone()),
             Self::Port { veth, .. } => Key::Port(veth.clone()),
-            Self::Addr { dev, addr } => Key::Addr(dev.clone(), *addr),
+            Self::Addr { dev, addr, .. } => Key::Addr(dev.clone(), *addr),
             Self::Neigh { dev, ip, .. } => Key::Neigh(dev.clone(), *ip),
             Self::Fdb { dev, mac, .. } => Key::Fdb(dev.clone(), *mac),
             Self::Route { dst, .. } => Key::Route(*dst),

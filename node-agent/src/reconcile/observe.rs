@@ -83,7 +83,7 @@ pub fn observe(dump: &Dump, desired: &Desired, ownership: &Ownership) -> Observe
     }
     for found in &dump.addrs {
         let ours = ownership.owns_addr(&found.dev, Subnet::host(found.addr.ip()));
-        see(Object::Addr { dev: found.dev.clone(), addr: found.addr }, ours);
+        see(Object::Addr { dev: found.dev.clone(), addr: found.addr, scope: found.scope }, ours);
     }
     for (dev, ip, mac) in &dump.neighs {
         see(Object::Neigh { dev: dev.clone(), ip: *ip, mac: *mac }, true);

@@ -165,8 +165,7 @@ fn finish(
     report.underlay = Some(local.underlay.clone());
     for (key, plan) in peers {
         let missing = plan.keys.iter().find_map(|key| failed.get(key).map(|error| format!("{key}: {error}")));
-        let problem = plan.problem.clone().or(missing);
-        report.peers.insert(*key, PeerReport { programmed: problem.is_none(), problem });
+        report.peers.insert(*key, PeerReport { refused: plan.problem.clone(), missing });
     }
     for (key, object) in desired.objects() {
         match (key, object) {

@@ -10,7 +10,7 @@ use weft_shared::{IfName, Mac, Subnet};
 use super::*;
 use crate::kernel::fake::{FakeKernel, found_addr};
 use crate::kernel::{Kernel, Scope};
-use crate::reconcile::object::{Link, LinkKind, LinkMac, Route, Vxlan};
+use crate::reconcile::object::{AddrScope, Link, LinkKind, LinkMac, Route, Vxlan};
 use crate::reconcile::observe::{Ownership, observe};
 
 fn name(text: &str) -> IfName {
@@ -63,7 +63,11 @@ fn peers() -> impl Strategy<Value = Peers> {
 fn desired(peers: &Peers, mtu: u32, port: u16) -> Desired {
     let mut desired = Desired::default();
     desired.insert(Object::Link { name: device(), link: device_link(mtu, port) });
-    desired.insert(Object::Addr { dev: device(), addr: "10.5.1.0/32".parse().expect("net") });
+    desired.insert(Object::Addr {
+        dev: device(),
+        addr: "10.5.1.0/32".parse().expect("net"),
+        scope: AddrScope::Global,
+    });
     for ((n, v6), (vtep, address)) in peers {
         entries(*n, *v6, *vtep, *address).into_iter().for_each(|object| desired.insert(object));
     }

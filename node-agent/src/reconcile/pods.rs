@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use weft_shared::names::bridge_mac;
 
-use super::object::{BridgePort, Desired, Link, LinkKind, LinkMac, Object};
+use super::object::{AddrScope, BridgePort, Desired, Link, LinkKind, LinkMac, Object};
 use crate::pods::PodPorts;
 
 /// `node` gives a bridge of this node its own MAC, the same at every start.
@@ -16,7 +16,7 @@ pub(super) fn desired(pods: &PodPorts, node: Ipv4Addr) -> Desired {
         desired.insert(Object::Link { name: name.clone(), link });
         for subnet in &need.subnets {
             if let Some(addr) = subnet.with_len(subnet.gateway()) {
-                desired.insert(Object::Addr { dev: name.clone(), addr });
+                desired.insert(Object::Addr { dev: name.clone(), addr, scope: AddrScope::Global });
             }
         }
     }

@@ -33,7 +33,9 @@ pub struct Limits {
     pub idle: Duration,
     /// From Reserve's answer to Commit. A plugin ends itself before that.
     pub wiring: Duration,
-    /// ADD, DEL and CHECK. What takes longer goes on and is settled, but the plugin gets an answer.
+    /// Reserve, within the plugin's 10 s. What takes longer goes on and is settled, but the plugin gets an answer.
+    pub reserve: Duration,
+    /// The same for Commit, DEL and CHECK; a DEL has 5 s.
     pub request: Duration,
     pub gc: Duration,
     pub status: Duration,
@@ -49,6 +51,7 @@ impl Default for Limits {
             connections: 1024,
             idle: Duration::from_secs(5),
             wiring: Duration::from_secs(15),
+            reserve: Duration::from_secs(8),
             request: Duration::from_secs(4),
             gc: Duration::from_secs(30),
             status: Duration::from_millis(800),
@@ -74,7 +77,7 @@ impl<F: Fabric> Server<F> {
         listener::refuse_live(socket).await?;
         ipam.clean_tombstones().map_err(|e| BindError::io(ipam.tombstones_dir(), e))?;
         ipam.drain_tombstones().await;
-        let listener = Listener::bind(socket).await?;
+        let listener = Listener::bind(socket)?;
         drop(lock);
         info!(path = %socket.display(), "listening for the CNI plugin");
         Ok(Self { listener, ipam, limits })

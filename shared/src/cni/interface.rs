@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::args::{parse_ip, parse_mac};
 use super::config::{Keys, bad_value};
-use super::{CniArgs, Code, Dns, NetConf};
+use super::{CniArgs, Code, Dns, NetConf, SpecVersion};
 use crate::names::DEFAULT_BRIDGE;
 use crate::protocol::{BridgeOptions, Failure};
 use crate::{IfName, Mac};
@@ -30,6 +30,8 @@ impl InterfaceConf {
         refuse_unsupported(&keys)?;
         let runtime = keys.object("runtimeConfig")?;
         let own_args = keys.object("args")?.object("cni")?;
+        let requested = requested_ips(&[&runtime, &own_args], &args.ips)?;
+        one_per_family_before_0_3(conf, &requested)?;
         Ok(Self {
             bridge: BridgeOptions {
                 name: bridge_name(&keys)?,
@@ -39,7 +41,7 @@ impl InterfaceConf {
             },
             is_default_gateway: keys.bool("isDefaultGateway", true)?,
             dns: dns(&keys)?,
-            requested: requested_ips(&[&runtime, &own_args], &args.ips)?,
+            requested,
             mac: match (requested_mac(&runtime)?, requested_mac(&own_args)?) {
                 (Some(mac), _) | (None, Some(mac)) => Some(mac),
                 (None, None) => args.mac,
@@ -146,6 +148,20 @@ fn requested_ips(places: &[&Keys<'_>], first: &[IpAddr]) -> Result<Vec<IpAddr>, 
     Ok(ips)
 }
 
+/// The oldest result shape has room for no more.
+fn one_per_family_before_0_3(conf: &NetConf, requested: &[IpAddr]) -> Result<(), Failure> {
+    let v4 = requested.iter().filter(|ip| ip.is_ipv4()).count();
+    if conf.version >= SpecVersion::V0_3_0 || (v4 <= 1 && requested.len() - v4 <= 1) {
+        return Ok(());
+    }
+    let msg = format!(
+        "{} requested addresses: cniVersion {} does not support more than 1 address per family",
+        requested.len(),
+        conf.version
+    );
+    Err(Failure::new(Code::BadConfiguration, msg))
+}
+
 fn requested_mac(keys: &Keys<'_>) -> Result<Option<Mac>, Failure> {
     let expected = "a unicast MAC address such as 0a:58:0a:01:02:03";
     match keys.str("mac", expected)? {
@@ -199,6 +215,22 @@ mod tests {
         assert_eq!(mac(both, "MAC=02:00:00:00:00:03"), Some(1));
         assert_eq!(mac(r#","args":{"cni":{"mac":"02:00:00:00:00:02"}}"#, "MAC=02:00:00:00:00:03"), Some(2));
         assert_eq!(mac(r#","runtimeConfig":{"mac":""}"#, "MAC=02:00:00:00:00:03"), Some(3));
+    }
+
+    #[test]
+    fn the_oldest_versions_have_one_address_per_family() {
+        for version in SpecVersion::ALL {
+            let with = |ips: &str| {
+                let json =
+                    format!(r#"{{"name":"n","cniVersion":"{version}","runtimeConfig":{{"ips":{ips}}}}}"#);
+                let conf = NetConf::parse(json.as_bytes()).expect("conf");
+                InterfaceConf::parse(&conf, &CniArgs::default())
+            };
+            assert!(with(r#"["10.1.0.5","fd00::5"]"#).is_ok());
+            let two = with(r#"["10.1.0.5","10.1.0.6"]"#);
+            assert_eq!(two.is_ok(), version >= SpecVersion::V0_3_0, "{version}");
+            assert!(two.err().is_none_or(|e| e.is(Code::BadConfiguration)));
+        }
     }
 
     #[test]

@@ -28,8 +28,8 @@ pub struct Interface {
     pub mac: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u32>,
-    /// The namespace's path as the runtime gave it; empty on the host.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
+    /// The namespace's path as the runtime gave it; empty on the host. Always written: some readers insist on it.
+    #[serde(default)]
     pub sandbox: String,
 }
 

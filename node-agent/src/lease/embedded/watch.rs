@@ -47,10 +47,11 @@ pub(super) async fn run(
                     warn!(store = %store.location(), "another file, watch begins anew with a snapshot");
                     health.send_modify(|health| health.relists += 1);
                 }
+                let named = known.as_ref().map_or(&[][..], |known| &known.malformed);
+                for entry in world.malformed.iter().filter(|entry| !named.contains(entry)) {
+                    warn!(key = %entry.key, reason = %entry.reason, "entry is no lease, skipped");
+                }
                 for update in changes {
-                    if let LeaseUpdate::Malformed(entry) = &update {
-                        warn!(key = %entry.key, reason = %entry.reason, "entry is no lease, skipped");
-                    }
                     if updates.send(update).await.is_err() {
                         return;
                     }

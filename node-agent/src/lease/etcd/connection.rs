@@ -165,8 +165,8 @@ impl Connection {
             }
         }
         reasons.sort();
-        let location = self.location.clone();
-        Err(refused.unwrap_or(StoreError::Unavailable { location, reason: reasons.join("; ") }))
+        let reason = format!("{}; expected etcd v3 there, as --etcd-endpoints says", reasons.join("; "));
+        Err(refused.unwrap_or(StoreError::Unavailable { location: self.location.clone(), reason }))
     }
 }
 

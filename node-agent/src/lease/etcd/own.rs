@@ -34,8 +34,13 @@ pub(super) async fn acquire(store: &EtcdStore, want: &AcquireRequest) -> Result<
         }
         break;
     }
-    // A lease object that no key hangs on is nobody's.
-    let used = result.as_ref().map_or(0, |owned| owned.lease_id);
+    // A lease object that no key hangs on is nobody's. After silence it may be that a write of ours arrives late and
+    // hangs our key on it: to revoke it then would remove the key.
+    let used = match &result {
+        Ok(owned) => owned.lease_id,
+        Err(StoreError::Unavailable { .. }) => return result,
+        Err(_) => 0,
+    };
     if let Some(unused) = grant.filter(|grant| grant.id != used) {
         revoke(store, unused.id).await;
     }
@@ -58,9 +63,11 @@ pub(super) async fn renew(
                     revoke_if_bare(store, seen.lease_id).await;
                     return Ok(renewed);
                 }
-                lost => {
+                // As in `acquire`: after silence the write may yet arrive.
+                Err(silence @ StoreError::Unavailable { .. }) => return Err(silence),
+                refused => {
                     revoke(store, grant.id).await;
-                    lost?;
+                    refused?;
                 }
             }
         }

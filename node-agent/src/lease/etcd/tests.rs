@@ -351,6 +351,26 @@ async fn silence_is_reported_within_the_deadline() {
 }
 
 #[tokio::test]
+async fn a_server_that_hangs_is_given_up_and_found_again() {
+    use nix::sys::signal::{Signal, kill};
+    let server = Server::started().await;
+    let (store, config) = (server.store(), small_pool());
+    let held = acquire(&store, &want(&config, "192.0.2.1", None)).await;
+    let pid = nix::unistd::Pid::from_raw(server.child.as_ref().expect("runs").id() as i32);
+    kill(pid, Signal::SIGSTOP).expect("stop");
+    let start = Instant::now();
+    for result in [store.renew(&held, DAY).await.map(drop), store.network_config().await.map(drop)] {
+        assert!(matches!(result, Err(StoreError::Unavailable { .. })), "{result:?}");
+    }
+    assert!(start.elapsed() < Duration::from_secs(9), "{:?}", start.elapsed());
+    kill(pid, Signal::SIGCONT).expect("continue");
+    let deadline = Instant::now() + PATIENCE;
+    while let Err(error) = store.renew(&held, DAY).await {
+        assert!(Instant::now() < deadline, "{error}");
+    }
+}
+
+#[tokio::test]
 async fn the_watch_resumes_when_the_server_comes_back() {
     let mut server = Server::stopped();
     let mut watching = Watching::start(server.store());

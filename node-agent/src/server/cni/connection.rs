@@ -89,6 +89,7 @@ async fn answer<F: Fabric>(
 ) -> Reply {
     let verb = verb(&request);
     let patience = match request {
+        Request::Reserve(_) => limits.reserve,
         Request::Gc { .. } => limits.gc,
         Request::Status => limits.status,
         _ => limits.request,

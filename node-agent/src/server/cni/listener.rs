@@ -117,7 +117,7 @@ pub(super) async fn refuse_live(path: &Path) -> Result<(), BindError> {
 
 impl Listener {
     /// Bound under another name, closed to others, then renamed: whoever finds the socket finds it finished.
-    pub(super) async fn bind(path: &Path) -> Result<Self, BindError> {
+    pub(super) fn bind(path: &Path) -> Result<Self, BindError> {
         let mut temporary = path.as_os_str().to_owned();
         temporary.push(".new");
         let temporary = PathBuf::from(temporary);

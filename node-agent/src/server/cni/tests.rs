@@ -158,7 +158,7 @@ async fn an_add_that_closes_before_commit_is_undone() {
 
 #[tokio::test]
 async fn a_peer_that_dies_during_reserve_is_noticed() {
-    let agent = Agent::start(Limits::default()).await;
+    let agent = Agent::start(Limits { reserve: 6 * DEADLINE, ..Limits::default() }).await;
     let gate = agent.node.fabric.hold_bridge();
     let mut add = agent.plugin().await;
     add.0.write_all(&encode(&Request::Reserve(reserve("a"))).expect("encode")).await.expect("write");
@@ -173,7 +173,7 @@ async fn a_peer_that_dies_during_reserve_is_noticed() {
 
 #[tokio::test]
 async fn what_takes_too_long_is_answered_and_settled() {
-    let agent = Agent::start(Limits { request: Duration::from_millis(50), ..Limits::default() }).await;
+    let agent = Agent::start(Limits { reserve: Duration::from_millis(50), ..Limits::default() }).await;
     let gate = agent.node.fabric.hold_bridge();
     let mut add = agent.plugin().await;
     let late = failed(Some(add.ask(&Request::Reserve(reserve("a"))).await));

@@ -46,8 +46,8 @@ fn every_version_has_its_own_shape() {
     });
     let current = json!({
         "interfaces": [
-            {"name": "cni0", "mac": "02:00:00:00:00:01", "mtu": 1450},
-            {"name": "vethabc", "mac": "02:00:00:00:00:02", "mtu": 1450},
+            {"name": "cni0", "mac": "02:00:00:00:00:01", "mtu": 1450, "sandbox": ""},
+            {"name": "vethabc", "mac": "02:00:00:00:00:02", "mtu": 1450, "sandbox": ""},
             {"name": "eth0", "mac": "02:00:00:00:00:03", "mtu": 1450, "sandbox": "/run/netns/x"},
         ],
         "ips": [

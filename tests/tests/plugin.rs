@@ -94,21 +94,20 @@ fn two_hundred_at_once_keep_the_books_straight() -> Result<()> {
                 .into_iter()
                 .map(|s| Box::new(move || s.wire().map(Some)) as Box<dyn FnOnce() -> _ + Send>)
         };
+        let dels = |pods: Vec<Pod>| {
+            pods.into_iter()
+                .map(|p| Box::new(move || p.unwire().map(|()| None)) as Box<dyn FnOnce() -> _ + Send>)
+        };
         let old: Vec<Pod> = all_at_once(adds(sandboxes("old")?).collect())?.into_iter().flatten().collect();
         invariant(node, &old)?;
 
-        let new = adds(sandboxes("new")?);
-        let gone = old
-            .into_iter()
-            .map(|p| Box::new(move || p.delete().map(|()| None)) as Box<dyn FnOnce() -> _ + Send>);
-        let pods: Vec<Pod> = all_at_once(new.chain(gone).collect())?.into_iter().flatten().collect();
+        let both = adds(sandboxes("new")?).chain(dels(old));
+        let pods: Vec<Pod> = all_at_once(both.collect())?.into_iter().flatten().collect();
         assert_eq!(pods.len(), HALF);
         invariant(node, &pods)?;
         ping(&pods[0].netns, pods[HALF - 1].address, 5, SECOND)?;
 
-        all_at_once(
-            pods.into_iter().map(|p| Box::new(move || p.delete()) as Box<dyn FnOnce() -> _ + Send>).collect(),
-        )?;
+        all_at_once(dels(pods).collect())?;
         invariant(node, &[])
     })
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use weft_shared::IfName;
+use weft_shared::cni::Code;
 use weft_shared::lease::Lease;
 use weft_shared::netconf::{BackendConfig, NetworkConfig};
 use weft_shared::protocol::Failure;
@@ -255,10 +256,8 @@ impl Fabric for NodeFabric {
             Ok(report) => (in_place(report), trouble(report, name)),
             Err(_) => (None, format!("the kernel did not answer in {} s", BRIDGE_DEADLINE.as_secs())),
         };
-        facts.ok_or_else(|| Failure {
-            code: 11,
-            msg: format!("bridge {name} is not in place yet"),
-            details: why,
+        facts.ok_or_else(|| {
+            Failure::new(Code::TryAgainLater, format!("bridge {name} is not in place yet")).with_details(why)
         })
     }
 

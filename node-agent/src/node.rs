@@ -18,7 +18,7 @@ use crate::dataplane::{Backend, Dataplane};
 use crate::host::Host;
 use crate::kernel::{KernelError, LinuxKernel, Monitor};
 use crate::lease::{LeaseState, LeaseStore, Store, StoreHealth};
-use crate::pods::{BridgeFacts, Fabric, NotReady, PodNetwork, PodPorts};
+use crate::pods::{DeviceFacts, Fabric, NotReady, PodNetwork, PodPorts};
 use crate::reconcile::{Handle, Report};
 use crate::status::{
     DataplaneStatus, LeaseStatus, NetworkStatus, PeerStatus, PodStatus, RefusedLease, Status, StoreStatus,
@@ -239,7 +239,7 @@ impl Fabric for NodeFabric {
         self.0.pod_network_from(&facts, &report)
     }
 
-    async fn ensure_bridge(&self, name: &IfName) -> Result<BridgeFacts, Failure> {
+    async fn ensure_bridge(&self, name: &IfName) -> Result<DeviceFacts, Failure> {
         self.0.pass_on_ports();
         let need = self.0.ports.borrow().bridges.get(name).map(|n| n.subnets.clone()).unwrap_or_default();
         let in_place = |report: &Report| {

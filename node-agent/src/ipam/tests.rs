@@ -19,7 +19,7 @@ use weft_shared::tombstone::Tombstone;
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::*;
-use crate::pods::{BridgeFacts, NotReady, PodNetwork, SeenVeth};
+use crate::pods::{DeviceFacts, NotReady, PodNetwork, SeenVeth};
 
 pub(crate) const BOOT: &str = "7d8e9fa0-0000-4000-8000-000000000001";
 const OTHER_BOOT: &str = "7d8e9fa0-0000-4000-8000-000000000002";
@@ -84,7 +84,7 @@ impl Fabric for TestFabric {
         self.world().network.clone()
     }
 
-    async fn ensure_bridge(&self, name: &IfName) -> Result<BridgeFacts, Failure> {
+    async fn ensure_bridge(&self, name: &IfName) -> Result<DeviceFacts, Failure> {
         // The seam's promise: the need is published before the call.
         let need = self.0.ports.borrow().bridges.get(name).cloned();
         let subnet = self.pod_network().expect("network").subnet;
@@ -97,7 +97,7 @@ impl Fabric for TestFabric {
         if self.world().bridge_fails {
             return Err(Failure::new(Code::BadConfiguration, format!("{name} is not a bridge")));
         }
-        Ok(BridgeFacts { ifindex: 5, mac: Mac([2, 0, 0, 0, 0, 5]) })
+        Ok(DeviceFacts { ifindex: 5, mac: Mac([2, 0, 0, 0, 0, 5]) })
     }
 
     async fn delete_veth(&self, name: &IfName) -> Result<(), String> {

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use weft_shared::IfName;
+use weft_shared::cni::Code;
 use weft_shared::lease::Lease;
 use weft_shared::netconf::{BackendConfig, NetworkConfig};
 use weft_shared::protocol::Failure;
@@ -17,7 +18,7 @@ use crate::dataplane::{Backend, Dataplane};
 use crate::host::Host;
 use crate::kernel::{KernelError, LinuxKernel, Monitor};
 use crate::lease::{LeaseState, LeaseStore, Store, StoreHealth};
-use crate::pods::{BridgeFacts, Fabric, NotReady, PodNetwork, PodPorts};
+use crate::pods::{DeviceFacts, Fabric, NotReady, PodNetwork, PodPorts};
 use crate::reconcile::{Handle, Report};
 use crate::status::{
     DataplaneStatus, LeaseStatus, NetworkStatus, PeerStatus, PodStatus, RefusedLease, Status, StoreStatus,
@@ -238,7 +239,7 @@ impl Fabric for NodeFabric {
         self.0.pod_network_from(&facts, &report)
     }
 
-    async fn ensure_bridge(&self, name: &IfName) -> Result<BridgeFacts, Failure> {
+    async fn ensure_bridge(&self, name: &IfName) -> Result<DeviceFacts, Failure> {
         self.0.pass_on_ports();
         let need = self.0.ports.borrow().bridges.get(name).map(|n| n.subnets.clone()).unwrap_or_default();
         let in_place = |report: &Report| {
@@ -255,10 +256,8 @@ impl Fabric for NodeFabric {
             Ok(report) => (in_place(report), trouble(report, name)),
             Err(_) => (None, format!("the kernel did not answer in {} s", BRIDGE_DEADLINE.as_secs())),
         };
-        facts.ok_or_else(|| Failure {
-            code: 11,
-            msg: format!("bridge {name} is not in place yet"),
-            details: why,
+        facts.ok_or_else(|| {
+            Failure::new(Code::TryAgainLater, format!("bridge {name} is not in place yet")).with_details(why)
         })
     }
 

@@ -24,7 +24,7 @@ use weft_shared::{IfName, Subnet};
 
 use crate::dataplane::{Backend, Underlay};
 use crate::kernel::Kernel;
-use crate::pods::{BridgeFacts, PodPorts, SeenVeths};
+use crate::pods::{DeviceFacts, PodPorts, SeenVeths};
 use crate::status::PendingObject;
 
 pub use pass::Memory;
@@ -76,7 +76,7 @@ pub struct Report {
     pub after_snapshot: bool,
     pub peers: BTreeMap<LeaseKey, PeerReport>,
     /// Every device of ours that is as it should be.
-    pub devices: BTreeMap<IfName, BridgeFacts>,
+    pub devices: BTreeMap<IfName, DeviceFacts>,
     pub veths: SeenVeths,
     pub underlay: Option<Underlay>,
     /// Gateways that each bridge carries.

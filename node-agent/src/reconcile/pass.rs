@@ -12,7 +12,7 @@ use super::plan::{Op, plan};
 use super::{Inputs, NodeInputs, PeerReport, Report, pods};
 use crate::dataplane::{Backend, Dataplane, LocalNode, PeerPlan, Underlay};
 use crate::kernel::{Dump, Kernel, KernelError, Scope};
-use crate::pods::{BridgeFacts, SeenVeth};
+use crate::pods::{DeviceFacts, SeenVeth};
 use crate::status::PendingObject;
 
 /// Looks in one pass: a recreated device takes its entries with it, and those come back in the next.
@@ -175,7 +175,7 @@ fn finish(
                 {
                     report.devices.insert(
                         name.clone(),
-                        BridgeFacts { ifindex: found.index, mac: found.link.mac.value() },
+                        DeviceFacts { ifindex: found.index, mac: found.link.mac.value() },
                     );
                 }
             }

@@ -109,6 +109,7 @@ impl Node {
                 last_error: report.error.clone(),
                 last_pass_ago: report.at.map(|at| at.elapsed().as_secs_f64()),
                 monitor: self.monitor.is_some(),
+                monitor_overruns: self.monitor.as_ref().map_or(0, Monitor::overruns),
             }),
             peers: facts.peer_status(&report),
             refused: facts.refused.clone(),

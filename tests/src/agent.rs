@@ -28,6 +28,8 @@ pub struct Agent {
     fixed: Vec<String>,
     /// The store, and what a test adds. Read at every start.
     pub flags: Vec<String>,
+    /// `NOTIFY_SOCKET`, as systemd sets it for a service of type notify (sd_notify(3)).
+    pub notify_socket: Option<PathBuf>,
     child: Option<Child>,
 }
 
@@ -46,6 +48,7 @@ impl Agent {
             dir: dir.to_owned(),
             fixed,
             flags: Vec::new(),
+            notify_socket: None,
             child: None,
         }
     }
@@ -60,6 +63,9 @@ impl Agent {
         // A session of its own: it outlives the terminal of `lab up`.
         let mut command = Command::new("setsid");
         command.arg(self.binaries.agent()).args(&self.fixed).args(&self.flags);
+        if let Some(socket) = &self.notify_socket {
+            command.env("NOTIFY_SOCKET", socket);
+        }
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         self.child = Some(self.netns.spawn(&mut command)?);
         Ok(())

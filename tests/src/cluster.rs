@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::bed::Bed;
 use crate::binaries::Binaries;
@@ -37,6 +37,7 @@ pub struct Spec {
     pub backend: Backend,
     pub store: StoreKind,
     pub network: String,
+    pub subnet_len: u8,
     /// For every agent.
     pub flags: Vec<String>,
 }
@@ -74,7 +75,14 @@ impl StoreKind {
 impl Spec {
     /// Nodes on a real etcd.
     pub fn etcd(nodes: u8, backend: Backend) -> Self {
-        Self { nodes, backend, store: StoreKind::Etcd, network: "10.5.0.0/16".to_owned(), flags: Vec::new() }
+        Self {
+            nodes,
+            backend,
+            store: StoreKind::Etcd,
+            network: "10.5.0.0/16".to_owned(),
+            subnet_len: 24,
+            flags: Vec::new(),
+        }
     }
 
     /// Nodes that share an embedded store.
@@ -87,9 +95,13 @@ impl Spec {
         self
     }
 
-    /// The configuration document, as it lies in the store.
-    pub fn net_config(&self) -> String {
-        json!({ "Network": self.network, "Backend": { "Type": self.backend.kind() } }).to_string()
+    /// The configuration document, as it lies in the store: `conf/net-conf.json` with what this cluster varies.
+    pub fn net_config(&self) -> Result<String> {
+        let mut config: Value = serde_json::from_str(include_str!("../../conf/net-conf.json"))?;
+        config["Network"] = json!(self.network);
+        config["SubnetLen"] = json!(self.subnet_len);
+        config["Backend"]["Type"] = json!(self.backend.kind());
+        Ok(config.to_string())
     }
 }
 
@@ -137,8 +149,8 @@ impl Cluster {
     /// The configuration goes where this store's agents find it.
     pub fn put_config(&self) -> Result<()> {
         match &self.etcd {
-            Some(etcd) => etcd.put_config(&self.spec.net_config()),
-            None => Ok(std::fs::write(self.config_file(), self.spec.net_config())?),
+            Some(etcd) => etcd.put_config(&self.spec.net_config()?),
+            None => Ok(std::fs::write(self.config_file(), self.spec.net_config()?)?),
         }
     }
 

@@ -70,11 +70,16 @@ impl Pod {
         sandbox.wire()
     }
 
-    /// DEL with the previous result, as libcni sends it, then the end of the namespace.
+    /// DEL with the previous result, as libcni sends it. The namespace stays, so that nothing but the DEL cleans up.
+    pub fn unwire(&self) -> Result<()> {
+        let mut call = self.call.clone();
+        call.config["prevResult"] = self.result.clone();
+        call.del()
+    }
+
+    /// DEL, then the end of the namespace.
     pub fn delete(self) -> Result<()> {
-        let mut call = self.call;
-        call.config["prevResult"] = self.result;
-        call.del()?;
+        self.unwire()?;
         self.netns.remove()
     }
 

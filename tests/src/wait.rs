@@ -27,7 +27,7 @@ pub fn eventually(
                 Ok(_) => bail!("waited {deadline:?} for {what}"),
             };
         }
-        thread::sleep(PACE);
+        pause();
     }
 }
 
@@ -39,6 +39,17 @@ pub fn until_ok<T>(what: &str, deadline: Duration, mut attempt: impl FnMut() -> 
         Ok(true)
     })?;
     made.context("condition held without a value")
+}
+
+#[expect(clippy::disallowed_methods, reason = "the one place that waits, between two looks at a condition")]
+fn pause() {
+    thread::sleep(PACE);
+}
+
+/// Lets time itself pass: where a test strikes at a random moment, or paces what it sends.
+#[expect(clippy::disallowed_methods, reason = "time itself is meant")]
+pub fn let_pass(time: Duration) {
+    thread::sleep(time);
 }
 
 #[cfg(test)]

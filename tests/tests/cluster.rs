@@ -1,5 +1,7 @@
 //! Whole clusters on a real etcd: pods of every node talk, peers come and go, the store goes away and comes back.
 
+use std::io;
+use std::os::unix::net::UnixDatagram;
 use std::process::Command;
 use std::time::Duration;
 
@@ -172,6 +174,33 @@ fn an_agent_waits_for_a_configuration_and_says_how_to_write_one() -> Result<()> 
         assert!(!status.ready && status.waiting_for.concat().contains("etcdctl"), "{:?}", status.waiting_for);
         cluster.put_config()?;
         cluster.nodes[0].agent.wait_ready(READY)
+    })
+}
+
+#[test]
+fn systemd_is_told_when_the_first_add_can_succeed() -> Result<()> {
+    scenario_prepared(Spec::etcd(1, Backend::Vxlan), |cluster| {
+        let path = cluster.bed.root().join("notify");
+        let socket = UnixDatagram::bind(&path)?;
+        socket.set_nonblocking(true)?;
+        let received = || -> Result<String> {
+            let mut buffer = [0; 4096];
+            match socket.recv(&mut buffer) {
+                Ok(len) => Ok(String::from_utf8_lossy(&buffer[..len]).into_owned()),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(String::new()),
+                Err(e) => Err(e.into()),
+            }
+        };
+        cluster.nodes[0].agent.notify_socket = Some(path);
+        cluster.nodes[0].agent.start()?;
+        eventually("the agent to wait for a configuration", READY, || {
+            Ok(!cluster.nodes[0].status()?.waiting_for.is_empty())
+        })?;
+        assert!(!received()?.contains("READY=1"), "ready without a configuration");
+        cluster.put_config()?;
+        eventually("READY=1", READY, || Ok(received()?.lines().any(|line| line == "READY=1")))?;
+        cluster.nodes[0].pod("a").context("the first ADD, at once")?;
+        Ok(())
     })
 }
 

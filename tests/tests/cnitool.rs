@@ -123,28 +123,48 @@ fn check_fails_when_the_bridge_port_is_gone() -> Result<()> {
     })
 }
 
+/// The list that is installed on nodes, `conf/10-weft.conflist`, for the agent of `node`.
+fn installed_conflist(node: &Node) -> Result<Value> {
+    let mut list: Value = serde_json::from_str(include_str!("../../conf/10-weft.conflist"))?;
+    list["plugins"][0]["socket"] = json!(node.agent.cni_socket());
+    Ok(list)
+}
+
 #[test]
-fn stock_plugins_chain_behind_ours() -> Result<()> {
+fn the_installed_list_maps_a_host_port() -> Result<()> {
     scenario(Spec::etcd(1, Backend::Vxlan), |cluster| {
         let node = &cluster.nodes[0];
-        let portmap = json!({ "type": "portmap", "capabilities": { "portMappings": true } });
-        let tuning = json!({ "type": "tuning", "mtu": 1400, "sysctl": { "net.core.somaxconn": "500" } });
-        let mut tool = CniTool::new(node, cluster.bed.root(), &conflist("1.0.0", node, &[portmap, tuning]))?;
+        let mut tool = CniTool::new(node, cluster.bed.root(), &installed_conflist(node)?)?;
         tool.capabilities =
             Some(json!({ "portMappings": [{ "hostPort": 9090, "containerPort": 80, "protocol": "tcp" }] }));
         let pod = Sandbox::create(node, "chained")?.netns;
+        let nat = || node.netns().run(Command::new("iptables-save").args(["-t", "nat"]));
         tool.run("add", &pod)?;
-        assert_eq!(query(&pod, "ip -json link show eth0")?[0]["mtu"], 1400, "tuning came after us");
-        let rules = node.netns().run(Command::new("iptables-save").args(["-t", "nat"]))?;
-        assert!(rules.contains("--dport 9090"), "portmap understood our result: {rules}");
+        assert!(nat()?.contains("--dport 9090"), "portmap did not understand our result: {}", nat()?);
         tool.run("del", &pod)?;
-        let rules = node.netns().run(Command::new("iptables-save").args(["-t", "nat"]))?;
-        assert!(!rules.contains("--dport 9090"), "{rules}");
+        assert!(!nat()?.contains("--dport 9090"), "{}", nat()?);
         assert_eq!(node.status()?.pods.attachments, 0);
 
-        // CHECK without published ports: portmap 1.1.1 misses IPv6 chains that an IPv4 pod never gets.
+        // CHECK without published ports: Debian's portmap 1.1.1 misses IPv6 chains that an IPv4 pod never gets.
         tool.capabilities = None;
         tool.run("add", &pod)?;
+        tool.run("check", &pod)?;
+        tool.run("del", &pod)?;
+        Ok(())
+    })
+}
+
+/// A later plugin changes what we made: CHECK holds the previous result against the pod, not our memory.
+#[test]
+fn check_accepts_what_tuning_changed() -> Result<()> {
+    scenario(Spec::etcd(1, Backend::Vxlan), |cluster| {
+        let node = &cluster.nodes[0];
+        let tuning = json!({ "type": "tuning", "mac": "02:00:00:00:01:02", "mtu": 1400 });
+        let tool = CniTool::new(node, cluster.bed.root(), &conflist("1.0.0", node, &[tuning]))?;
+        let pod = Sandbox::create(node, "tuned")?.netns;
+        tool.run("add", &pod)?;
+        let link = query(&pod, "ip -json link show eth0")?;
+        assert_eq!((&link[0]["mtu"], &link[0]["address"]), (&json!(1400), &json!("02:00:00:00:01:02")));
         tool.run("check", &pod)?;
         tool.run("del", &pod)?;
         Ok(())

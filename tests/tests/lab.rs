@@ -99,7 +99,7 @@ fn up_status_ping_exec_down() -> Result<()> {
     for node in ["n1", "n2", "n3"] {
         assert!(status.contains(node), "{status}");
     }
-    assert!(status.contains("one machine only"), "{status}");
+    assert!(status.contains("ONE MACHINE ONLY"), "{status}");
     let ping = lab.run("ping")?;
     assert!(ping.contains("30 of 30 ordered pairs reach."), "{ping}");
     assert!(lab.run("exec n1 ip route")?.contains("flannel.1"));

@@ -16,7 +16,7 @@ use e2e::plugin::{finish, netconf};
 use e2e::pod::{Pod, Sandbox, host_veth, vanished};
 use e2e::random::Random;
 use e2e::traffic::echo::ping;
-use e2e::wait::eventually;
+use e2e::wait::{eventually, let_pass};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -94,21 +94,20 @@ fn two_hundred_at_once_keep_the_books_straight() -> Result<()> {
                 .into_iter()
                 .map(|s| Box::new(move || s.wire().map(Some)) as Box<dyn FnOnce() -> _ + Send>)
         };
+        let dels = |pods: Vec<Pod>| {
+            pods.into_iter()
+                .map(|p| Box::new(move || p.unwire().map(|()| None)) as Box<dyn FnOnce() -> _ + Send>)
+        };
         let old: Vec<Pod> = all_at_once(adds(sandboxes("old")?).collect())?.into_iter().flatten().collect();
         invariant(node, &old)?;
 
-        let new = adds(sandboxes("new")?);
-        let gone = old
-            .into_iter()
-            .map(|p| Box::new(move || p.delete().map(|()| None)) as Box<dyn FnOnce() -> _ + Send>);
-        let pods: Vec<Pod> = all_at_once(new.chain(gone).collect())?.into_iter().flatten().collect();
+        let both = adds(sandboxes("new")?).chain(dels(old));
+        let pods: Vec<Pod> = all_at_once(both.collect())?.into_iter().flatten().collect();
         assert_eq!(pods.len(), HALF);
         invariant(node, &pods)?;
         ping(&pods[0].netns, pods[HALF - 1].address, 5, SECOND)?;
 
-        all_at_once(
-            pods.into_iter().map(|p| Box::new(move || p.delete()) as Box<dyn FnOnce() -> _ + Send>).collect(),
-        )?;
+        all_at_once(dels(pods).collect())?;
         invariant(node, &[])
     })
 }
@@ -137,7 +136,7 @@ fn a_plugin_killed_at_any_moment_leaves_nothing_after_del() -> Result<()> {
             call.container_id = format!("killed{n}");
             let child = call.spawn("ADD")?;
             // The moment is the test: from before its first instruction to after its last.
-            thread::sleep(Duration::from_micros(random.below(usual + usual / 4)));
+            let_pass(Duration::from_micros(random.below(usual + usual / 4)));
             let _ = kill(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
             killed += u64::from(finish(child)?.exit.is_none());
             call.del().with_context(|| format!("after kill {n}"))?;
@@ -347,7 +346,7 @@ fn requested_addresses_are_given_once() -> Result<()> {
 #[test]
 fn a_full_subnet_says_so() -> Result<()> {
     // A /26 is cut into four /28: a gateway and thirteen pods each.
-    scenario(Spec { network: "10.5.0.0/26".into(), ..one_node() }, |cluster| {
+    scenario(Spec { network: "10.5.0.0/26".into(), subnet_len: 28, ..one_node() }, |cluster| {
         let node = &cluster.nodes[0];
         let mut pods = (0..13).map(|n| node.pod(&n.to_string())).collect::<Result<Vec<_>>>()?;
         let one_more = Sandbox::create(node, "one-more")?;

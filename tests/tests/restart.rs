@@ -14,7 +14,7 @@ use e2e::random::Random;
 use e2e::traffic::datagrams::Stream;
 use e2e::traffic::echo::ping;
 use e2e::traffic::flows::Flows;
-use e2e::wait::eventually;
+use e2e::wait::{eventually, let_pass};
 
 const SECOND: Duration = Duration::from_secs(1);
 const KILLS: usize = 20;
@@ -33,7 +33,7 @@ fn killed_under_load(backend: Backend) -> Result<()> {
         for kill in 0..KILLS {
             let agent = &mut cluster.nodes[kill % 2].agent;
             // The moment is the test: from the first instruction of a start to well after it is ready.
-            thread::sleep(Duration::from_millis(random.below(600)));
+            let_pass(Duration::from_millis(random.below(600)));
             agent.kill()?;
             agent.start()?;
         }

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, anyhow};
 use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
 
 use crate::netns::Netns;
+use crate::wait::let_pass;
 
 /// The receiver may be off the processor for seconds: what is measured is the network, not the scheduler.
 const RECEIVE_BUFFER: usize = 32 << 20;
@@ -88,7 +89,7 @@ fn send(socket: &UdpSocket, per_second: u32, stop: &AtomicBool) -> Result<u64> {
         socket.send(&number.to_be_bytes()).with_context(|| format!("datagram {number}"))?;
         number += 1;
         let due = start + interval.saturating_mul(u32::try_from(number)?);
-        thread::sleep(due.saturating_duration_since(Instant::now()));
+        let_pass(due.saturating_duration_since(Instant::now()));
     }
     Ok(number)
 }

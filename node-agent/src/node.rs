@@ -149,6 +149,7 @@ impl Node {
                 last_error: report.error.clone(),
                 last_pass_ago: report.at.map(|at| at.elapsed().as_secs_f64()),
                 monitor: self.monitor.is_some(),
+                monitor_overruns: self.monitor.as_ref().map_or(0, Monitor::overruns),
             }),
             peers: served.map(|s| s.peer_status(&facts.peers, &report)).unwrap_or_default(),
             refused: facts.refused.clone(),

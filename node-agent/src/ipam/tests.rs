@@ -245,7 +245,7 @@ impl Node {
     }
 
     pub(crate) fn states(&self) -> BTreeMap<String, String> {
-        let attachments = self.ipam().attachments().into_iter();
+        let attachments = self.ipam().status().list.into_iter();
         attachments.map(|a| (a.container_id, a.state)).collect()
     }
 
@@ -257,7 +257,7 @@ impl Node {
 
     /// Addresses handed out, live veths and records agree, in memory and on disk.
     pub(crate) fn assert_consistent(&self) {
-        let attachments = self.ipam().attachments();
+        let attachments = self.ipam().status().list;
         let addresses: BTreeSet<IpAddr> = attachments.iter().flat_map(|a| a.addresses.clone()).collect();
         assert_eq!(addresses.len(), attachments.len(), "an address twice");
         assert_eq!(self.ipam().status().addresses_used, addresses.len());
@@ -336,7 +336,7 @@ async fn an_add_and_its_del() {
     assert!(node.ipam().check(&key("a"), &[]).expect_err("gone").is(Code::NotAsAdded));
     // The bridge stays wanted with the gateway that new pods get.
     assert_eq!(node.ports.borrow().bridges[&"cni0".parse().expect("name")].subnets, [subnet("10.5.1.0/24")]);
-    let counters = node.ipam().counters();
+    let counters = node.ipam().status().counters;
     assert_eq!((counters.adds, counters.dels, counters.rolled_back), (1, 3, 0));
 }
 
@@ -498,11 +498,7 @@ async fn a_del_during_an_add_wins() {
     assert!(node.fabric.world().veths.contains_key(&reservation.host_ifname));
     connection.closed(true).await;
     node.assert_empty();
-    assert_eq!(
-        node.ipam().counters().failures.values().sum::<u64>(),
-        0,
-        "counted where requests are handled"
-    );
+    assert_eq!(node.ipam().status().counters.failures, [], "counted where requests are handled");
 }
 
 #[tokio::test]
@@ -765,7 +761,7 @@ async fn gc_spares_what_is_valid_foreign_or_under_way() {
     let (foreign, _) = node.add_with(foreign).await.expect("reserve");
     let (flying, _) = node.add("c").await.expect("reserve");
     node.ipam().gc("weft", &[key("a")]).await.expect("gc");
-    let left: Vec<_> = node.ipam().attachments().into_iter().map(|a| (a.network, a.container_id)).collect();
+    let left: Vec<_> = node.ipam().status().list.into_iter().map(|a| (a.network, a.container_id)).collect();
     let left: Vec<_> = left.iter().map(|(n, c)| (n.as_str(), c.as_str())).collect();
     assert_eq!(left, [("other", "a"), ("weft", "a"), ("weft", "c")]);
     // An empty list means that none is valid.
@@ -815,7 +811,7 @@ async fn an_attachment_is_dead_when_its_veth_is_gone_from_a_later_look() {
     node.fabric.wire(&veth);
     node.look().await;
     node.assert_empty();
-    assert_eq!(node.ipam().counters().dead_freed, 2);
+    assert_eq!(node.ipam().status().counters.dead_freed, 2);
 }
 
 #[tokio::test]
@@ -836,7 +832,7 @@ async fn a_veth_without_a_record_goes_after_a_while() {
     node.pass_time(table::WIRING_LIMIT);
     node.ipam().tend().await;
     node.assert_consistent();
-    assert_eq!(node.ipam().counters().orphans_removed, 1);
+    assert_eq!(node.ipam().status().counters.orphans_removed, 1);
 }
 
 #[tokio::test]

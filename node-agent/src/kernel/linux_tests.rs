@@ -166,6 +166,9 @@ fn every_kind_of_object_is_made_and_then_left_alone() {
     });
 }
 
+/// What somebody else does to the kernel.
+type Hand = Box<dyn Fn()>;
+
 #[test]
 fn every_deletion_and_every_alteration_is_seen_and_put_right() {
     in_namespace(|| {
@@ -173,7 +176,7 @@ fn every_deletion_and_every_alteration_is_seen_and_put_right() {
         let desired = desired(underlay(&mut kernel));
         settle(&mut kernel, &desired);
         let veth = veth_name();
-        let foreign_hands: Vec<(&str, Box<dyn Fn()>)> = vec![
+        let foreign_hands: Vec<(&str, Hand)> = vec![
             ("device deleted", Box::new(|| ip("link del flannel.1"))),
             ("device down: its routes go unannounced", Box::new(|| ip("link set flannel.1 down"))),
             ("device MTU", Box::new(|| ip("link set flannel.1 mtu 1400"))),

@@ -214,6 +214,7 @@ fn run(mut kernel: impl Kernel, shared: &Shared, publish: &watch::Sender<Report>
                 return;
             }
             drop(state);
+            #[expect(clippy::disallowed_methods, reason = "time for what comes in a burst to come")]
             thread::sleep(SETTLE);
             let mut state = shared.lock();
             state.dirty = false;

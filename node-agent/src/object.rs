@@ -174,11 +174,11 @@ impl Desired {
 
     /// Paths of the settings among them.
     pub fn sysctl_paths(&self) -> Vec<&str> {
-        let path = |key| match key {
-            &Key::Sysctl(ref path) => Some(path.as_str()),
+        let paths = self.0.keys().filter_map(|key| match key {
+            Key::Sysctl(path) => Some(path.as_str()),
             _ => None,
-        };
-        self.0.keys().filter_map(path).collect()
+        });
+        paths.collect()
     }
 }
 

@@ -73,6 +73,10 @@ impl Agent {
             if !passing || Instant::now() >= give_up {
                 return Err(error);
             }
+            #[expect(
+                clippy::disallowed_methods,
+                reason = "a socket that does not exist yet cannot be waited for"
+            )]
             thread::sleep(RETRY_EVERY);
         }
     }

@@ -259,7 +259,10 @@ fn killed_at_any_moment_nothing_is_left_after_del() {
     for n in 0..60_u32 {
         let (pod, id) = (Namespace::new(), format!("k{n}"));
         let mut child = node.call("ADD", &id, &pod.path(), &node.conf("1.1.0", json!({}))).spawn();
-        // The moment is the thing under test: it sweeps over the time that an ADD takes.
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the moment is under test: it sweeps over the time of an ADD"
+        )]
         std::thread::sleep(Duration::from_micros(u64::from(n) * 150));
         let _ = child.kill();
         let killed = !child.wait().expect("end").success();

@@ -1,5 +1,4 @@
-//! Prometheus figures. Most are read off the agent's [`Status`] at scrape time, so that they cannot disagree with
-//! `weftctl status`; parts that count events register their own counters here.
+//! Prometheus figures, read off the agent's [`Status`] at scrape time, so that they cannot disagree with `weftctl`.
 //!
 //! Names follow the OpenMetrics rules: base units, `_total` on counters only.
 
@@ -8,13 +7,14 @@ use std::sync::Arc;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::status::Status;
+use crate::status::{PodStatus, Status};
 
 /// What the agent says of itself now.
 pub type StatusSource = Arc<dyn Fn() -> Status + Send + Sync>;
@@ -31,11 +31,6 @@ impl Metrics {
         let mut registry = Registry::with_prefix("weft");
         registry.register_collector(Box::new(StatusCollector(status)));
         Self { registry }
-    }
-
-    /// Where parts register what they count; names get the prefix `weft_`.
-    pub fn registry(&mut self) -> &mut Registry {
-        &mut self.registry
     }
 
     /// The exposition, in the OpenMetrics text format.
@@ -105,11 +100,10 @@ impl Collector for StatusCollector {
                 "1 when changes are reported by the kernel",
                 flag(dataplane.monitor),
             )?;
+            let help = "Times the kernel dropped reports that were not read fast enough";
+            out.counter("netlink_overruns", help, dataplane.monitor_overruns)?;
         }
-        let pods = &status.pods;
-        out.gauge("pod_attachments", "Pods attached to this node", pods.attachments as u64)?;
-        out.gauge("pod_addresses_used", "Addresses of the leased subnet in use", pods.addresses_used as u64)?;
-        out.gauge("pod_addresses", "Addresses of the leased subnet", pods.addresses_total as u64)?;
+        pods(&mut out, &status.pods)?;
         let bytes = &ConstGauge::new(host.agent_memory);
         out.put("agent_resident_memory", "Resident memory of the agent", Some(Unit::Bytes), bytes)?;
         let seconds = &ConstCounter::new(host.agent_cpu);
@@ -117,6 +111,26 @@ impl Collector for StatusCollector {
         let uptime = &ConstGauge::new(host.agent_uptime);
         out.put("agent_uptime", "Time since the agent's start", Some(Unit::Seconds), uptime)
     }
+}
+
+fn pods(out: &mut Exposition<'_>, pods: &PodStatus) -> fmt::Result {
+    out.gauge("pod_attachments", "Pods attached to this node", pods.attachments as u64)?;
+    out.gauge("pod_addresses_used", "Addresses of the leased subnet in use", pods.addresses_used as u64)?;
+    out.gauge("pod_addresses", "Addresses of the leased subnet", pods.addresses_total as u64)?;
+    let counted = &pods.counters;
+    out.counter("cni_adds", "ADDs that were committed", counted.adds)?;
+    out.counter("cni_dels", "DELs that were answered, and attachments that GC removed", counted.dels)?;
+    let failures: Vec<_> = counted
+        .failures
+        .iter()
+        .map(|f| ([("verb", f.verb.clone()), ("code", f.code.to_string())], f.count))
+        .collect();
+    out.counters("cni_failures", "Requests of the CNI plugin that failed, by CNI error code", &failures)?;
+    out.counter("cni_rollbacks", "ADDs undone because their plugin went away", counted.rolled_back)?;
+    let help = "DELs that were left for the agent while it was away";
+    out.counter("cni_tombstones", help, counted.tombstones_drained)?;
+    out.counter("orphan_veths", "Veths without a record that were deleted", counted.orphans_removed)?;
+    out.counter("dead_attachments", "Attachments that lost their veth without a DEL", counted.dead_freed)
 }
 
 struct Exposition<'a>(DescriptorEncoder<'a>);
@@ -128,6 +142,16 @@ impl Exposition<'_> {
 
     fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
         self.put(name, help, None, &ConstCounter::new(value))
+    }
+
+    /// One counter with a value for each set of labels.
+    fn counters(&mut self, name: &str, help: &str, values: &[(impl EncodeLabelSet, u64)]) -> fmt::Result {
+        let help = &format!("{help}.");
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (labels, value) in values {
+            ConstCounter::new(*value).encode(family.encode_family(labels)?)?;
+        }
+        Ok(())
     }
 
     fn put(&mut self, name: &str, help: &str, unit: Option<Unit>, metric: &impl EncodeMetric) -> fmt::Result {
@@ -143,18 +167,12 @@ fn flag(yes: bool) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use prometheus_client::metrics::counter::Counter;
-
     use super::*;
     use crate::status::sample;
 
     #[test]
     fn the_exposition_says_what_the_status_says() {
-        let mut metrics = Metrics::new(Arc::new(sample::ready));
-        let added: Counter = Counter::default();
-        metrics.registry().register("adds", "ADDs served", added.clone());
-        added.inc_by(7);
-        let text = metrics.render();
+        let text = Metrics::new(Arc::new(sample::ready)).render();
         for line in [
             "# HELP weft_node The node and its agent.",
             "weft_node_info{node=\"node-a\",version=\"0.1.0\",kernel=\"6.18.0\",distribution=\"Debian GNU/Linux 12\"} 1",
@@ -173,13 +191,22 @@ mod tests {
             "weft_reconcile_repairs_total 3",
             "weft_reconcile_last_pass_age_seconds 1.5",
             "weft_netlink_monitor 1",
-            "weft_pod_attachments 4",
-            "weft_pod_addresses_used 4",
+            "weft_netlink_overruns_total 1",
+            "weft_pod_attachments 2",
+            "weft_pod_addresses_used 2",
             "weft_pod_addresses 253",
+            "weft_cni_adds_total 7",
+            "weft_cni_dels_total 6",
+            "# TYPE weft_cni_failures counter",
+            "weft_cni_failures_total{verb=\"check\",code=\"104\"} 1",
+            "weft_cni_failures_total{verb=\"reserve\",code=\"11\"} 8",
+            "weft_cni_rollbacks_total 5",
+            "weft_cni_tombstones_total 4",
+            "weft_orphan_veths_total 3",
+            "weft_dead_attachments_total 2",
             "weft_agent_resident_memory_bytes 9437184",
             "weft_agent_cpu_seconds_total 12.25",
             "weft_agent_uptime_seconds 7325",
-            "weft_adds_total 7",
             "# EOF",
         ] {
             assert!(text.lines().any(|l| l == line), "{line:?} is not in\n{text}");
@@ -189,7 +216,7 @@ mod tests {
     #[test]
     fn what_is_not_known_is_not_shown() {
         let text = Metrics::new(Arc::new(sample::waiting)).render();
-        for absent in ["lease_expiry", "objects", "reconcile"] {
+        for absent in ["lease_expiry", "objects", "reconcile", "netlink"] {
             assert!(!text.contains(absent), "{absent} in\n{text}");
         }
         assert!(text.contains("weft_ready 0\n") && text.contains("weft_store_connected 0\n"), "{text}");

@@ -13,7 +13,7 @@ pub trait Fabric: Send + Sync + 'static {
     fn pod_network(&self) -> Result<PodNetwork, NotReady>;
 
     /// Makes the bridge real, with the gateways that [`PodPorts::bridges`] names for it (published before the call).
-    fn ensure_bridge(&self, name: &IfName) -> impl Future<Output = Result<BridgeFacts, Failure>> + Send;
+    fn ensure_bridge(&self, name: &IfName) -> impl Future<Output = Result<DeviceFacts, Failure>> + Send;
 
     /// Deletes a host-side veth if, and only if, it carries our mark; `Ok` when nothing of ours has that name any more.
     fn delete_veth(&self, name: &IfName) -> impl Future<Output = Result<(), String>> + Send;
@@ -45,9 +45,9 @@ pub struct PodNetwork {
     pub mtu: u32,
 }
 
-/// The bridge as it stands in the kernel.
+/// A device as it stands in the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BridgeFacts {
+pub struct DeviceFacts {
     pub ifindex: u32,
     pub mac: Mac,
 }

@@ -89,6 +89,9 @@ pub struct DataplaneStatus {
     pub last_pass_ago: Option<f64>,
     /// Netlink events are being received; without them only the sweep repairs.
     pub monitor: bool,
+    /// Since start: how often the kernel dropped events because they were not read fast enough.
+    #[serde(default)]
+    pub monitor_overruns: u64,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -123,6 +126,51 @@ pub struct PodStatus {
     pub addresses_used: usize,
     pub addresses_total: usize,
     pub bridges: Vec<IfName>,
+    #[serde(default)]
+    pub list: Vec<AttachmentStatus>,
+    #[serde(default)]
+    pub counters: PodCounters,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachmentStatus {
+    pub network: String,
+    pub container_id: String,
+    pub ifname: IfName,
+    /// `namespace/name`, when the runtime said so.
+    pub pod: Option<String>,
+    pub addresses: Vec<IpAddr>,
+    pub host_veth: IfName,
+    pub bridge: IfName,
+    /// `reserved`, `committed` or `aborted`.
+    pub state: String,
+}
+
+/// What address management has done since the agent's start.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct PodCounters {
+    /// ADDs that were committed.
+    pub adds: u64,
+    /// DELs that were answered, and attachments that GC removed.
+    pub dels: u64,
+    /// ADDs that were undone because their connection closed before Commit.
+    pub rolled_back: u64,
+    /// DELs that were left for the agent while it was away.
+    pub tombstones_drained: u64,
+    /// Host-side veths with our mark and no record that were deleted.
+    pub orphans_removed: u64,
+    /// Attachments that lost their veth without a DEL.
+    pub dead_freed: u64,
+    pub failures: Vec<FailureCount>,
+}
+
+/// Requests of one verb that failed with one code.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailureCount {
+    pub verb: String,
+    /// See [`weft_shared::cni::Code`].
+    pub code: u32,
+    pub count: u64,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -153,6 +201,18 @@ pub(crate) mod sample {
             programmed: problem.is_none(),
             problem: problem.map(Into::into),
             overlay_probe: key.split('-').next().and_then(|addr| addr.parse().ok()).expect(key),
+        };
+        let attachment = |container_id: &str, pod: Option<&str>, address: &str, veth: &str, state: &str| {
+            AttachmentStatus {
+                network: "weft".into(),
+                container_id: container_id.into(),
+                ifname: "eth0".parse().expect("name"),
+                pod: pod.map(Into::into),
+                addresses: vec![address.parse().expect(address)],
+                host_veth: veth.parse().expect(veth),
+                bridge: "cni0".parse().expect("name"),
+                state: state.into(),
+            }
         };
         Status {
             version: "0.1.0".into(),
@@ -201,6 +261,7 @@ pub(crate) mod sample {
                 last_error: None,
                 last_pass_ago: Some(1.5),
                 monitor: true,
+                monitor_overruns: 1,
             }),
             peers: vec![
                 peer("10.5.2.0-24", "192.168.9.2", None),
@@ -211,10 +272,32 @@ pub(crate) mod sample {
                 reason: "outside Network 10.5.0.0/16".into(),
             }],
             pods: PodStatus {
-                attachments: 4,
-                addresses_used: 4,
+                attachments: 2,
+                addresses_used: 2,
                 addresses_total: 253,
                 bridges: vec!["cni0".parse().expect("name")],
+                list: vec![
+                    attachment(
+                        "0f3a9c51d27e4b68",
+                        Some("shop/web-0"),
+                        "10.5.1.2",
+                        "vethab2cd3ef4gh",
+                        "committed",
+                    ),
+                    attachment("7be2104f9d3c8a55", None, "10.5.1.3", "vethij5kl6mn7op", "reserved"),
+                ],
+                counters: PodCounters {
+                    adds: 7,
+                    dels: 6,
+                    rolled_back: 5,
+                    tombstones_drained: 4,
+                    orphans_removed: 3,
+                    dead_freed: 2,
+                    failures: vec![
+                        FailureCount { verb: "check".into(), code: 104, count: 1 },
+                        FailureCount { verb: "reserve".into(), code: 11, count: 8 },
+                    ],
+                },
             },
             host: HostStatus {
                 hostname: "node-a".into(),

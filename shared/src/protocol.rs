@@ -19,36 +19,6 @@ pub const PROTOCOL_VERSION: u32 = 1;
 /// A GC request of a full node (250 pods) is about 30 KiB.
 pub const MAX_FRAME: usize = 1 << 20;
 
-/// Codes of a [`Failure`]: those of the CNI specification (SPEC.md, "Error"), and from 100 on our own.
-pub mod code {
-    /// The request cannot be read.
-    pub const DECODE: u32 = 6;
-    /// A value of the network configuration or of the request is wrong.
-    pub const INVALID: u32 = 7;
-    /// The agent could not write its records.
-    pub const IO: u32 = 5;
-    /// Not now: no lease yet, or an earlier ADD of the same attachment is still being undone.
-    pub const TRY_AGAIN: u32 = 11;
-    /// STATUS: an ADD would fail.
-    pub const NOT_AVAILABLE: u32 = 50;
-    /// STATUS: an ADD would fail, and pods that are wired may be cut off.
-    pub const DEGRADED: u32 = 51;
-    /// ADD: the attachment exists and is alive, or its veth's name belongs to another one; nothing was touched.
-    pub const ATTACHED: u32 = 100;
-    /// ADD: every address of the node's subnet is in use.
-    pub const EXHAUSTED: u32 = 101;
-    /// ADD: a requested address is in use.
-    pub const ADDRESS_IN_USE: u32 = 102;
-    /// Commit: nothing is reserved for this attachment on this connection, or a DEL came in between.
-    pub const NOT_RESERVED: u32 = 103;
-    /// CHECK: the agent does not hold this attachment, or not with these addresses.
-    pub const NOT_HELD: u32 = 104;
-    /// Plugin and agent speak different versions of this protocol.
-    pub const PROTOCOL: u32 = 105;
-    /// The agent itself failed.
-    pub const INTERNAL: u32 = 106;
-}
-
 /// What the runtime calls an attachment: one interface of one container in one network.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Attachment {
@@ -143,6 +113,7 @@ pub struct PodAddress {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{msg}{}{details}", if details.is_empty() { "" } else { ": " })]
 pub struct Failure {
+    /// A [`Code`](crate::cni::Code), or that of another version.
     pub code: u32,
     pub msg: String,
     #[serde(default)]

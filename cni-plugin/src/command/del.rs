@@ -92,6 +92,7 @@ fn lock_shared(dir: &Path) -> std::io::Result<Option<Flock<std::fs::File>>> {
             Err((same, Errno::EWOULDBLOCK | Errno::EINTR)) => file = same,
             Err((_, e)) => return Err(e.into()),
         }
+        #[expect(clippy::disallowed_methods, reason = "flock(2) has no deadline")]
         thread::sleep(LOCK_EVERY);
     }
 }

@@ -237,6 +237,7 @@ pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !condition() {
         assert!(Instant::now() < deadline, "never: {what}");
+        #[expect(clippy::disallowed_methods, reason = "the pace of waiting for a condition")]
         std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -49,6 +49,9 @@ enum Verb {
     Status,
     /// Every other node with a lease, and whether this node has a path to it
     Peers,
+    /// Every attachment of this node: pod or container, addresses, interface, veth, bridge, state (reserved: being
+    /// added, committed: wired, aborted: being undone)
+    Pods,
     /// Ping a peer beside the overlay and through it, and name the broken leg
     Ping {
         /// all, a number as in peers, a public IP, a leased subnet, or an address inside one
@@ -102,6 +105,10 @@ impl Cli {
                 let well = status.peers.iter().all(|peer| peer.programmed);
                 let text = if self.json { json(&status.peers) } else { render::peers(&status) };
                 Ok(Answer { well, text })
+            }
+            Verb::Pods => {
+                let pods = self.status()?.pods.list;
+                Ok(Answer { well: true, text: self.print(&pods, |p| render::pods(p)) })
             }
             Verb::Ping { peer, count } => {
                 let path = format!("/ping?peer={}&count={count}", client::escape(peer));

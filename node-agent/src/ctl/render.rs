@@ -4,7 +4,10 @@ use std::fmt::Write as _;
 
 use super::Versions;
 use crate::ping::{Leg, PingReport};
-use crate::status::{DataplaneStatus, LeaseStatus, NetworkStatus, Status};
+use crate::status::{AttachmentStatus, DataplaneStatus, LeaseStatus, NetworkStatus, Status};
+
+/// As crictl and docker shorten a container ID.
+const SHORT_ID: usize = 12;
 
 pub(super) fn status(status: &Status) -> String {
     let mut page = Page::default();
@@ -148,6 +151,26 @@ pub(super) fn peers(status: &Status) -> String {
     for refused in &status.refused {
         let state = format!("REFUSED: {}", refused.reason);
         table.row(["-".to_owned(), refused.key.clone(), String::new(), String::new(), state]);
+    }
+    table.print()
+}
+
+pub(super) fn pods(list: &[AttachmentStatus]) -> String {
+    if list.is_empty() {
+        return "no pods: nothing is attached to this node\n".to_owned();
+    }
+    let mut table = Table::new(["POD", "ADDRESS", "INTERFACE", "VETH", "BRIDGE", "STATE"]);
+    for attachment in list {
+        let short = || attachment.container_id.chars().take(SHORT_ID).collect();
+        let addresses: Vec<String> = attachment.addresses.iter().map(|a| a.to_string()).collect();
+        table.row([
+            attachment.pod.clone().unwrap_or_else(short),
+            addresses.join(", "),
+            attachment.ifname.to_string(),
+            attachment.host_veth.to_string(),
+            attachment.bridge.to_string(),
+            attachment.state.clone(),
+        ]);
     }
     table.print()
 }

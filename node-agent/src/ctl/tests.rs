@@ -52,7 +52,7 @@ dataplane  flannel.1, pod MTU 1450, 9 objects right, 1 pending, 3 repairs
 peers      1 of 2 programmed
            10.5.3.0-24 via 192.168.9.3: no such device
            REFUSED 10.9.1.0-24: outside Network 10.5.0.0/16
-pods       4 on cni0, 4 of 253 addresses used
+pods       2 on cni0, 2 of 253 addresses used
 host       node-a, Debian GNU/Linux 12, Linux 6.18.0, up 1 d 1 h
 agent      up 2 h 2 min, 9.0 MiB, 12.25 s of CPU
 "
@@ -121,6 +121,25 @@ fn peers_are_a_table() {
 }
 
 #[test]
+fn pods_are_a_table() {
+    with_agent(sample::ready, |socket| {
+        let answer = ask(socket, &["pods"]).expect("answer");
+        assert!(answer.well);
+        assert_eq!(
+            answer.text,
+            "POD           ADDRESS   INTERFACE  VETH             BRIDGE  STATE
+shop/web-0    10.5.1.2  eth0       vethab2cd3ef4gh  cni0    committed
+7be2104f9d3c  10.5.1.3  eth0       vethij5kl6mn7op  cni0    reserved
+"
+        );
+    });
+    with_agent(sample::waiting, |socket| {
+        let text = ask(socket, &["pods"]).expect("answer").text;
+        assert_eq!(text, "no pods: nothing is attached to this node\n");
+    });
+}
+
+#[test]
 fn json_is_the_agents_own() {
     with_agent(sample::ready, |socket| {
         let status: Status =
@@ -131,6 +150,12 @@ fn json_is_the_agents_own() {
             serde_json::from_str::<Vec<crate::status::PeerStatus>>(&peers).expect("JSON"),
             status.peers
         );
+        let pods = ask(socket, &["pods", "--json"]).expect("answer").text;
+        assert_eq!(
+            serde_json::from_str::<Vec<crate::status::AttachmentStatus>>(&pods).expect("JSON"),
+            sample::ready().pods.list
+        );
+        assert_eq!(status.pods.counters, sample::ready().pods.counters);
         let version = ask(socket, &["version", "--json"]).expect("answer").text;
         assert!(version.contains("\"weftd\": \"0.1.0\""), "{version}");
     });

@@ -1,8 +1,10 @@
-//! What address management has done since the agent's start, for metrics.
+//! Counts what address management does, for [`PodCounters`].
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+
+use crate::status::{FailureCount, PodCounters};
 
 #[derive(Debug, Default)]
 pub(super) struct Counters {
@@ -12,24 +14,8 @@ pub(super) struct Counters {
     pub(super) orphans_removed: Counter,
     pub(super) dead_freed: Counter,
     pub(super) rolled_back: Counter,
+    /// By verb and CNI code.
     failures: Mutex<BTreeMap<(&'static str, u32), u64>>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct CountersSnapshot {
-    /// ADDs that were committed.
-    pub adds: u64,
-    /// DELs that were answered, and attachments that GC removed.
-    pub dels: u64,
-    /// Failed requests by verb and CNI code.
-    pub failures: BTreeMap<(&'static str, u32), u64>,
-    pub tombstones_drained: u64,
-    /// Host-side veths with our mark and no record that were deleted.
-    pub orphans_removed: u64,
-    /// Attachments that lost their veth without a DEL.
-    pub dead_freed: u64,
-    /// ADDs that were undone because their connection closed before Commit.
-    pub rolled_back: u64,
 }
 
 #[derive(Debug, Default)]
@@ -51,15 +37,18 @@ impl Counters {
         *failures.entry((verb, code)).or_default() += 1;
     }
 
-    pub(super) fn snapshot(&self) -> CountersSnapshot {
-        CountersSnapshot {
+    pub(super) fn snapshot(&self) -> PodCounters {
+        let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        let count =
+            |(&(verb, code), &count): (&(&str, u32), &u64)| FailureCount { verb: verb.into(), code, count };
+        PodCounters {
             adds: self.adds.get(),
             dels: self.dels.get(),
-            failures: self.failures.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            rolled_back: self.rolled_back.get(),
             tombstones_drained: self.tombstones_drained.get(),
             orphans_removed: self.orphans_removed.get(),
             dead_freed: self.dead_freed.get(),
-            rolled_back: self.rolled_back.get(),
+            failures: failures.iter().map(count).collect(),
         }
     }
 }

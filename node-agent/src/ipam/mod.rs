@@ -22,13 +22,11 @@ pub(crate) mod tests;
 
 use std::fmt;
 use std::io;
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -37,7 +35,6 @@ use weft_shared::names::{attachment_hash, host_ifname};
 use weft_shared::protocol::Attachment;
 
 pub use boottime::{Boottime, boot_id};
-pub use counters::CountersSnapshot;
 pub use records::RecordsError;
 pub use table::ConnId;
 pub use verbs::verb;
@@ -45,9 +42,9 @@ pub use verbs::verb;
 use self::counters::Counters;
 use self::locks::NameLocks;
 use self::records::Records;
-use self::table::{Phase, Table};
+use self::table::{Entry, Phase, Table};
 use crate::pods::{Fabric, PodPorts, SeenVeths};
-use crate::status::PodStatus;
+use crate::status::{AttachmentStatus, PodStatus};
 
 /// Reads the time; the agent passes [`Boottime::now`].
 pub type Clock = Box<dyn Fn() -> Boottime + Send + Sync>;
@@ -102,20 +99,6 @@ struct State {
 pub struct Connection<F: Fabric> {
     ipam: Arc<Ipam<F>>,
     id: ConnId,
-}
-
-/// One attachment, for `/debug/state`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AttachmentStatus {
-    pub network: String,
-    pub container_id: String,
-    pub ifname: IfName,
-    pub pod: Option<String>,
-    pub addresses: Vec<IpAddr>,
-    pub host_veth: IfName,
-    pub bridge: IfName,
-    /// `reserved`, `committed` or `aborted`.
-    pub state: String,
 }
 
 /// The longest time between two looks at what may be due; anything known to be due is looked at in time.
@@ -208,36 +191,15 @@ impl<F: Fabric> Ipam<F> {
     pub fn status(&self) -> PodStatus {
         let state = self.state();
         let (addresses_used, addresses_total) = state.table.usage();
+        let list: Vec<_> = state.table.entries().map(|(key, entry)| attachment_status(key, entry)).collect();
         PodStatus {
-            attachments: state.table.entries().count(),
+            attachments: list.len(),
             addresses_used,
             addresses_total,
             bridges: self.needs(&state).bridges.into_keys().collect(),
+            list,
+            counters: self.counters.snapshot(),
         }
-    }
-
-    pub fn attachments(&self) -> Vec<AttachmentStatus> {
-        let state = self.state();
-        let entries = state.table.entries().map(|(key, entry)| AttachmentStatus {
-            network: key.network.clone(),
-            container_id: key.container_id.clone(),
-            ifname: key.ifname.clone(),
-            pod: entry.record.pod.clone(),
-            addresses: entry.record.addresses.clone(),
-            host_veth: host_ifname(key),
-            bridge: entry.record.bridge.name.clone(),
-            state: match entry.phase {
-                Phase::Reserved { .. } => "reserved",
-                Phase::Committed { .. } => "committed",
-                Phase::Aborted { .. } => "aborted",
-            }
-            .to_owned(),
-        });
-        entries.collect()
-    }
-
-    pub fn counters(&self) -> CountersSnapshot {
-        self.counters.snapshot()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -400,6 +362,24 @@ impl<F: Fabric> Drop for Connection<F> {
         if !self.ipam.hang_up(self.id, false).is_empty() {
             self.ipam.wake.notify_one();
         }
+    }
+}
+
+fn attachment_status(key: &Attachment, entry: &Entry) -> AttachmentStatus {
+    let state = match entry.phase {
+        Phase::Reserved { .. } => "reserved",
+        Phase::Committed { .. } => "committed",
+        Phase::Aborted { .. } => "aborted",
+    };
+    AttachmentStatus {
+        network: key.network.clone(),
+        container_id: key.container_id.clone(),
+        ifname: key.ifname.clone(),
+        pod: entry.record.pod.clone(),
+        addresses: entry.record.addresses.clone(),
+        host_veth: host_ifname(key),
+        bridge: entry.record.bridge.name.clone(),
+        state: state.into(),
     }
 }
 

@@ -3,7 +3,8 @@
 
 use std::collections::BTreeSet;
 
-use weft_shared::protocol::{Attachment, Failure, Reserve, code};
+use weft_shared::cni::Code;
+use weft_shared::protocol::{Attachment, Failure, Reserve};
 
 use crate::pods::PodNetwork;
 
@@ -60,5 +61,5 @@ pub(super) fn mtu(reserve: &Reserve, network: &PodNetwork) -> Result<u32, Failur
 }
 
 pub(super) fn invalid(details: String) -> Failure {
-    Failure { code: code::INVALID, msg: "invalid network configuration".into(), details }
+    Failure::new(Code::BadConfiguration, "invalid network configuration").with_details(details)
 }

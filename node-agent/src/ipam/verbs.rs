@@ -2,14 +2,13 @@
 //! cut off in between leaves a record to be undone.
 
 use std::io;
-
 use std::net::IpAddr;
+
 use tokio::time::{Instant, timeout_at};
 use tracing::{info, warn};
+use weft_shared::cni::Code;
 use weft_shared::names::host_ifname;
-use weft_shared::protocol::{
-    Attachment, Commit, Failure, PodAddress, Reply, Request, Reservation, Reserve, code,
-};
+use weft_shared::protocol::{Attachment, Commit, Failure, PodAddress, Reply, Request, Reservation, Reserve};
 
 use super::locks::NameGuard;
 use super::pool::PoolError;
@@ -88,8 +87,8 @@ impl<F: Fabric> Ipam<F> {
         let mut state = self.state();
         let record = state.table.committable(conn, &commit).map_err(|refusal| {
             let code = match refusal {
-                CommitRefusal::NotReserved => code::NOT_RESERVED,
-                CommitRefusal::Aborted => code::TRY_AGAIN,
+                CommitRefusal::NotReserved => Code::NotReserved,
+                CommitRefusal::Aborted => Code::TryAgainLater,
             };
             failure(code, "ADD cannot be completed", format!("{}: {refusal}", shown(&commit.attachment)))
         })?;
@@ -122,7 +121,7 @@ impl<F: Fabric> Ipam<F> {
     /// CHECK.
     pub fn check(&self, key: &Attachment, addresses: &[IpAddr]) -> Result<(), Failure> {
         let not_held =
-            |details: String| Err(failure(code::NOT_HELD, "the agent holds no such attachment", details));
+            |details: String| Err(failure(Code::NotAsAdded, "the agent holds no such attachment", details));
         let state = self.state();
         let Some(entry) = state.table.get(key).filter(|e| e.is_committed()) else {
             return not_held(shown(key));
@@ -159,8 +158,8 @@ impl<F: Fabric> Ipam<F> {
     pub fn can_add(&self) -> Result<(), Failure> {
         let unavailable = |code, details| failure(code, "no pod can be added now", details);
         let network = self.fabric.pod_network().map_err(|reason| match reason {
-            NotReady::Waiting(_) => unavailable(code::NOT_AVAILABLE, reason.to_string()),
-            NotReady::Degraded(_) => unavailable(code::DEGRADED, reason.to_string()),
+            NotReady::Waiting(_) => unavailable(Code::NotAvailable, reason.to_string()),
+            NotReady::Degraded(_) => unavailable(Code::NotAvailableAndDegraded, reason.to_string()),
         })?;
         let mut state = self.state();
         state.table.set_network(&network);
@@ -168,7 +167,7 @@ impl<F: Fabric> Ipam<F> {
             (used, total) if used < total => Ok(()),
             (_, total) => {
                 let full = PoolError::Exhausted { subnet: network.subnet, capacity: total as u32 };
-                Err(unavailable(code::NOT_AVAILABLE, full.to_string()))
+                Err(unavailable(Code::NotAvailable, full.to_string()))
             }
         }
     }
@@ -247,7 +246,7 @@ impl<F: Fabric> Ipam<F> {
                 Standing::Attached { ifindex } => {
                     if self.fabric.link_exists(ifindex).await.map_err(unsettled)? {
                         let details = format!("{} by veth {name}, index {ifindex}", shown(key));
-                        return Err(failure(code::ATTACHED, "already attached", details));
+                        return Err(failure(Code::NameTaken, "already attached", details));
                     }
                     self.state().table.abort(key, None);
                     self.counters.dead_freed.inc();
@@ -256,12 +255,12 @@ impl<F: Fabric> Ipam<F> {
                 Standing::NameTaken(other) => {
                     let details =
                         format!("{} needs veth {name}, which is that of {}", shown(key), shown(&other));
-                    return Err(failure(code::ATTACHED, "veth name is taken", details));
+                    return Err(failure(Code::NameTaken, "veth name is taken", details));
                 }
                 Standing::Damaged => {
                     let details =
                         format!("{}: its record cannot be read; delete it first (veth {name})", shown(key));
-                    return Err(failure(code::ATTACHED, "already attached", details));
+                    return Err(failure(Code::NameTaken, "already attached", details));
                 }
             }
         }
@@ -280,17 +279,17 @@ pub fn verb(request: &Request) -> &'static str {
     }
 }
 
-fn failure(code: u32, msg: &str, details: String) -> Failure {
-    Failure { code, msg: msg.into(), details }
+fn failure(code: Code, msg: &str, details: String) -> Failure {
+    Failure::new(code, msg).with_details(details)
 }
 
 fn try_again(msg: &str, details: String) -> Failure {
-    failure(code::TRY_AGAIN, msg, details)
+    failure(Code::TryAgainLater, msg, details)
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "the shape of map_err")]
 fn unwritten(error: io::Error) -> Failure {
-    failure(code::IO, "the agent cannot write its records", error.to_string())
+    failure(Code::Io, "the agent cannot write its records", error.to_string())
 }
 
 fn refused(refusal: ReserveRefusal) -> Failure {
@@ -298,9 +297,9 @@ fn refused(refusal: ReserveRefusal) -> Failure {
         ReserveRefusal::Closed => try_again("ADD was interrupted", refusal.to_string()),
         ReserveRefusal::Pool(error) => {
             let code = match error {
-                PoolError::Exhausted { .. } => code::EXHAUSTED,
-                PoolError::Taken { .. } => code::ADDRESS_IN_USE,
-                PoolError::Outside { .. } | PoolError::NotForPods { .. } => code::INVALID,
+                PoolError::Exhausted { .. } => Code::PoolExhausted,
+                PoolError::Taken { .. } => Code::AddressInUse,
+                PoolError::Outside { .. } | PoolError::NotForPods { .. } => Code::BadConfiguration,
             };
             failure(code, "no address for the pod", error.to_string())
         }

@@ -18,7 +18,8 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
-use weft_shared::protocol::{Failure, Reply, code, encode};
+use weft_shared::cni::Code;
+use weft_shared::protocol::{Failure, Reply, encode};
 
 pub use self::listener::BindError;
 use self::listener::Listener;
@@ -100,7 +101,7 @@ impl<F: Fabric> Server<F> {
             match accepted {
                 Ok(stream) if connections.len() >= self.limits.connections => {
                     let details = format!("{} connections are open", connections.len());
-                    refuse(&stream, code::TRY_AGAIN, "the agent is busy", details);
+                    refuse(&stream, Code::TryAgainLater, "the agent is busy", details);
                 }
                 Ok(stream) => match stream.peer_cred() {
                     Ok(peer) if peer.uid() == self.limits.uid => {
@@ -110,7 +111,12 @@ impl<F: Fabric> Server<F> {
                     Ok(peer) => {
                         warn!(uid = peer.uid(), pid = peer.pid(), "refused: not root");
                         let details = format!("uid {}, expected {}", peer.uid(), self.limits.uid);
-                        refuse(&stream, code::INVALID, "only root may ask for pod addresses", details);
+                        refuse(
+                            &stream,
+                            Code::BadConfiguration,
+                            "only root may ask for pod addresses",
+                            details,
+                        );
                     }
                     Err(error) => warn!(%error, "refused: peer unknown"),
                 },
@@ -132,8 +138,8 @@ impl<F: Fabric> Server<F> {
 }
 
 /// A last word to a peer that is not served. A fresh socket has room for it; if not, it is not worth waiting for.
-fn refuse(stream: &tokio::net::UnixStream, code: u32, msg: &str, details: String) {
-    let reply = Reply::Failed(Failure { code, msg: msg.into(), details });
+fn refuse(stream: &tokio::net::UnixStream, code: Code, msg: &str, details: String) {
+    let reply = Reply::Failed(Failure::new(code, msg).with_details(details));
     if let Ok(frame) = encode(&reply) {
         let _ = stream.try_write(&frame);
     }

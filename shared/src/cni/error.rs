@@ -6,32 +6,48 @@ use serde::Serialize;
 use super::SpecVersion;
 use crate::protocol::Failure;
 
-/// Codes 1 to 99 are the specification's, from 100 they are ours.
+/// Why a verb failed. Codes 1 to 99 are the specification's (SPEC.md, "Error"), from 100 they are ours; plugin and agent
+/// draw from this one list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Code {
+    /// The configuration's `cniVersion` is none that is spoken here, or its result cannot be told in it.
     IncompatibleVersion = 1,
     /// The message holds key and value.
     UnsupportedField = 2,
     UnknownContainer = 3,
+    /// An environment variable is missing or wrong; the message names it.
     BadEnvironment = 4,
+    /// A file or stream failed: stdin, stdout, the agent's records.
     Io = 5,
+    /// JSON of the runtime, or a request on the agent's socket, cannot be read.
     Decode = 6,
+    /// A value of the network configuration or of a request is wrong.
     BadConfiguration = 7,
     /// Not in the specification; what the reference's skeleton answers.
     BadNetns = 8,
+    /// Not now: no lease yet, the agent is away, or an earlier ADD of the same attachment is still being undone.
     TryAgainLater = 11,
+    /// STATUS: an ADD would fail.
     NotAvailable = 50,
-    /// No new pods, and the existing ones have trouble.
+    /// STATUS: an ADD would fail, and pods that are wired may be cut off.
     NotAvailableAndDegraded = 51,
-    /// An interface that is not ours to touch bears the name.
+    /// ADD: the attachment exists and is alive, or an interface that is not ours to touch bears the name of one of its
+    /// ends. Nothing was touched.
     NameTaken = 100,
+    /// ADD: every address of the node's subnet is in use.
     PoolExhausted = 101,
+    /// ADD: a requested address is in use.
     AddressInUse = 102,
+    /// Plugin and agent speak different versions of their protocol.
     ProtocolMismatch = 103,
-    /// CHECK found something missing or changed.
+    /// CHECK: something is missing or changed, in the kernel or in the agent's records.
     NotAsAdded = 104,
-    /// The kernel refused a step of the wiring.
+    /// ADD: the kernel refused a step of the wiring.
     Wiring = 105,
+    /// ADD, at Commit: nothing is reserved for the attachment on this connection.
+    NotReserved = 106,
+    /// The agent itself failed; its log says more.
+    Internal = 107,
 }
 
 impl Failure {

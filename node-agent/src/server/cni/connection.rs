@@ -12,7 +12,8 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
-use weft_shared::protocol::{Failure, FrameError, Reply, Request, code, decode, encode, frame_len};
+use weft_shared::cni::Code;
+use weft_shared::protocol::{Failure, FrameError, Reply, Request, decode, encode, frame_len};
 
 use super::Limits;
 use crate::ipam::{Connection, Ipam, verb};
@@ -98,16 +99,11 @@ async fn answer<F: Fabric>(
     let work = tokio::spawn(async move { worker.handle(id, request).await });
     let failure = match timeout(patience, work).await {
         Ok(Ok(reply)) => return reply,
-        Ok(Err(error)) => Failure {
-            code: code::INTERNAL,
-            msg: "the agent failed, see its log".into(),
-            details: error.to_string(),
-        },
-        Err(_elapsed) => Failure {
-            code: code::TRY_AGAIN,
-            msg: "the agent is too slow".into(),
-            details: format!("{verb} not done in {patience:?}"),
-        },
+        Ok(Err(error)) => {
+            Failure::new(Code::Internal, "the agent failed, see its log").with_details(error.to_string())
+        }
+        Err(_elapsed) => Failure::new(Code::TryAgainLater, "the agent is too slow")
+            .with_details(format!("{verb} not done in {patience:?}")),
     };
     warn!(verb, code = failure.code, details = failure.details, "request not answered properly");
     ipam.count_failure(verb, failure.code);
@@ -174,8 +170,8 @@ async fn hung_up(stream: &UnixStream) {
 
 fn unreadable(error: &FrameError) -> Failure {
     let (code, msg) = match error {
-        FrameError::Version(_) => (code::PROTOCOL, "plugin and agent do not match"),
-        _ => (code::DECODE, "the agent cannot read the request"),
+        FrameError::Version(_) => (Code::ProtocolMismatch, "plugin and agent do not match"),
+        _ => (Code::Decode, "the agent cannot read the request"),
     };
     // Said to the other side, so its words are turned round.
     let details = match error {
@@ -185,5 +181,5 @@ fn unreadable(error: &FrameError) -> Failure {
         ),
         other => other.to_string(),
     };
-    Failure { code, msg: msg.into(), details }
+    Failure::new(code, msg).with_details(details)
 }

@@ -12,14 +12,16 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use weft_shared::Mac;
+use weft_shared::cni::Code;
 use weft_shared::names::host_ifname;
 use weft_shared::protocol::{
-    Commit, Failure, MAX_FRAME, Reply, Request, Reservation, code, decode, encode, frame_len,
+    Commit, Failure, MAX_FRAME, Reply, Request, Reservation, decode, encode, frame_len,
 };
 
 use super::*;
 use crate::ipam::tests::{BOOT, Node, key, reserve};
 use crate::pods::NotReady;
+use crate::status::FailureCount;
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -136,11 +138,18 @@ async fn every_verb() {
     agent.node.assert_empty();
     agent.node.fabric.world().network = Err(NotReady::Degraded("subnet taken by 192.0.2.7".into()));
     let status = failed(Some(agent.ask(Request::Status).await));
-    assert_eq!((status.code, status.details.as_str()), (code::DEGRADED, "subnet taken by 192.0.2.7"));
+    assert!(
+        status.is(Code::NotAvailableAndDegraded) && status.details == "subnet taken by 192.0.2.7",
+        "{status:?}"
+    );
     let add = failed(Some(agent.ask(Request::Reserve(reserve("b"))).await));
-    assert_eq!(add.code, code::TRY_AGAIN);
-    let failures = agent.node.ipam().counters().failures;
-    assert_eq!(failures.into_iter().collect::<Vec<_>>(), [(("reserve", 11), 1), (("status", 51), 1)]);
+    assert!(add.is(Code::TryAgainLater));
+    let failures = agent.node.ipam().status().counters.failures;
+    let count = |verb: &str, code: Code| FailureCount { verb: verb.into(), code: code as u32, count: 1 };
+    assert_eq!(
+        failures,
+        [count("reserve", Code::TryAgainLater), count("status", Code::NotAvailableAndDegraded)]
+    );
     agent.ended().await;
 }
 
@@ -177,7 +186,7 @@ async fn what_takes_too_long_is_answered_and_settled() {
     let gate = agent.node.fabric.hold_bridge();
     let mut add = agent.plugin().await;
     let late = failed(Some(add.ask(&Request::Reserve(reserve("a"))).await));
-    assert!(late.code == code::TRY_AGAIN && late.details.contains("reserve not done"), "{late:?}");
+    assert!(late.is(Code::TryAgainLater) && late.details.contains("reserve not done"), "{late:?}");
     gate.add_permits(1);
     drop(add);
     until(|| agent.node.states().is_empty()).await;
@@ -221,17 +230,17 @@ async fn strangers_hurt_nobody() {
     for (bytes, code, reason) in [
         (
             framed(br#"{"version":2,"body":{"op":"status"}}"#),
-            code::PROTOCOL,
+            Code::ProtocolMismatch,
             "plugin speaks protocol version 2",
         ),
-        (framed(b"GET / HTTP/1.1"), code::DECODE, "not a message"),
-        (framed(br#"{"version":1,"body":{"op":"dance"}}"#), code::DECODE, "dance"),
-        (((MAX_FRAME + 1) as u32).to_be_bytes().to_vec(), code::DECODE, "over the limit"),
+        (framed(b"GET / HTTP/1.1"), Code::Decode, "not a message"),
+        (framed(br#"{"version":1,"body":{"op":"dance"}}"#), Code::Decode, "dance"),
+        (((MAX_FRAME + 1) as u32).to_be_bytes().to_vec(), Code::Decode, "over the limit"),
     ] {
         let mut stranger = agent.plugin().await;
         stranger.0.write_all(&bytes).await.expect("write");
         let failure = failed(stranger.hear().await);
-        assert!(failure.code == code && failure.details.contains(reason), "{failure:?}");
+        assert!(failure.is(code) && failure.details.contains(reason), "{failure:?}");
         assert_eq!(stranger.hear().await, None, "and closed");
     }
     // One that begins and goes away, and many that say nothing at all.
@@ -275,7 +284,7 @@ async fn connections_are_counted() {
     let agent = Agent::start(Limits { connections: 2, ..Limits::default() }).await;
     let (first, second) = (agent.plugin().await, agent.plugin().await);
     let refused = failed(agent.plugin().await.hear().await);
-    assert!(refused.code == code::TRY_AGAIN && refused.details.contains("2 connections"), "{refused:?}");
+    assert!(refused.is(Code::TryAgainLater) && refused.details.contains("2 connections"), "{refused:?}");
     drop((first, second));
     let served = async { while agent.plugin().await.hear_status().await.is_none() {} };
     timeout(DEADLINE, served).await.expect("in time");
@@ -304,7 +313,10 @@ async fn only_the_owner_may_speak() {
     // To this server root is the stranger.
     let mut root = Plugin(UnixStream::connect(&socket).await.expect("connect"));
     let refused = failed(root.hear().await);
-    assert!(refused.code == code::INVALID && refused.details.contains("uid 0, expected 4242"), "{refused:?}");
+    assert!(
+        refused.is(Code::BadConfiguration) && refused.details.contains("uid 0, expected 4242"),
+        "{refused:?}"
+    );
     assert_eq!(root.hear().await, None);
     stop.cancel();
     task.await.expect("ends");

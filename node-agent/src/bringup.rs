@@ -17,21 +17,21 @@ use weft_shared::lease::LeaseKey;
 use weft_shared::netconf::{BackendConfig, NetworkConfig};
 use weft_shared::subnet_env::{SubnetEnv, previous_lease};
 
-use crate::config::{
-    AddrScope, Config, HostAddr, HostIface, HostNetwork, ReachRoute, Underlay, UnderlayChoice,
-    choose_underlay,
-};
-use crate::dataplane::{self, Backend, Dataplane};
+use crate::config::Config;
+use crate::dataplane::Backend;
 use crate::durable::{Durable, DurableFile};
-use crate::kernel::{self, KernelError, LinuxKernel};
+use crate::kernel::{FoundAddr, KernelError, LinuxKernel, Neighbours};
 use crate::lease::{
     AcquireRequest, Keeper, KeeperHandle, LeaseState, LeaseStore, LeaseTable, LeaseUpdate, StoreError,
     StoreHealth, wait_for_config,
 };
-use crate::node::Node;
+use crate::node::{Node, Served, Stage};
 use crate::notify::notify;
-use crate::reconcile::object::{self, LinkKind};
+use crate::object::LinkKind;
 use crate::reconcile::{NodeInputs, Report};
+use crate::underlay::{
+    HostAddr, HostIface, HostNetwork, ReachRoute, Underlay, UnderlayChoice, choose_underlay,
+};
 
 const UNDERLAY_RETRY: Duration = Duration::from_secs(1);
 /// Updates of the watch under way: a snapshot is one.
@@ -43,11 +43,11 @@ pub async fn bring_up(
     config: Arc<Config>,
     health: watch::Sender<StoreHealth>,
 ) -> anyhow::Result<()> {
-    let wait = |what: Option<String>| node.facts().waiting_for = what;
-    wait(Some(format!("the network configuration from {}", node.store.location())));
+    let store = node.store.location();
+    node.wait_for(None, format!("the network configuration from {store}"));
     let network = wait_for_config(&*node.store, |problem| {
         if let Some(problem) = problem {
-            wait(Some(format!("the network configuration: {problem}")));
+            node.wait_for(None, format!("the network configuration: {problem}"));
         }
         // A store that says no answers.
         let silence =
@@ -58,15 +58,17 @@ pub async fn bring_up(
         });
     })
     .await;
-    node.facts().config = Some(network.clone());
 
+    let mut told = String::new();
     let underlay = loop {
         match find_underlay(config.underlay.clone()).await {
             Ok(underlay) => break underlay,
             Err(problem) => {
-                let told = node.facts().waiting_for.replace(problem.to_string());
-                if told.as_deref() != Some(&problem.to_string()) {
+                let problem = problem.to_string();
+                node.wait_for(Some(network.clone()), problem.clone());
+                if told != problem {
                     warn!(%problem, "no underlay yet");
+                    told = problem;
                 }
                 sleep(UNDERLAY_RETRY).await;
             }
@@ -87,24 +89,23 @@ pub async fn bring_up(
     let previous = durable.lease.or_else(|| left_in(&config.subnet_file));
     let want = AcquireRequest {
         config: network.clone(),
-        attrs: backend.lease_attrs(underlay.public_ip),
+        attrs: backend.plane().lease_attrs(underlay.public_ip),
         previous,
         ttl: config.lease_ttl,
     };
     let (keeper, handle) = Keeper::new(node.store.clone(), want, config.renew_margin);
-    {
-        let mut facts = node.facts();
-        facts.underlay = Some(underlay.clone());
-        facts.backend = Some(backend.clone());
-        facts.lease = Some(handle.state.clone());
-        facts.waiting_for = None;
-    }
+    node.facts().stage = Stage::Up(Box::new(Served {
+        config: network.clone(),
+        underlay: underlay.clone(),
+        backend: backend.clone(),
+        lease: handle.state.clone(),
+    }));
     let (sender, updates) = mpsc::channel(UPDATES);
     let mut tasks = JoinSet::new();
     tasks.spawn(async move { match keeper.run().await {} });
     let store = node.store.clone();
     tasks.spawn(async move { store.watch(sender, health).await });
-    let tending = Tending {
+    let upkeep = Upkeep {
         table: LeaseTable::new(network.clone()),
         node: node.clone(),
         network,
@@ -118,13 +119,13 @@ pub async fn bring_up(
         announced: false,
     };
     tokio::select! {
-        ended = tending.run(handle, updates) => ended,
+        ended = upkeep.run(handle, updates) => ended,
         task = tasks.join_next() => anyhow::bail!("the lease keeper or the watch ended: {task:?}"),
     }
 }
 
 /// Keeps inputs, subnet.env and durable state in step with lease, peers and passes.
-struct Tending {
+struct Upkeep {
     node: Arc<Node>,
     table: LeaseTable,
     network: NetworkConfig,
@@ -138,7 +139,7 @@ struct Tending {
     announced: bool,
 }
 
-impl Tending {
+impl Upkeep {
     async fn run(
         mut self,
         handle: KeeperHandle,
@@ -177,13 +178,7 @@ impl Tending {
             config: self.network.clone(),
             backend: self.backend.clone(),
             lease: held.lease.key,
-            underlay: dataplane::Underlay {
-                iface: self.underlay.iface.clone(),
-                index: self.underlay.index,
-                addr: self.underlay.addr,
-                mtu: self.underlay.mtu,
-            },
-            public_ip: self.underlay.public_ip,
+            underlay: self.underlay.clone(),
             first_start: self.first_start,
         };
         self.node.reconcile.update_if(|all| {
@@ -215,8 +210,8 @@ impl Tending {
 
     /// subnet.env after the kernel is right, READY after subnet.env.
     fn report_changed(&mut self, report: &Report, lease: &LeaseState) {
-        if let (Some(monitor), Some(index)) = (&self.node.monitor, self.device_index(report)) {
-            monitor.watch_neighbours_of(index);
+        if let Some(monitor) = &self.node.monitor {
+            monitor.watch(self.neighbours(report));
         }
         let (Some(held), Some(underlay)) = (lease.held(), &report.underlay) else { return };
         if !(report.usable && report.after_snapshot) {
@@ -226,18 +221,17 @@ impl Tending {
             network: self.network.v4.network,
             subnet: held.lease.key.v4,
             ipv6: None,
-            mtu: self.backend.pod_mtu(underlay.mtu),
+            mtu: self.backend.plane().pod_mtu(underlay.mtu),
             ip_masq: false,
         };
         if self.written.as_ref() != Some(&env) {
-            match env.write(&self.subnet_file) {
-                Ok(()) => {
-                    info!(file = %self.subnet_file.display(), subnet = %env.subnet, mtu = env.mtu, "subnet file written")
-                }
-                Err(error) => {
-                    warn!(file = %self.subnet_file.display(), %error, "subnet file cannot be written")
-                }
+            let file = self.subnet_file.display();
+            if let Err(error) = env.write(&self.subnet_file) {
+                // The next pass comes with the next sweep, and tries again.
+                warn!(%file, %error, "subnet file cannot be written");
+                return;
             }
+            info!(%file, subnet = %env.subnet, mtu = env.mtu, "subnet file written");
             self.written = Some(env);
         }
         if !std::mem::replace(&mut self.announced, true) {
@@ -248,10 +242,12 @@ impl Tending {
         }
     }
 
-    /// Without a device there are no neighbours to watch.
-    fn device_index(&self, report: &Report) -> Option<u32> {
-        let Some(device) = self.backend.device() else { return Some(u32::MAX) };
-        report.devices.get(device).map(|facts| facts.ifindex)
+    /// Without a device there are none to watch; before it exists, any might be on it.
+    fn neighbours(&self, report: &Report) -> Neighbours {
+        match self.backend.plane().device() {
+            None => Neighbours::None,
+            Some(device) => report.devices.get(device).map_or(Neighbours::All, |d| Neighbours::Of(d.ifindex)),
+        }
     }
 }
 
@@ -276,13 +272,9 @@ async fn find_underlay(choice: UnderlayChoice) -> anyhow::Result<Underlay> {
 
 fn host_network(kernel: &mut LinuxKernel, reach: Option<IpAddr>) -> Result<HostNetwork, KernelError> {
     let (links, addrs) = kernel.links_and_addrs()?;
-    let host_addr = |found: &kernel::FoundAddr| HostAddr {
+    let host_addr = |found: &FoundAddr| HostAddr {
         addr: found.addr,
-        scope: match found.scope {
-            object::AddrScope::Global => AddrScope::Global,
-            object::AddrScope::Link => AddrScope::Link,
-            object::AddrScope::Host => AddrScope::Host,
-        },
+        scope: found.scope,
         deprecated: found.deprecated,
         dynamic: found.dynamic,
         temporary: found.temporary,

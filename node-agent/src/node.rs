@@ -13,17 +13,18 @@ use weft_shared::lease::Lease;
 use weft_shared::netconf::{BackendConfig, NetworkConfig};
 use weft_shared::protocol::Failure;
 
-use crate::config::Underlay;
-use crate::dataplane::{Backend, Dataplane};
+use crate::dataplane::Backend;
 use crate::host::Host;
 use crate::kernel::{KernelError, LinuxKernel, Monitor};
 use crate::lease::{LeaseState, LeaseStore, Store, StoreHealth};
+use crate::object::Key;
 use crate::pods::{DeviceFacts, Fabric, NotReady, PodNetwork, PodPorts};
-use crate::reconcile::{Handle, Report};
+use crate::reconcile::{Handle, Pending, Report};
 use crate::status::{
-    DataplaneStatus, LeaseStatus, NetworkStatus, PeerStatus, PodStatus, RefusedLease, Status, StoreStatus,
-    UnderlayStatus,
+    DataplaneStatus, LeaseStatus, NetworkStatus, PeerStatus, PendingObject, PodStatus, RefusedLease, Status,
+    StoreStatus, UnderlayStatus,
 };
+use crate::underlay::Underlay;
 
 /// A bridge that is not there after so long is a failure of the ADD that asked for it.
 const BRIDGE_DEADLINE: Duration = Duration::from_secs(5);
@@ -42,17 +43,50 @@ pub struct Node {
     facts: Mutex<Facts>,
 }
 
-/// What was found out on the way to readiness, and what changes afterwards.
+/// What the node is made of now, besides what others publish.
 #[derive(Debug, Default)]
 pub struct Facts {
-    /// What bringing the node up is waiting for.
-    pub waiting_for: Option<String>,
-    pub config: Option<NetworkConfig>,
-    pub underlay: Option<Underlay>,
-    pub backend: Option<Backend>,
-    pub lease: Option<watch::Receiver<LeaseState>>,
+    pub stage: Stage,
     pub peers: Vec<Lease>,
     pub refused: Vec<RefusedLease>,
+}
+
+/// How far bringing the node up has come.
+#[derive(Debug)]
+pub enum Stage {
+    Waiting { what: String, config: Option<NetworkConfig> },
+    Up(Box<Served>),
+}
+
+/// What is known from then on, when only the lease and the kernel are missing, or nothing.
+#[derive(Debug, Clone)]
+pub struct Served {
+    pub config: NetworkConfig,
+    pub underlay: Underlay,
+    pub backend: Backend,
+    pub lease: watch::Receiver<LeaseState>,
+}
+
+impl Default for Stage {
+    fn default() -> Self {
+        Self::Waiting { what: "the agent's start".into(), config: None }
+    }
+}
+
+impl Stage {
+    fn served(&self) -> Option<&Served> {
+        match self {
+            Self::Up(served) => Some(served),
+            Self::Waiting { .. } => None,
+        }
+    }
+
+    fn config(&self) -> Option<&NetworkConfig> {
+        match self {
+            Self::Up(served) => Some(&served.config),
+            Self::Waiting { config, .. } => config.as_ref(),
+        }
+    }
 }
 
 impl Node {
@@ -72,12 +106,18 @@ impl Node {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// `what` stands in the way of going on.
+    pub fn wait_for(&self, config: Option<NetworkConfig>, what: String) {
+        self.facts().stage = Stage::Waiting { what, config };
+    }
+
     /// Everything but the pods, which address management adds.
     pub fn status(&self, pods: PodStatus) -> Status {
         let facts = self.facts();
         let report = self.reconcile.reports().borrow().clone();
         let health = self.health.borrow().clone();
         let network = self.pod_network_from(&facts, &report);
+        let served = facts.stage.served();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             node: self.name.clone(),
@@ -91,19 +131,19 @@ impl Node {
                 one_machine_only: self.store.one_machine_only(),
                 relists: health.relists,
             },
-            network: facts.config.as_ref().map(network_status),
-            lease: facts.lease_status(),
-            underlay: facts.underlay.as_ref().map(|u| UnderlayStatus {
+            network: facts.stage.config().map(network_status),
+            lease: served.and_then(Served::lease_status),
+            underlay: served.map(|Served { underlay: u, .. }| UnderlayStatus {
                 iface: u.iface.clone(),
                 address: u.addr.into(),
                 mtu: report.underlay.as_ref().map_or(u.mtu, |now| now.mtu),
                 chosen_by: u.chosen_by.clone(),
             }),
-            dataplane: facts.backend.as_ref().map(|backend| DataplaneStatus {
-                device: backend.device().cloned(),
-                mtu: facts.pod_mtu(&report).unwrap_or(0),
+            dataplane: served.map(|served| DataplaneStatus {
+                device: served.backend.plane().device().cloned(),
+                mtu: served.pod_mtu(&report),
                 objects: report.objects,
-                pending: report.pending.clone(),
+                pending: report.pending.iter().map(PendingObject::from).collect(),
                 passes: report.passes,
                 repairs: report.repairs,
                 last_error: report.error.clone(),
@@ -111,7 +151,7 @@ impl Node {
                 monitor: self.monitor.is_some(),
                 monitor_overruns: self.monitor.as_ref().map_or(0, Monitor::overruns),
             }),
-            peers: facts.peer_status(&report),
+            peers: served.map(|s| s.peer_status(&facts.peers, &report)).unwrap_or_default(),
             refused: facts.refused.clone(),
             pods,
             host: self.host.lock().unwrap_or_else(PoisonError::into_inner).status(),
@@ -120,32 +160,30 @@ impl Node {
 
     fn pod_network_from(&self, facts: &Facts, report: &Report) -> Result<PodNetwork, NotReady> {
         let waiting = |what: &str| Err(NotReady::Waiting(what.into()));
-        if let Some(what) = &facts.waiting_for {
-            return waiting(what);
-        }
-        let Some(config) = &facts.config else {
-            return waiting("the network configuration from the store");
+        let served = match &facts.stage {
+            Stage::Waiting { what, .. } => return waiting(what),
+            Stage::Up(served) => served,
         };
-        let lease = match facts.lease.as_ref().map(|l| l.borrow().clone()) {
-            Some(LeaseState::Held { lease, .. }) => lease,
-            Some(LeaseState::Lost { key, owner: Some(owner), .. }) => {
+        let lease = match served.lease.borrow().clone() {
+            LeaseState::Held { lease, .. } => lease,
+            LeaseState::Lost { key, owner: Some(owner), .. } => {
                 return Err(NotReady::Degraded(format!("a new subnet: {key} is now held by {owner}")));
             }
-            Some(LeaseState::Lost { key, owner: None, .. }) => {
+            LeaseState::Lost { key, owner: None, .. } => {
                 return waiting(&format!(
                     "the lease of {key}, which is gone from the store, to be taken again"
                 ));
             }
-            Some(LeaseState::Acquiring { problem: Some(problem) }) => {
+            LeaseState::Acquiring { problem: Some(problem) } => {
                 return waiting(&format!("a subnet lease: {problem}"));
             }
-            Some(LeaseState::Acquiring { problem: None }) | None => return waiting("a subnet lease"),
+            LeaseState::Acquiring { problem: None } => return waiting("a subnet lease"),
         };
         if let Some(error) = &report.error {
             return Err(NotReady::Degraded(format!("the kernel to be brought in order: {error}")));
         }
         if !report.usable {
-            let first = report.pending.first().map(|p| format!("{}: {}", p.object, p.error));
+            let first = report.pending.first().map(|p| format!("{}: {}", p.key, p.error));
             let what = first.unwrap_or_else(|| "the first pass".into());
             return waiting(&format!("the kernel to be brought in order: {what}"));
         }
@@ -154,10 +192,8 @@ impl Node {
             let detail = problem.map(|p| format!(": {p}")).unwrap_or_default();
             return waiting(&format!("the first list of leases from the store{detail}"));
         }
-        match facts.pod_mtu(report) {
-            Some(mtu) => Ok(PodNetwork { subnet: lease.lease.key.v4, overlay: vec![config.v4.network], mtu }),
-            None => waiting("the underlay interface"),
-        }
+        let overlay = vec![served.config.v4.network];
+        Ok(PodNetwork { subnet: lease.lease.key.v4, overlay, mtu: served.pod_mtu(report) })
     }
 
     /// Hands the newest needs of pods to the reconciler, if it does not have them.
@@ -171,15 +207,15 @@ impl Node {
     }
 }
 
-impl Facts {
-    fn pod_mtu(&self, report: &Report) -> Option<u32> {
-        let underlay = report.underlay.as_ref().map(|u| u.mtu).or(self.underlay.as_ref().map(|u| u.mtu))?;
-        Some(self.backend.as_ref()?.pod_mtu(underlay))
+impl Served {
+    fn pod_mtu(&self, report: &Report) -> u32 {
+        let underlay = report.underlay.as_ref().unwrap_or(&self.underlay);
+        self.backend.plane().pod_mtu(underlay.mtu)
     }
 
     fn lease_status(&self) -> Option<LeaseStatus> {
-        let state = self.lease.as_ref()?.borrow().clone();
-        let public_ip = IpAddr::from(self.underlay.as_ref()?.public_ip);
+        let state = self.lease.borrow().clone();
+        let public_ip = IpAddr::from(self.underlay.public_ip);
         let (key, expires) = match &state {
             LeaseState::Held { lease, .. } => (lease.lease.key, lease.expires),
             LeaseState::Lost { key, .. } => (*key, None),
@@ -195,10 +231,7 @@ impl Facts {
         })
     }
 
-    fn peer_status(&self, report: &Report) -> Vec<PeerStatus> {
-        let Some(backend) = &self.backend else {
-            return Vec::new();
-        };
+    fn peer_status(&self, peers: &[Lease], report: &Report) -> Vec<PeerStatus> {
         let status = |lease: &Lease| {
             let known = report.peers.get(&lease.key);
             let problem = known.and_then(|peer| peer.problem()).map(Into::into);
@@ -208,10 +241,16 @@ impl Facts {
                 backend: lease.attrs.backend_type.clone(),
                 programmed: known.is_some() && problem.is_none(),
                 problem,
-                overlay_probe: backend.probe(&lease.key),
+                overlay_probe: self.backend.plane().probe(&lease.key),
             }
         };
-        self.peers.iter().map(status).collect()
+        peers.iter().map(status).collect()
+    }
+}
+
+impl From<&Pending> for PendingObject {
+    fn from(pending: &Pending) -> Self {
+        Self { object: pending.key.to_string(), error: pending.error.to_string(), attempts: pending.attempts }
     }
 }
 
@@ -274,8 +313,9 @@ impl Fabric for NodeFabric {
 
 /// What a report has against a bridge.
 fn trouble(report: &Report, bridge: &IfName) -> String {
-    let about = report.pending.iter().find(|p| p.object.ends_with(bridge.as_str()));
-    let pending = about.map(|p| format!("{}: {}", p.object, p.error));
+    let is_about = |key: &Key| matches!(key, Key::Link(dev) | Key::Addr(dev, _) if dev == bridge);
+    let about = report.pending.iter().find(|p| is_about(&p.key));
+    let pending = about.map(|p| format!("{}: {}", p.key, p.error));
     pending.or_else(|| report.error.clone()).unwrap_or_else(|| "the pass did not get to it".into())
 }
 

@@ -4,7 +4,6 @@
 //! weft's own settings stand beside them. Unlike flanneld's, a wrong option exits with status 2 and none is ignored.
 
 mod help;
-mod iface;
 mod options;
 mod settings;
 #[cfg(test)]
@@ -16,13 +15,9 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use regex::bytes::Regex;
+use crate::underlay::{IfaceSpec, UnderlayChoice};
 use tracing::Level;
-use weft_shared::IfName;
 
-pub use iface::{
-    AddrScope, HostAddr, HostIface, HostNetwork, NoUnderlay, ReachRoute, Underlay, choose_underlay,
-};
 pub use settings::Source;
 
 use settings::Settings;
@@ -95,21 +90,6 @@ pub struct EmbeddedConfig {
     pub file: PathBuf,
     /// Network configuration to put into the store if it has none.
     pub net_config: Option<PathBuf>,
-}
-
-/// How the operator wants the underlay's interface to be found; all empty means by the default route.
-#[derive(Debug, Clone, Default)]
-pub struct UnderlayChoice {
-    pub ifaces: Vec<IfaceSpec>,
-    pub regexes: Vec<Regex>,
-    pub can_reach: Option<Ipv4Addr>,
-    pub public_ip: Option<Ipv4Addr>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum IfaceSpec {
-    Addr(Ipv4Addr),
-    Name(IfName),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,7 +177,7 @@ impl Config {
                 .parse("node-name", "1 to 253 characters without white space", node_name)?
                 .unwrap_or_else(|| hostname.to_owned()),
             store: StoreConfig::from_settings(settings, &state_dir)?,
-            underlay: UnderlayChoice::from_settings(settings)?,
+            underlay: underlay_choice(settings)?,
             subnet_file: settings.required("subnet-file", "an absolute path", absolute)?,
             lease_ttl,
             renew_margin,
@@ -273,30 +253,23 @@ impl EtcdConfig {
     }
 }
 
-impl UnderlayChoice {
-    fn from_settings(settings: &Settings) -> Result<Self, UsageError> {
-        let ip = |name| {
-            settings.parse(name, "an IPv4 address of a host", |text| {
-                text.parse::<Ipv4Addr>()
-                    .ok()
-                    .filter(|ip| !ip.is_unspecified() && !ip.is_multicast() && !ip.is_broadcast())
-            })
-        };
-        Ok(Self {
-            ifaces: settings.list("iface", "an interface's name or IPv4 address", |text| {
-                let addr = text.parse().ok().map(IfaceSpec::Addr);
-                addr.or_else(|| text.parse().ok().map(IfaceSpec::Name))
-            })?,
-            regexes: settings.list("iface-regex", "a regular expression (RE2)", regex)?,
-            can_reach: ip("iface-can-reach")?,
-            public_ip: ip("public-ip")?,
+fn underlay_choice(settings: &Settings) -> Result<UnderlayChoice, UsageError> {
+    let ip = |name| {
+        settings.parse(name, "an IPv4 address of a host", |text| {
+            text.parse::<Ipv4Addr>()
+                .ok()
+                .filter(|ip| !ip.is_unspecified() && !ip.is_multicast() && !ip.is_broadcast())
         })
-    }
-
-    /// Whether nothing says which interface, so that the public address or the default route decides.
-    pub fn is_open(&self) -> bool {
-        self.ifaces.is_empty() && self.regexes.is_empty() && self.can_reach.is_none()
-    }
+    };
+    Ok(UnderlayChoice {
+        ifaces: settings.list("iface", "an interface's name or IPv4 address", |text| {
+            let addr = text.parse().ok().map(IfaceSpec::Addr);
+            addr.or_else(|| text.parse().ok().map(IfaceSpec::Name))
+        })?,
+        regexes: settings.list("iface-regex", "a regular expression (RE2)", regex)?,
+        can_reach: ip("iface-can-reach")?,
+        public_ip: ip("public-ip")?,
+    })
 }
 
 impl fmt::Debug for Secret {

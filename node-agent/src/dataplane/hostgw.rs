@@ -8,20 +8,13 @@ use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
 use weft_shared::names::ROUTE_PROTOCOL;
 
 use super::{Dataplane, LocalNode, Wanted};
-use crate::reconcile::object::{Object, Route};
+use crate::object::{Object, Route};
 
 #[derive(Debug, Clone)]
 pub struct HostGw;
 
 impl HostGw {
     fn routes(&self, local: &LocalNode, peer: &Lease) -> Result<Vec<Object>, String> {
-        if peer.attrs.backend_type != self.kind() {
-            return Err(format!(
-                "its BackendType is {:?}, this node's is {:?}",
-                peer.attrs.backend_type,
-                self.kind()
-            ));
-        }
         let dev = &local.underlay.iface;
         let mut routes = Vec::new();
         for subnet in peer.key.subnets() {
@@ -70,7 +63,11 @@ impl Dataplane for HostGw {
         peer.v4.gateway()
     }
 
-    fn desired(&self, local: &LocalNode, peers: &[Lease]) -> Wanted {
+    fn asks_for_on_link(&self) -> bool {
+        true
+    }
+
+    fn desired(&self, local: &LocalNode, peers: &[&Lease]) -> Wanted {
         let mut wanted = Wanted::default();
         for peer in peers {
             match self.routes(local, peer) {
@@ -85,7 +82,8 @@ impl Dataplane for HostGw {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataplane::Underlay;
+    use crate::dataplane::Backend;
+    use crate::underlay::Underlay;
 
     fn local(on_link: &[&str]) -> LocalNode {
         LocalNode {
@@ -95,8 +93,9 @@ mod tests {
                 index: 3,
                 addr: Ipv4Addr::new(192, 0, 2, 1),
                 mtu: 1500,
+                public_ip: Ipv4Addr::new(192, 0, 2, 1),
+                chosen_by: "a test".into(),
             },
-            public_ip: Ipv4Addr::new(192, 0, 2, 1),
             on_link: on_link.iter().map(|ip| ip.parse().expect("ip")).collect(),
         }
     }
@@ -110,12 +109,12 @@ mod tests {
     fn an_on_link_peer_is_a_plain_route_and_another_is_refused_until_it_is() {
         let peers =
             [peer("10.5.2.0-24", r#"{"PublicIP":"192.0.2.2","PublicIPv6":null,"BackendType":"host-gw"}"#)];
-        let refused = HostGw.desired(&local(&[]), &peers);
-        assert!(refused.desired.is_empty());
+        let refused = Backend::HostGw(HostGw).desired(&local(&[]), &peers);
+        assert!(refused.desired.objects().count() == 0);
         let problem = refused.peers[&peers[0].key].problem.clone().unwrap_or_default();
         assert!(problem.contains("192.0.2.2 is not on-link on eth0"), "{problem}");
 
-        let served = HostGw.desired(&local(&["192.0.2.2"]), &peers);
+        let served = Backend::HostGw(HostGw).desired(&local(&["192.0.2.2"]), &peers);
         let objects: Vec<_> = served.desired.objects().map(|(_, o)| o.clone()).collect();
         let route = Route {
             gateway: Some("192.0.2.2".parse().expect("ip")),
@@ -131,7 +130,7 @@ mod tests {
     fn a_dual_stack_peer_is_two_routes() {
         let value = r#"{"PublicIP":"192.0.2.2","PublicIPv6":"2001:db8::2","BackendType":"host-gw"}"#;
         let peers = [peer("10.5.2.0-24&fd00:5:2::-64", value)];
-        let wanted = HostGw.desired(&local(&["192.0.2.2", "2001:db8::2"]), &peers);
+        let wanted = Backend::HostGw(HostGw).desired(&local(&["192.0.2.2", "2001:db8::2"]), &peers);
         assert_eq!(wanted.peers[&peers[0].key].keys.len(), 2);
     }
 

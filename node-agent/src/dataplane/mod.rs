@@ -12,7 +12,8 @@ use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
 use weft_shared::netconf::{BackendConfig, NetworkConfig};
 use weft_shared::{IfName, Mac};
 
-use crate::reconcile::object::{Desired, Key, Object};
+use crate::object::{Desired, Key, Object};
+use crate::underlay::Underlay;
 
 pub use hostgw::HostGw;
 pub use vxlan::VxlanPlane;
@@ -22,19 +23,8 @@ pub use vxlan::VxlanPlane;
 pub struct LocalNode {
     pub lease: LeaseKey,
     pub underlay: Underlay,
-    /// What peers send to; differs from the underlay's address behind NAT.
-    pub public_ip: Ipv4Addr,
-    /// Peers' addresses that the underlay reaches without a gateway.
+    /// Peers' addresses that the underlay reaches without a gateway; empty unless the dataplane asks for it.
     pub on_link: BTreeSet<IpAddr>,
-}
-
-/// The interface that carries packets between nodes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Underlay {
-    pub iface: IfName,
-    pub index: u32,
-    pub addr: Ipv4Addr,
-    pub mtu: u32,
 }
 
 /// What one dataplane wants, and what became of each peer.
@@ -81,7 +71,11 @@ pub trait Dataplane {
     /// The address on a peer that answers a ping through the overlay.
     fn probe(&self, peer: &LeaseKey) -> IpAddr;
 
-    fn desired(&self, local: &LocalNode, peers: &[Lease]) -> Wanted;
+    /// Whether [`LocalNode::on_link`] decides anything.
+    fn asks_for_on_link(&self) -> bool;
+
+    /// `peers` are of this kind.
+    fn desired(&self, local: &LocalNode, peers: &[&Lease]) -> Wanted;
 }
 
 /// The dataplane that the network configuration names.
@@ -100,36 +94,24 @@ impl Backend {
         }
     }
 
-    fn inner(&self) -> &dyn Dataplane {
+    /// What should be in the kernel for these leases. A lease of another backend's is refused here, for all of them.
+    pub fn desired(&self, local: &LocalNode, peers: &[Lease]) -> Wanted {
+        let plane = self.plane();
+        let (same, other): (Vec<_>, Vec<_>) =
+            peers.iter().partition(|p| p.attrs.backend_type == plane.kind());
+        let mut wanted = plane.desired(local, &same);
+        for peer in other {
+            let (theirs, ours) = (&peer.attrs.backend_type, plane.kind());
+            wanted.refuse(peer, format!("BackendType = {theirs:?}: expected {ours:?}, this node's"));
+        }
+        wanted
+    }
+
+    /// What can be asked whatever the backend is.
+    pub fn plane(&self) -> &dyn Dataplane {
         match self {
             Self::Vxlan(plane) => plane,
             Self::HostGw(plane) => plane,
         }
-    }
-}
-
-impl Dataplane for Backend {
-    fn kind(&self) -> &'static str {
-        self.inner().kind()
-    }
-
-    fn device(&self) -> Option<&IfName> {
-        self.inner().device()
-    }
-
-    fn lease_attrs(&self, public_ip: Ipv4Addr) -> LeaseAttrs {
-        self.inner().lease_attrs(public_ip)
-    }
-
-    fn pod_mtu(&self, underlay_mtu: u32) -> u32 {
-        self.inner().pod_mtu(underlay_mtu)
-    }
-
-    fn probe(&self, peer: &LeaseKey) -> IpAddr {
-        self.inner().probe(peer)
-    }
-
-    fn desired(&self, local: &LocalNode, peers: &[Lease]) -> Wanted {
-        self.inner().desired(local, peers)
     }
 }

@@ -14,7 +14,7 @@ use weft_shared::netconf::VxlanConfig;
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::{Dataplane, LocalNode, Wanted};
-use crate::reconcile::object::{AddrScope, Link, LinkKind, LinkMac, Object, Route, Vxlan};
+use crate::object::{AddrScope, Link, LinkKind, LinkMac, Object, Route, Vxlan};
 
 /// Outer IPv4 header 20, UDP 8, VXLAN 8, inner Ethernet 14.
 const OVERHEAD: u32 = 50;
@@ -67,13 +67,6 @@ impl VxlanPlane {
     }
 
     fn peer_entries(&self, peer: &Lease) -> Result<Vec<Object>, String> {
-        if peer.attrs.backend_type != self.kind() {
-            return Err(format!(
-                "its BackendType is {:?}, this node's is {:?}",
-                peer.attrs.backend_type,
-                self.kind()
-            ));
-        }
         let mut entries = Vec::new();
         for subnet in peer.key.subnets() {
             let dev = if subnet.is_ipv4() { &self.device } else { &self.device_v6 };
@@ -126,7 +119,11 @@ impl Dataplane for VxlanPlane {
         peer.v4.addr()
     }
 
-    fn desired(&self, local: &LocalNode, peers: &[Lease]) -> Wanted {
+    fn asks_for_on_link(&self) -> bool {
+        false
+    }
+
+    fn desired(&self, local: &LocalNode, peers: &[&Lease]) -> Wanted {
         let mut wanted = Wanted::default();
         let dev = &self.device;
         wanted.desired.insert(Object::Link { name: dev.clone(), link: self.link(local) });
@@ -149,12 +146,17 @@ impl Dataplane for VxlanPlane {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataplane::Underlay;
-    use crate::reconcile::object::Key;
+    use crate::dataplane::Backend;
+    use crate::object::Key;
+    use crate::underlay::Underlay;
 
     fn plane() -> VxlanPlane {
         let config = VxlanConfig { vni: 7, port: 8472, mtu: None, gbp: false, learning: false };
         VxlanPlane::new(config, "02:00:00:00:00:01".parse().expect("mac"))
+    }
+
+    fn backend() -> Backend {
+        Backend::Vxlan(plane())
     }
 
     fn local() -> LocalNode {
@@ -165,8 +167,9 @@ mod tests {
                 index: 3,
                 addr: Ipv4Addr::new(192, 0, 2, 1),
                 mtu: 1500,
+                public_ip: Ipv4Addr::new(192, 0, 2, 1),
+                chosen_by: "a test".into(),
             },
-            public_ip: Ipv4Addr::new(192, 0, 2, 1),
             on_link: Default::default(),
         }
     }
@@ -181,7 +184,7 @@ mod tests {
         let value = r#"{"PublicIP":"192.0.2.2","PublicIPv6":"2001:db8::2","BackendType":"vxlan",
             "BackendData":{"VNI":7,"VtepMAC":"02:00:00:00:00:02"},"BackendV6Data":{"VNI":7,"VtepMAC":"02:00:00:00:00:06"}}"#;
         let peers = [peer("10.5.2.0-24&fd00:5:2::-64", value)];
-        let wanted = plane().desired(&local(), &peers);
+        let wanted = backend().desired(&local(), &peers);
         let keys: Vec<String> = wanted.peers[&peers[0].key].keys.iter().map(Key::to_string).collect();
         assert_eq!(
             keys,
@@ -206,7 +209,7 @@ mod tests {
         for (value, reason) in [
             (
                 r#"{"PublicIP":"192.0.2.2","PublicIPv6":null,"BackendType":"host-gw"}"#,
-                "BackendType is \"host-gw\"",
+                "BackendType = \"host-gw\": expected \"vxlan\"",
             ),
             (
                 r#"{"PublicIP":"192.0.2.2","BackendType":"vxlan"}"#,
@@ -226,10 +229,14 @@ mod tests {
             ),
         ] {
             let peers = [peer("10.5.2.0-24", value)];
-            let wanted = plane().desired(&local(), &peers);
+            let wanted = backend().desired(&local(), &peers);
             let problem = wanted.peers[&peers[0].key].problem.clone().unwrap_or_default();
             assert!(problem.contains(reason), "{value}: {problem}");
-            assert_eq!(wanted.desired.len(), 3, "{value}: only the device, its sysctl and its address");
+            assert_eq!(
+                wanted.desired.objects().count(),
+                3,
+                "{value}: only the device, its sysctl and its address"
+            );
         }
     }
 

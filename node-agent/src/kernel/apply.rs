@@ -10,8 +10,7 @@ use weft_shared::IfName;
 use super::encode;
 use super::socket::{Request, RouteSocket};
 use super::{Errno, KernelError};
-use crate::reconcile::object::{Found, Link, LinkKind, Object};
-use crate::reconcile::plan::Op;
+use crate::object::{Found, Link, LinkKind, Object, Op};
 
 /// Interface indices by name, as far as they are known.
 pub(super) type Indices = BTreeMap<IfName, u32>;
@@ -31,7 +30,7 @@ pub(super) fn apply(
                 results[place] = set_link(socket, indices, name, link, found);
             }
             Op::Set { object: Object::Sysctl { path, value }, .. } => {
-                results[place] = super::linux::write_sysctl(path, value);
+                results[place] = super::sysctl::write(path, value);
             }
             Op::Set { object, found } => match requests(indices, object, found.as_ref()) {
                 Ok(requests) => batch.push(place, requests, false),

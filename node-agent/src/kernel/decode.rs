@@ -20,7 +20,7 @@ use netlink_packet_route::route::{
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::FoundLink;
-use crate::reconcile::object::{AddrScope, BridgePort, Link, LinkKind, LinkMac, Vxlan};
+use crate::object::{AddrScope, BridgePort, Link, LinkKind, LinkMac, Vxlan};
 
 /// IPv6 routes get this metric when none is asked for (`IP6_RT_PRIO_USER`).
 const IPV6_DEFAULT_METRIC: u32 = 1024;
@@ -57,7 +57,6 @@ pub(super) fn link(message: &LinkMessage) -> Option<(IfName, FoundLink, Option<u
         link: Link { kind, mac: LinkMac::Exactly(mac), mtu, up },
         group,
         port: BridgePort { bridge: None, hairpin, isolated, mtu, up },
-        running: message.header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
     };
     Some((name?, found, bridge))
 }

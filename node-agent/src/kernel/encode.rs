@@ -17,7 +17,7 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use weft_shared::{IfName, Mac, Subnet};
 
-use crate::reconcile::object::{BridgePort, Link, LinkKind, LinkMac, Route, Vxlan};
+use crate::object::{BridgePort, Link, LinkKind, LinkMac, Route, Vxlan};
 
 pub(super) fn family(ip: IpAddr) -> AddressFamily {
     if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }

@@ -6,13 +6,13 @@ use std::net::IpAddr;
 
 use weft_shared::IfName;
 
-use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError, Scope};
-use crate::reconcile::object::{AddrScope, BridgePort, Found, Key, Link, LinkKind, LinkMac, Object};
-use crate::reconcile::plan::Op;
+use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError};
+use crate::object::{AddrScope, BridgePort, Found, Key, Link, LinkKind, LinkMac, Object, Op};
 
 #[derive(Debug, Default)]
 pub(crate) struct FakeKernel {
     pub(crate) dump: Dump,
+    sysctls: BTreeMap<String, String>,
     pub(crate) on_link: BTreeSet<IpAddr>,
     /// One answer for each coming operation: `true` refuses it. Empty: everything succeeds.
     pub(crate) faults: VecDeque<bool>,
@@ -38,8 +38,7 @@ impl FakeKernel {
     pub(crate) fn add_link(&mut self, name: IfName, link: Link, group: u32) {
         self.next_index += 1;
         let port = BridgePort { bridge: None, hairpin: false, isolated: false, mtu: link.mtu, up: link.up };
-        let running = link.up;
-        self.dump.links.insert(name, FoundLink { index: self.next_index, link, group, port, running });
+        self.dump.links.insert(name, FoundLink { index: self.next_index, link, group, port });
     }
 
     /// As the kernel does: everything that stands on the device goes with it.
@@ -77,7 +76,7 @@ impl FakeKernel {
                 }
             }
             Object::Sysctl { path, value } => {
-                self.dump.sysctls.insert(path.clone(), value.clone());
+                self.sysctls.insert(path.clone(), value.clone());
             }
             Object::Port { veth, port } => {
                 let found =
@@ -143,18 +142,16 @@ pub(crate) fn found_addr(dev: &IfName, addr: ipnetwork::IpNetwork) -> FoundAddr 
 }
 
 impl Kernel for FakeKernel {
-    fn dump(&mut self, scope: &Scope) -> Result<Dump, KernelError> {
+    fn dump(&mut self, device: Option<&IfName>) -> Result<Dump, KernelError> {
         let mut dump = self.dump.clone();
-        dump.sysctls = scope
-            .sysctls
-            .iter()
-            .map(|path| {
-                (path.clone(), self.dump.sysctls.get(path).cloned().unwrap_or_else(|| "unset".into()))
-            })
-            .collect::<BTreeMap<_, _>>();
-        dump.neighs.retain(|(dev, ..)| scope.device.as_ref() == Some(dev));
-        dump.fdb.retain(|(dev, ..)| scope.device.as_ref() == Some(dev));
+        dump.neighs.retain(|(dev, ..)| device == Some(dev));
+        dump.fdb.retain(|(dev, ..)| device == Some(dev));
         Ok(dump)
+    }
+
+    fn sysctls(&mut self, paths: &[&str]) -> Result<BTreeMap<String, String>, KernelError> {
+        let value = |path: &str| self.sysctls.get(path).cloned().unwrap_or_else(|| "unset".into());
+        Ok(paths.iter().map(|path| ((*path).to_owned(), value(path))).collect())
     }
 
     fn on_link(&mut self, _: &IfName, peers: &BTreeSet<IpAddr>) -> Result<BTreeSet<IpAddr>, KernelError> {

@@ -1,10 +1,7 @@
 //! The real kernel, in the network namespace of the thread that opened it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::io;
 use std::net::IpAddr;
-use std::path::PathBuf;
 
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::RouteNetlinkMessage as Message;
@@ -13,13 +10,11 @@ use netlink_packet_route::link::LinkMessage;
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage};
 use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage};
 use weft_shared::IfName;
-use weft_shared::names::{VETH_GROUP, is_host_ifname};
 
 use super::apply::{self, Indices};
 use super::socket::{Request, RouteSocket};
-use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError, Scope, decode, encode};
-use crate::reconcile::object::Route;
-use crate::reconcile::plan::Op;
+use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError, decode, encode, sysctl};
+use crate::object::{Op, Route};
 
 #[derive(Debug)]
 pub struct LinuxKernel {
@@ -65,9 +60,7 @@ impl LinuxKernel {
             Ok(_) | Err(KernelError::Refused(Errno(nix::libc::ENODEV))) => None,
             Err(other) => return Err(other),
         };
-        let Some((_, found, _)) =
-            found.filter(|(_, l, _)| l.group == VETH_GROUP && is_host_ifname(name.as_str()))
-        else {
+        let Some((_, found, _)) = found.filter(|(_, link, _)| link.is_our_veth(name)) else {
             return Ok(false);
         };
         let message = Message::DelLink(encode::link_by_index(found.index));
@@ -158,13 +151,11 @@ impl LinuxKernel {
 }
 
 impl Kernel for LinuxKernel {
-    fn dump(&mut self, scope: &Scope) -> Result<Dump, KernelError> {
+    fn dump(&mut self, device: Option<&IfName>) -> Result<Dump, KernelError> {
         let (links, addrs) = self.links_and_addrs()?;
         let names: BTreeMap<u32, IfName> = links.iter().map(|(name, l)| (l.index, name.clone())).collect();
         let mut dump = Dump { links, addrs, ..Dump::default() };
-        if let Some((dev, index)) =
-            scope.device.as_ref().and_then(|dev| Some((dev, dump.links.get(dev)?.index)))
-        {
+        if let Some((dev, index)) = device.and_then(|dev| Some((dev, dump.links.get(dev)?.index))) {
             for family in [AddressFamily::Inet, AddressFamily::Inet6] {
                 let found = self.neighbours(family, index)?;
                 dump.neighs.extend(
@@ -184,12 +175,17 @@ impl Kernel for LinuxKernel {
                 Some((r.dst, Route { gateway: r.gateway, dev, onlink: r.onlink, protocol: r.protocol }))
             }));
         }
-        for path in &scope.sysctls {
-            if let Some(value) = read_sysctl(path)? {
-                dump.sysctls.insert(path.clone(), value);
+        Ok(dump)
+    }
+
+    fn sysctls(&mut self, paths: &[&str]) -> Result<BTreeMap<String, String>, KernelError> {
+        let mut found = BTreeMap::new();
+        for path in paths {
+            if let Some(value) = sysctl::read(path)? {
+                found.insert((*path).to_owned(), value);
             }
         }
-        Ok(dump)
+        Ok(found)
     }
 
     fn on_link(&mut self, dev: &IfName, peers: &BTreeSet<IpAddr>) -> Result<BTreeSet<IpAddr>, KernelError> {
@@ -214,29 +210,6 @@ impl Kernel for LinuxKernel {
 
     fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>> {
         apply::apply(&mut self.socket, &mut self.indices, ops)
-    }
-}
-
-fn sysctl_path(path: &str) -> PathBuf {
-    PathBuf::from("/proc/sys").join(path)
-}
-
-/// `None`: this kernel has no such setting (IPv6 switched off, device gone).
-fn read_sysctl(path: &str) -> Result<Option<String>, KernelError> {
-    match fs::read_to_string(sysctl_path(path)) {
-        Ok(text) => Ok(Some(text.trim().to_owned())),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(KernelError::Sysctl { path: path.into(), reason: e.to_string() }),
-    }
-}
-
-/// A setting that this kernel does not have is left alone.
-pub(super) fn write_sysctl(path: &str, value: &str) -> Result<(), KernelError> {
-    match fs::write(sysctl_path(path), value) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            Err(KernelError::Sysctl { path: path.into(), reason: e.to_string() })
-        }
-        _ => Ok(()),
     }
 }
 

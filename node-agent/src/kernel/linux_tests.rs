@@ -5,11 +5,12 @@ use std::process::Command;
 use std::thread;
 
 use nix::sched::{CloneFlags, unshare};
+use weft_shared::names::VETH_GROUP;
 use weft_shared::protocol::Attachment;
 
 use super::*;
 use crate::kernel::Kernel;
-use crate::reconcile::object::{
+use crate::object::{
     AddrScope, BridgePort, Desired, Link, LinkKind, LinkMac, Object, Observed, Route, Vxlan,
 };
 use crate::reconcile::observe::{Ownership, observe};
@@ -125,8 +126,9 @@ fn desired(underlay: u32) -> Desired {
 }
 
 fn look(kernel: &mut LinuxKernel, desired: &Desired) -> Observed {
-    let sysctls = vec!["net/ipv4/ip_forward".into(), "net/ipv6/conf/flannel.1/accept_ra".into()];
-    let scope = Scope { device: Some(name("flannel.1")), sysctls };
+    let dev = name("flannel.1");
+    let dump = kernel.dump(Some(&dev)).expect("dump");
+    let sysctls = kernel.sysctls(&desired.sysctl_paths()).expect("sysctls");
     let ownership = Ownership {
         networks: vec!["10.5.0.0/16".parse().expect("net")],
         subnet_len: 24,
@@ -135,7 +137,7 @@ fn look(kernel: &mut LinuxKernel, desired: &Desired) -> Observed {
         bridges: vec![name("cni0")],
         adopt_flannels: false,
     };
-    observe(&kernel.dump(&scope).expect("dump"), desired, &ownership)
+    observe(&dump, &sysctls, desired, &ownership)
 }
 
 /// Applies until nothing is left, as a pass does; the number of operations.
@@ -159,7 +161,7 @@ fn every_kind_of_object_is_made_and_then_left_alone() {
     in_namespace(|| {
         let mut kernel = LinuxKernel::open().expect("netlink");
         let desired = desired(underlay(&mut kernel));
-        assert!(settle(&mut kernel, &desired) >= desired.len() - 1);
+        assert!(settle(&mut kernel, &desired) >= desired.objects().count() - 1);
         assert_eq!(settle(&mut kernel, &desired), 0);
     });
 }
@@ -368,7 +370,7 @@ fn failures_belong_to_their_operation_however_large_the_batch() {
                 if n % 10 == 3 { Err(KernelError::Refused(Errno(nix::libc::ENETUNREACH))) } else { Ok(()) };
             assert_eq!(result, expected, "operation {n}");
         }
-        let routes = kernel.dump(&Scope::default()).expect("dump").routes;
+        let routes = kernel.dump(None).expect("dump").routes;
         assert_eq!(routes.iter().filter(|(_, r)| r.protocol == 87).count(), 900);
     });
 }

@@ -6,6 +6,7 @@ mod encode;
 mod linux;
 mod monitor;
 mod socket;
+mod sysctl;
 
 #[cfg(test)]
 pub(crate) mod fake;
@@ -15,19 +16,22 @@ use std::io;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
+use weft_shared::names::{VETH_GROUP, is_host_ifname};
 use weft_shared::{IfName, Mac, Subnet};
 
-use crate::reconcile::object::{AddrScope, BridgePort, Link, Route};
-use crate::reconcile::plan::Op;
+use crate::object::{AddrScope, BridgePort, Link, Op, Route};
 
 pub use linux::LinuxKernel;
-pub use monitor::{Monitor, Wake};
-pub use socket::RouteSocket;
+pub use monitor::{Monitor, Neighbours};
 
 /// A kernel that can be looked at and changed; blocking, one caller at a time.
 pub trait Kernel {
-    /// One consistent look. An interrupted dump is repeated, never returned.
-    fn dump(&mut self, scope: &Scope) -> Result<Dump, KernelError>;
+    /// One consistent look; neighbours and forwarding entries are those of `device`. An interrupted dump is repeated,
+    /// never returned.
+    fn dump(&mut self, device: Option<&IfName>) -> Result<Dump, KernelError>;
+
+    /// Settings by their path below `/proc/sys`; one that this kernel does not have is absent.
+    fn sysctls(&mut self, paths: &[&str]) -> Result<BTreeMap<String, String>, KernelError>;
 
     /// Those of `peers` that are reached through `dev` without a gateway, by the kernel's own route lookup.
     fn on_link(&mut self, dev: &IfName, peers: &BTreeSet<IpAddr>) -> Result<BTreeSet<IpAddr>, KernelError>;
@@ -37,25 +41,15 @@ pub trait Kernel {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Scope {
-    /// Device whose neighbours and forwarding entries matter.
-    pub device: Option<IfName>,
-    /// Paths below `/proc/sys`.
-    pub sysctls: Vec<String>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Dump {
     pub links: BTreeMap<IfName, FoundLink>,
     pub addrs: Vec<FoundAddr>,
-    /// Permanent neighbours of the scope's device.
+    /// Permanent neighbours of the device.
     pub neighs: Vec<(IfName, IpAddr, Mac)>,
-    /// Permanent unicast forwarding entries of the scope's device.
+    /// Permanent unicast forwarding entries of the device.
     pub fdb: Vec<(IfName, Mac, IpAddr)>,
     /// Unicast routes of the main table with the default metric.
     pub routes: Vec<(Subnet, Route)>,
-    /// A path that this kernel does not have is absent.
-    pub sysctls: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,8 +59,13 @@ pub struct FoundLink {
     pub group: u32,
     /// What a veth or bridge port needs; found for every link.
     pub port: BridgePort,
-    /// Administratively up and with carrier.
-    pub running: bool,
+}
+
+impl FoundLink {
+    /// Whether it is a pod's host-side veth that we made: both marks are in the message that creates it.
+    pub fn is_our_veth(&self, name: &IfName) -> bool {
+        self.group == VETH_GROUP && is_host_ifname(name.as_str())
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -94,6 +93,8 @@ pub enum KernelError {
     Socket(String),
     #[error("netlink: a message could not be read: {0}")]
     Malformed(String),
+    #[error("does not stay as it was set: somebody else changes it")]
+    Contested,
     #[error("/proc/sys/{path}: {reason}")]
     Sysctl { path: String, reason: String },
 }

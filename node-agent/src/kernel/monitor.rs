@@ -33,14 +33,41 @@ const CHECK_SECONDS: i64 = 1;
 const RECEIVE_BUFFER: u32 = 1 << 20;
 
 /// Called for every announcement that matters.
-pub type Wake = Arc<dyn Fn() + Send + Sync>;
+type Wake = Arc<dyn Fn() + Send + Sync>;
+
+/// Whose neighbours matter. Those of pods come and go all the time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Neighbours {
+    All,
+    Of(u32),
+    None,
+}
+
+impl Neighbours {
+    /// In one atomic number: interface indices are positive and signed in the kernel.
+    fn encode(self) -> u32 {
+        match self {
+            Self::All => 0,
+            Self::Of(index) => index,
+            Self::None => u32::MAX,
+        }
+    }
+
+    fn decode(number: u32) -> Self {
+        match number {
+            0 => Self::All,
+            u32::MAX => Self::None,
+            index => Self::Of(index),
+        }
+    }
+}
 
 /// A thread that listens in the network namespace it was started in. Ends when dropped.
 #[derive(Debug)]
 pub struct Monitor {
     stop: Arc<AtomicBool>,
-    /// Only neighbours of this device matter; 0 means all.
-    device: Arc<AtomicU32>,
+    /// [`Neighbours`], encoded.
+    neighbours: Arc<AtomicU32>,
     overruns: Arc<AtomicU64>,
 }
 
@@ -53,13 +80,17 @@ impl Monitor {
         for group in GROUPS {
             socket.add_membership(group)?;
         }
-        let monitor = Self { stop: Arc::default(), device: Arc::default(), overruns: Arc::default() };
-        let (stop, device, overruns) =
-            (monitor.stop.clone(), monitor.device.clone(), monitor.overruns.clone());
+        let monitor = Self { stop: Arc::default(), neighbours: Arc::default(), overruns: Arc::default() };
+        let (stop, neighbours, overruns) =
+            (monitor.stop.clone(), monitor.neighbours.clone(), monitor.overruns.clone());
         thread::Builder::new().name("netlink-monitor".into()).spawn(move || {
             while !stop.load(Ordering::Relaxed) {
                 match socket.recv_from_full() {
-                    Ok((datagram, _)) if matters(&datagram, device.load(Ordering::Relaxed)) => wake(),
+                    Ok((datagram, _))
+                        if matters(&datagram, Neighbours::decode(neighbours.load(Ordering::Relaxed))) =>
+                    {
+                        wake()
+                    }
                     Ok(_) => {}
                     Err(e) if e.raw_os_error() == Some(nix::libc::ENOBUFS) => {
                         overruns.fetch_add(1, Ordering::Relaxed);
@@ -76,9 +107,8 @@ impl Monitor {
         Ok(monitor)
     }
 
-    /// Names the overlay's device: pods' own neighbours come and go all the time and are none of our business.
-    pub fn watch_neighbours_of(&self, index: u32) {
-        self.device.store(index, Ordering::Relaxed);
+    pub fn watch(&self, neighbours: Neighbours) {
+        self.neighbours.store(neighbours.encode(), Ordering::Relaxed);
     }
 
     /// Times the kernel dropped announcements because they were not read fast enough.
@@ -94,16 +124,20 @@ impl Drop for Monitor {
 }
 
 /// Whether any message of a datagram is more than a foreign neighbour's.
-fn matters(datagram: &[u8], device: u32) -> bool {
+fn matters(datagram: &[u8], neighbours: Neighbours) -> bool {
     let mut rest = datagram;
     while rest.len() >= 16 {
         let length = u32::from_ne_bytes([rest[0], rest[1], rest[2], rest[3]]) as usize;
         let kind = u16::from_ne_bytes([rest[4], rest[5]]);
-        if !matches!(kind, RTM_NEWNEIGH | RTM_DELNEIGH) || device == 0 {
-            return true;
-        }
         // struct ndmsg: family and padding, then the interface index.
-        if rest.get(20..24).is_some_and(|index| index == device.to_ne_bytes()) {
+        let index = rest.get(20..24).unwrap_or_default();
+        let matters = match neighbours {
+            _ if !matches!(kind, RTM_NEWNEIGH | RTM_DELNEIGH) => true,
+            Neighbours::All => true,
+            Neighbours::Of(device) => index == device.to_ne_bytes(),
+            Neighbours::None => false,
+        };
+        if matters {
             return true;
         }
         rest = &rest[length.clamp(16, rest.len()).next_multiple_of(4).min(rest.len())..];
@@ -125,11 +159,13 @@ mod tests {
 
     #[test]
     fn foreign_neighbours_do_not_wake() {
-        assert!(!matters(&message(RTM_NEWNEIGH, 4), 7));
-        assert!(matters(&message(RTM_NEWNEIGH, 7), 7));
-        assert!(matters(&message(RTM_NEWNEIGH, 4), 0));
-        assert!(matters(&message(16, 4), 7), "a link matters whatever its index");
+        let of_seven = Neighbours::decode(Neighbours::Of(7).encode());
+        assert!(!matters(&message(RTM_NEWNEIGH, 4), of_seven));
+        assert!(matters(&message(RTM_NEWNEIGH, 7), of_seven));
+        assert!(matters(&message(RTM_NEWNEIGH, 4), Neighbours::decode(Neighbours::All.encode())));
+        assert!(!matters(&message(RTM_NEWNEIGH, 4), Neighbours::decode(Neighbours::None.encode())));
+        assert!(matters(&message(16, 4), of_seven), "a link matters whatever its index");
         let two = [message(RTM_DELNEIGH, 4), message(24, 1)].concat();
-        assert!(matters(&two, 7), "the second message counts");
+        assert!(matters(&two, of_seven), "the second message counts");
     }
 }

@@ -25,16 +25,16 @@ const BATCH: usize = 256;
 const RECEIVE_BUFFER: u32 = 4 << 20;
 const DUMP_TRIES: u32 = 10;
 
-pub struct RouteSocket {
+pub(super) struct RouteSocket {
     socket: Socket,
     sequence: u32,
 }
 
 /// A request and its flags beyond `NLM_F_REQUEST | NLM_F_ACK`.
 #[derive(Debug, Clone)]
-pub struct Request {
-    pub message: RouteNetlinkMessage,
-    pub flags: u16,
+pub(super) struct Request {
+    pub(super) message: RouteNetlinkMessage,
+    pub(super) flags: u16,
 }
 
 impl std::fmt::Debug for RouteSocket {
@@ -45,7 +45,7 @@ impl std::fmt::Debug for RouteSocket {
 
 impl RouteSocket {
     /// Opens a socket in the network namespace of the calling thread.
-    pub fn open() -> Result<Self, KernelError> {
+    pub(super) fn open() -> Result<Self, KernelError> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
@@ -57,17 +57,20 @@ impl RouteSocket {
     }
 
     /// Sends every request, in as few system calls as possible; one result for each, in order.
-    pub fn batch(&mut self, requests: &[Request]) -> Vec<Result<(), KernelError>> {
+    pub(super) fn batch(&mut self, requests: &[Request]) -> Vec<Result<(), KernelError>> {
         requests.chunks(BATCH).flat_map(|chunk| self.chunk(chunk)).collect()
     }
 
     /// Sends one request.
-    pub fn request(&mut self, request: Request) -> Result<(), KernelError> {
+    pub(super) fn request(&mut self, request: Request) -> Result<(), KernelError> {
         self.batch(&[request]).pop().unwrap_or(Ok(()))
     }
 
     /// Asks for one object. `ENODEV` and the like come back as [`KernelError::Refused`].
-    pub fn get(&mut self, message: RouteNetlinkMessage) -> Result<Option<RouteNetlinkMessage>, KernelError> {
+    pub(super) fn get(
+        &mut self,
+        message: RouteNetlinkMessage,
+    ) -> Result<Option<RouteNetlinkMessage>, KernelError> {
         let sequence = self.send(&[(message, NLM_F_REQUEST | NLM_F_ACK)])?;
         let mut answer = None;
         loop {
@@ -87,7 +90,10 @@ impl RouteSocket {
     }
 
     /// Lists everything that `message` asks for, consistently.
-    pub fn dump(&mut self, message: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>, KernelError> {
+    pub(super) fn dump(
+        &mut self,
+        message: RouteNetlinkMessage,
+    ) -> Result<Vec<RouteNetlinkMessage>, KernelError> {
         for _ in 0..DUMP_TRIES {
             if let Some(list) = self.dump_once(message.clone())? {
                 return Ok(list);

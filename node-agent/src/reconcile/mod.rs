@@ -4,7 +4,6 @@
 //! looks at what is, plans the difference, applies it and looks once more. What fails stays pending and is tried again
 //! with backoff. The loop has a thread of its own, since netlink calls block; everybody else talks to [`Handle`].
 
-pub mod object;
 pub mod observe;
 pub mod plan;
 
@@ -22,10 +21,11 @@ use weft_shared::lease::{Lease, LeaseKey};
 use weft_shared::netconf::NetworkConfig;
 use weft_shared::{IfName, Subnet};
 
-use crate::dataplane::{Backend, Underlay};
-use crate::kernel::Kernel;
+use crate::dataplane::Backend;
+use crate::kernel::{Kernel, KernelError};
+use crate::object::Key;
 use crate::pods::{DeviceFacts, PodPorts, SeenVeths};
-use crate::status::PendingObject;
+use crate::underlay::Underlay;
 
 pub use pass::Memory;
 
@@ -51,7 +51,6 @@ pub struct NodeInputs {
     pub lease: LeaseKey,
     /// As chosen at start; index and MTU are looked up anew in every pass.
     pub underlay: Underlay,
-    pub public_ip: std::net::Ipv4Addr,
     /// Nothing durable was found: a flanneld may have run here before.
     pub first_start: bool,
 }
@@ -62,12 +61,13 @@ pub struct Report {
     pub passes: u64,
     /// The latest request that this pass answers ([`Handle::pass`]).
     generation: u64,
+    /// When the kernel was last seen.
     pub at: Option<Instant>,
     /// Why the pass could not be made at all.
     pub error: Option<String>,
-    /// Objects that should be in the kernel.
+    /// Objects that should be in the kernel, and are.
     pub objects: usize,
-    pub pending: Vec<PendingObject>,
+    pub pending: Vec<Pending>,
     /// Things found wrong that nobody had asked to change.
     pub repairs: u64,
     /// Own device, address and settings are in place: pods can be served.
@@ -88,6 +88,15 @@ impl Report {
     fn looked(&self) -> bool {
         self.underlay.is_some()
     }
+}
+
+/// An object that is not as it should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pending {
+    pub key: Key,
+    pub error: KernelError,
+    /// Passes that have tried.
+    pub attempts: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -213,15 +222,15 @@ fn run(mut kernel: impl Kernel, shared: &Shared, publish: &watch::Sender<Report>
         };
         let last = publish.borrow().clone();
         let mut report = pass::pass(&mut kernel, &mut memory, &inputs, revision);
-        report.passes = last.passes + 1;
         report.generation = generation;
         report.repairs += last.repairs;
+        report.passes = last.passes + u64::from(report.looked());
+        report.at = if report.looked() { Some(Instant::now()) } else { last.at };
         // A pass that could not look has seen nothing, which is not the same as seeing that nothing is there.
         match report.looked() {
             true => report.veths.pass = last.veths.pass + 1,
             false => report.veths = last.veths.clone(),
         }
-        report.at = Some(Instant::now());
         complain(&last, &report);
         due = Instant::now() + next_pass(&report, &memory, resync);
         publish.send_replace(report);
@@ -248,7 +257,7 @@ fn complain(last: &Report, report: &Report) {
     }
     for pending in &report.pending {
         if pending.attempts == 2 {
-            warn!(object = %pending.object, error = %pending.error, "kernel object is not as it should be; will be tried again");
+            warn!(object = %pending.key, error = %pending.error, "kernel object is not as it should be; will be tried again");
         }
     }
     for (key, peer) in &report.peers {

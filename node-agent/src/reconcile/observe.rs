@@ -4,11 +4,13 @@
 //! of the overlay's network on a device we own. Routes that flanneld left behind are adopted. Everything else is
 //! foreign: it is seen only where it has the key of something we want, and it is never removed.
 
-use weft_shared::names::{ROUTE_PROTOCOL, VETH_GROUP, is_host_ifname};
+use std::collections::BTreeMap;
+
+use weft_shared::names::ROUTE_PROTOCOL;
 use weft_shared::{IfName, Subnet};
 
-use super::object::{Desired, Found, Key, Object, Observed, Route};
 use crate::kernel::Dump;
+use crate::object::{Desired, Found, Key, Object, Observed, Route};
 
 /// `RTPROT_BOOT`: what `ip route` and flanneld give their routes.
 const PROTOCOL_BOOT: u8 = 3;
@@ -45,7 +47,13 @@ impl Ownership {
     }
 }
 
-pub fn observe(dump: &Dump, desired: &Desired, ownership: &Ownership) -> Observed {
+/// `sysctls`: those of `desired`, as far as this kernel has them.
+pub fn observe(
+    dump: &Dump,
+    sysctls: &BTreeMap<String, String>,
+    desired: &Desired,
+    ownership: &Ownership,
+) -> Observed {
     let mut observed = Observed::default();
     let mut see = |object: Object, ours: bool| {
         let key = object.key();
@@ -74,11 +82,11 @@ pub fn observe(dump: &Dump, desired: &Desired, ownership: &Ownership) -> Observe
     };
     for (name, found) in &dump.links {
         see(Object::Link { name: name.clone(), link: found.link.clone() }, false);
-        if found.group == VETH_GROUP && is_host_ifname(name.as_str()) {
+        if found.is_our_veth(name) {
             see(Object::Port { veth: name.clone(), port: found.port.clone() }, false);
         }
     }
-    for (path, value) in &dump.sysctls {
+    for (path, value) in sysctls {
         see(Object::Sysctl { path: path.clone(), value: value.clone() }, false);
     }
     for found in &dump.addrs {
@@ -97,7 +105,7 @@ pub fn observe(dump: &Dump, desired: &Desired, ownership: &Ownership) -> Observe
     // What this kernel does not have cannot be wrong.
     for (key, object) in desired.objects() {
         if let Key::Sysctl(path) = key
-            && !dump.sysctls.contains_key(path)
+            && !sysctls.contains_key(path)
         {
             observed.objects.insert(key.clone(), Found { object: object.clone(), ours: false });
         }

@@ -4,16 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use tracing::{debug, info};
-use weft_shared::names::{VETH_GROUP, is_host_ifname};
 
-use super::object::{Desired, Key, Object};
 use super::observe::{Ownership, observe};
-use super::plan::{Op, plan};
-use super::{Inputs, NodeInputs, PeerReport, Report, pods};
-use crate::dataplane::{Backend, Dataplane, LocalNode, PeerPlan, Underlay};
-use crate::kernel::{Dump, Kernel, KernelError, Scope};
-use crate::pods::{DeviceFacts, SeenVeth};
-use crate::status::PendingObject;
+use super::plan::plan;
+use super::{Inputs, NodeInputs, PeerReport, Pending, Report, pods};
+use crate::dataplane::{LocalNode, PeerPlan};
+use crate::kernel::{Dump, Kernel, KernelError};
+use crate::object::{Desired, Key, Object, Op};
+use crate::pods::{DeviceFacts, PodPorts, SeenVeth};
+use crate::underlay::Underlay;
 
 /// Looks in one pass: a recreated device takes its entries with it, and those come back in the next.
 const ROUNDS: usize = 4;
@@ -61,27 +60,27 @@ fn try_pass(
     let Some(node) = &inputs.node else {
         return Ok(Report::default());
     };
-    let scope = scope(node);
     let settled = memory.settled == Some(revision);
     let mut report = Report::default();
     let mut failed = BTreeMap::new();
     for round in 0..ROUNDS {
-        let dump = kernel.dump(&scope).map_err(|e| e.to_string())?;
+        let dump = kernel.dump(node.backend.plane().device()).map_err(|e| e.to_string())?;
         let local = local_node(kernel, node, inputs, &dump)?;
         let wanted = node.backend.desired(&local, &inputs.peers);
         let mut desired = wanted.desired;
-        desired.extend(pods::desired(&inputs.pods, node.public_ip));
+        desired.extend(pods::desired(&inputs.pods, node.underlay.public_ip));
         desired.insert(Object::Sysctl { path: IP_FORWARD.into(), value: "1".into() });
+        let sysctls = kernel.sysctls(&desired.sysctl_paths()).map_err(|e| e.to_string())?;
         let ownership = ownership(node, inputs, memory);
-        let observed = observe(&dump, &desired, &ownership);
+        let observed = observe(&dump, &sysctls, &desired, &ownership);
         let ops = plan(&desired, &observed, inputs.has_snapshot);
         // What failed a moment ago fails again: the next pass tries it, after a while.
         let ops: Vec<Op> = ops.into_iter().filter(|op| !failed.contains_key(&op.key())).collect();
         if ops.is_empty() || round == ROUNDS - 1 {
             for op in ops {
-                failed.entry(op.key()).or_insert(KernelError::Socket("does not stay as it was set".into()));
+                failed.entry(op.key()).or_insert(KernelError::Contested);
             }
-            finish(&mut report, &dump, &desired, &wanted.peers, &failed, &local);
+            finish(&mut report, &dump, &desired, &wanted.peers, &failed, &local, &inputs.pods);
             break;
         }
         for (op, result) in ops.iter().zip(kernel.apply(&ops)) {
@@ -99,21 +98,15 @@ fn try_pass(
     Ok(report)
 }
 
+/// A node carries its pods' packets between interfaces.
 const IP_FORWARD: &str = "net/ipv4/ip_forward";
-
-fn scope(node: &NodeInputs) -> Scope {
-    let device = node.backend.device().cloned();
-    let mut sysctls = vec![IP_FORWARD.to_owned()];
-    sysctls.extend(device.iter().map(|dev| format!("net/ipv6/conf/{dev}/accept_ra")));
-    Scope { device, sysctls }
-}
 
 fn ownership(node: &NodeInputs, inputs: &Inputs, memory: &Memory) -> Ownership {
     Ownership {
         networks: [Some(node.config.v4), node.config.v6].into_iter().flatten().map(|r| r.network).collect(),
         subnet_len: node.config.v4.subnet_len,
         underlay: node.underlay.iface.clone(),
-        device: node.backend.device().cloned(),
+        device: node.backend.plane().device().cloned(),
         bridges: inputs.pods.bridges.keys().cloned().collect(),
         adopt_flannels: node.first_start && !memory.adopted,
     }
@@ -129,15 +122,13 @@ fn local_node(
     let iface = &node.underlay.iface;
     let found = dump.links.get(iface).ok_or_else(|| format!("underlay interface {iface} is gone"))?;
     let underlay = Underlay { index: found.index, mtu: found.link.mtu, ..node.underlay.clone() };
-    let on_link = match node.backend {
-        Backend::HostGw(_) => {
-            let peers =
-                inputs.peers.iter().flat_map(|p| p.key.subnets().filter_map(|s| p.attrs.public_addr(s)));
-            kernel.on_link(iface, &peers.collect::<BTreeSet<IpAddr>>()).map_err(|e| e.to_string())?
-        }
-        Backend::Vxlan(_) => BTreeSet::new(),
+    let on_link = if node.backend.plane().asks_for_on_link() {
+        let peers = inputs.peers.iter().flat_map(|p| p.key.subnets().filter_map(|s| p.attrs.public_addr(s)));
+        kernel.on_link(iface, &peers.collect::<BTreeSet<IpAddr>>()).map_err(|e| e.to_string())?
+    } else {
+        BTreeSet::new()
     };
-    Ok(LocalNode { lease: node.lease, underlay, public_ip: node.public_ip, on_link })
+    Ok(LocalNode { lease: node.lease, underlay, on_link })
 }
 
 fn log(op: &Op, is_repair: bool, repairs: &mut u64) {
@@ -159,8 +150,9 @@ fn finish(
     peers: &BTreeMap<weft_shared::lease::LeaseKey, PeerPlan>,
     failed: &BTreeMap<Key, KernelError>,
     local: &LocalNode,
+    pods: &PodPorts,
 ) {
-    report.objects = desired.len();
+    report.objects = desired.objects().filter(|(key, _)| !failed.contains_key(key)).count();
     report.usable = !failed.keys().any(|key| matches!(key, Key::Link(_) | Key::Sysctl(_) | Key::Addr(..)));
     report.underlay = Some(local.underlay.clone());
     for (key, plan) in peers {
@@ -179,13 +171,13 @@ fn finish(
                     );
                 }
             }
-            (Key::Addr(dev, addr), _) if !failed.contains_key(key) => {
+            (Key::Addr(dev, addr), _) if pods.bridges.contains_key(dev) && !failed.contains_key(key) => {
                 report.gateways.entry(dev.clone()).or_default().push((*addr).into());
             }
             _ => {}
         }
     }
-    let ours = dump.links.iter().filter(|(name, l)| l.group == VETH_GROUP && is_host_ifname(name.as_str()));
+    let ours = dump.links.iter().filter(|(name, link)| link.is_our_veth(name));
     report.veths.veths = ours.map(|(name, l)| SeenVeth { name: name.clone(), ifindex: l.index }).collect();
 }
 
@@ -193,7 +185,7 @@ fn remember(memory: &mut Memory, failed: BTreeMap<Key, KernelError>, report: &mu
     let before = std::mem::take(&mut memory.failed);
     for (key, error) in failed {
         let attempts = before.get(&key).map_or(0, |(_, attempts)| *attempts) + 1;
-        report.pending.push(PendingObject { object: key.to_string(), error: error.to_string(), attempts });
+        report.pending.push(Pending { key: key.clone(), error: error.clone(), attempts });
         memory.failed.insert(key, (error, attempts));
     }
     memory.settled = memory.failed.is_empty().then_some(revision);

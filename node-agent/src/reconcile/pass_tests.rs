@@ -4,9 +4,10 @@ use weft_shared::lease::Lease;
 use weft_shared::netconf::NetworkConfig;
 
 use super::*;
+use crate::dataplane::Backend;
 use crate::kernel::fake::FakeKernel;
+use crate::object::Route;
 use crate::pods::{BridgeNeed, PodPorts};
-use crate::reconcile::object::Route;
 
 fn inputs(config: &str, peers: &[(&str, &str)]) -> Inputs {
     let config = NetworkConfig::parse(config).expect("valid");
@@ -16,12 +17,13 @@ fn inputs(config: &str, peers: &[(&str, &str)]) -> Inputs {
         index: 0,
         addr: "192.0.2.1".parse().expect("ip"),
         mtu: 0,
+        public_ip: "192.0.2.1".parse().expect("ip"),
+        chosen_by: "a test".into(),
     };
     let node = NodeInputs {
         config,
         backend,
         lease: "10.5.1.0-24".parse().expect("key"),
-        public_ip: underlay.addr,
         underlay,
         first_start: false,
     };
@@ -87,7 +89,7 @@ fn a_refused_operation_is_pending_and_tried_again() {
     kernel.faults = [false, false, false, false, true].into();
     let report = pass(&mut kernel, &mut memory, &inputs, 1);
     assert_eq!(report.pending.len(), 1, "{:?}", report.pending);
-    assert_eq!(report.pending[0].object, "neighbour 10.5.2.0 dev flannel.1");
+    assert_eq!(report.pending[0].key.to_string(), "neighbour 10.5.2.0 dev flannel.1");
     assert!(report.usable, "one peer's trouble does not stop the node");
     let peer = report.peers.values().next().expect("one peer");
     assert!(peer.problem().is_some_and(|p| p.contains("neighbour 10.5.2.0")), "{peer:?}");

@@ -7,25 +7,7 @@ use std::collections::BTreeSet;
 
 use weft_shared::IfName;
 
-use super::object::{Desired, Found, Key, Object, Observed};
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Op {
-    /// Make it so; `found` is what the key holds now.
-    Set {
-        object: Object,
-        found: Option<Found>,
-    },
-    Remove(Object),
-}
-
-impl Op {
-    pub fn key(&self) -> Key {
-        match self {
-            Self::Set { object, .. } | Self::Remove(object) => object.key(),
-        }
-    }
-}
+use crate::object::{Desired, Key, Object, Observed, Op};
 
 /// `may_remove` stays false until the first full snapshot: before it nobody knows what is stale.
 pub fn plan(desired: &Desired, observed: &Observed, may_remove: bool) -> Vec<Op> {

@@ -8,9 +8,9 @@ use weft_shared::names::ROUTE_PROTOCOL;
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::*;
+use crate::kernel::Kernel;
 use crate::kernel::fake::{FakeKernel, found_addr};
-use crate::kernel::{Kernel, Scope};
-use crate::reconcile::object::{AddrScope, Link, LinkKind, LinkMac, Route, Vxlan};
+use crate::object::{AddrScope, Link, LinkKind, LinkMac, Route, Vxlan};
 use crate::reconcile::observe::{Ownership, observe};
 
 fn name(text: &str) -> IfName {
@@ -86,8 +86,9 @@ fn ownership() -> Ownership {
 }
 
 fn look(kernel: &mut FakeKernel, desired: &Desired) -> Observed {
-    let scope = Scope { device: Some(device()), sysctls: vec![] };
-    observe(&kernel.dump(&scope).expect("the fake always answers"), desired, &ownership())
+    let dump = kernel.dump(Some(&device())).expect("the fake always answers");
+    let sysctls = kernel.sysctls(&desired.sysctl_paths()).expect("the fake always answers");
+    observe(&dump, &sysctls, desired, &ownership())
 }
 
 /// A kernel left behind by an earlier world: other peers, an older device, and an operator's own things.

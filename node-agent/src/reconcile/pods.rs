@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use weft_shared::names::bridge_mac;
 
-use super::object::{AddrScope, BridgePort, Desired, Link, LinkKind, LinkMac, Object};
+use crate::object::{AddrScope, BridgePort, Desired, Link, LinkKind, LinkMac, Object};
 use crate::pods::PodPorts;
 
 /// `node` gives a bridge of this node its own MAC, the same at every start.

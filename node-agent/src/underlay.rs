@@ -9,7 +9,29 @@ use ipnetwork::IpNetwork;
 use regex::bytes::Regex;
 use weft_shared::IfName;
 
-use super::{IfaceSpec, UnderlayChoice};
+use crate::object::AddrScope;
+
+/// How the operator wants the underlay's interface to be found; all empty means by the default route.
+#[derive(Debug, Clone, Default)]
+pub struct UnderlayChoice {
+    pub ifaces: Vec<IfaceSpec>,
+    pub regexes: Vec<Regex>,
+    pub can_reach: Option<Ipv4Addr>,
+    pub public_ip: Option<Ipv4Addr>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum IfaceSpec {
+    Addr(Ipv4Addr),
+    Name(IfName),
+}
+
+impl UnderlayChoice {
+    /// Whether nothing says which interface, so that the public address or the default route decides.
+    pub fn is_open(&self) -> bool {
+        self.ifaces.is_empty() && self.regexes.is_empty() && self.can_reach.is_none()
+    }
+}
 
 /// The node's interfaces and the routes that a choice may ask for.
 #[derive(Debug, Clone, Default)]
@@ -45,13 +67,6 @@ pub struct HostAddr {
     pub temporary: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AddrScope {
-    Global,
-    Link,
-    Host,
-}
-
 #[derive(Debug, Clone, Copy)]
 pub struct ReachRoute {
     pub index: u32,
@@ -59,6 +74,7 @@ pub struct ReachRoute {
     pub source: Option<Ipv4Addr>,
 }
 
+/// The interface that carries packets between nodes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Underlay {
     pub iface: IfName,
@@ -260,8 +276,11 @@ impl fmt::Display for Listed<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::values::regex;
     use super::*;
+
+    fn regex(text: &str) -> Option<Regex> {
+        Regex::new(text).ok()
+    }
 
     fn addr(text: &str) -> HostAddr {
         HostAddr {

@@ -172,12 +172,13 @@ impl Desired {
         self.0.get(key)
     }
 
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+    /// Paths of the settings among them.
+    pub fn sysctl_paths(&self) -> Vec<&str> {
+        let paths = self.0.keys().filter_map(|key| match key {
+            Key::Sysctl(path) => Some(path.as_str()),
+            _ => None,
+        });
+        paths.collect()
     }
 }
 
@@ -194,6 +195,25 @@ pub struct Found {
     pub object: Object,
     /// It carries our mark: it may be changed, and goes when nothing wants it.
     pub ours: bool,
+}
+
+/// One step from what is to what should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Op {
+    /// Make it so; `found` is what the key holds now.
+    Set {
+        object: Object,
+        found: Option<Found>,
+    },
+    Remove(Object),
+}
+
+impl Op {
+    pub fn key(&self) -> Key {
+        match self {
+            Self::Set { object, .. } | Self::Remove(object) => object.key(),
+        }
+    }
 }
 
 impl fmt::Display for Key {

@@ -24,7 +24,7 @@ pub struct NetworkConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Range {
     pub network: Subnet,
-    /// Length of a leased subnet.
+    /// Prefix length of a leased subnet, in bits.
     pub subnet_len: u8,
     /// First and last leased subnet, both inclusive.
     pub min: IpAddr,
@@ -43,7 +43,7 @@ pub struct VxlanConfig {
     /// 24 bits (RFC 7348).
     pub vni: u32,
     pub port: u16,
-    /// Underlay MTU to assume instead of the interface's; the overlay's is 50 less.
+    /// Underlay MTU in bytes to assume instead of the interface's; the overlay's is 50 less.
     pub mtu: Option<u32>,
     pub gbp: bool,
     pub learning: bool,
@@ -92,7 +92,8 @@ impl NetworkConfig {
         if keys.bool("EnableIPv6")?.unwrap_or(false) {
             return Err(keys.bad("EnableIPv6", "false: this version of weft leases IPv4 subnets only"));
         }
-        // It chooses between flannel's two firewall backends; weft has one. Its type is still checked.
+        // Either value is accepted and has no effect: it chooses between flannel's iptables and nftables, and weft's
+        // firewall is always nftables.
         keys.bool("EnableNFTables")?;
         Ok(Self { v4: Range::parse_v4(&keys)?, v6: None, backend: BackendConfig::parse(&keys)? })
     }

@@ -68,7 +68,7 @@ pub struct BridgeOptions {
     pub hairpin: bool,
     /// The port may talk to non-isolated ports only (`BRIDGE_ISOLATED`).
     pub isolated: bool,
-    /// Lower than the dataplane's MTU, never higher; absent means the dataplane's.
+    /// In bytes, at most the dataplane's MTU; absent means the dataplane's.
     pub mtu: Option<u32>,
 }
 
@@ -94,6 +94,7 @@ pub struct Reservation {
     pub addresses: Vec<PodAddress>,
     /// Prefixes that go through the gateway even when the pod has no default route of ours: the overlay.
     pub overlay: Vec<Subnet>,
+    /// Of the pod's interface, in bytes.
     pub mtu: u32,
     pub bridge: IfName,
     /// Index of the bridge in the node's network namespace.

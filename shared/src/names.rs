@@ -9,6 +9,8 @@ use sha2::{Digest, Sha256};
 use crate::protocol::Attachment;
 use crate::{IfName, Mac};
 
+/// The longest path of a unix socket: `sun_path` of unix(7) holds 108 bytes, the terminating zero included.
+pub const MAX_SOCKET_PATH: usize = 107;
 pub const CNI_SOCKET: &str = "/run/weft/cni.sock";
 pub const ADMIN_SOCKET: &str = "/run/weft/admin.sock";
 pub const ADMIN_LISTEN: &str = "127.0.0.1:9474";

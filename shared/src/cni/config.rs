@@ -66,11 +66,11 @@ impl NetConf {
         let Some(path) = keys.str("socket", "the absolute path of the agent's socket")? else {
             return Ok(PathBuf::from(names::CNI_SOCKET));
         };
-        // sun_path holds 108 bytes with its terminating zero (unix(7)).
-        if path.starts_with('/') && path.len() < 108 {
+        if path.starts_with('/') && path.len() <= names::MAX_SOCKET_PATH {
             Ok(PathBuf::from(path))
         } else {
-            Err(keys.bad("socket", "the absolute path of the agent's socket, at most 107 bytes"))
+            let most = names::MAX_SOCKET_PATH;
+            Err(keys.bad("socket", &format!("the absolute path of the agent's socket, at most {most} bytes")))
         }
     }
 

@@ -58,7 +58,6 @@ pub(crate) fn add(
             pod: args.pod,
         })
         .map_err(unavailable)?;
-    check_mtu(&interface, &reserved)?;
 
     let mut host = Netlink::open().map_err(|e| Failure::new(Code::Wiring, format!("netlink socket: {e}")))?;
     let plan = Plan::new(&attachment, &interface, &reserved);
@@ -78,17 +77,6 @@ pub(crate) fn add(
         wiring::undo(&mut host, wired.host_ifindex);
         take_back(&socket, attachment);
     })
-}
-
-/// The agent grants at most the dataplane's MTU; more was asked for when it granted less.
-fn check_mtu(interface: &InterfaceConf, reserved: &Reservation) -> Result<(), Failure> {
-    match interface.bridge.mtu {
-        Some(asked) if asked > reserved.mtu => Err(Failure::new(
-            Code::BadConfiguration,
-            format!("mtu = {asked}: expected at most the dataplane's MTU of {}", reserved.mtu),
-        )),
-        _ => Ok(()),
-    }
 }
 
 fn result(

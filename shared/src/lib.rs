@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cni;
+pub mod deadline;
 pub mod lease;
 pub mod names;
 pub mod netconf;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use weft_shared::cni::{
     CniArgs, CniResult, Code, Interface, InterfaceConf, IpConfig, NetConf, Route, Target,
 };
+use weft_shared::deadline;
 use weft_shared::protocol::{Attachment, Commit, Failure, Request, Reservation, Reserve};
 
 use crate::agent::Agent;
@@ -16,9 +17,6 @@ use crate::netns::Netns;
 use crate::sys::Alarm;
 use crate::wiring::{self, Plan, Pod, Wired};
 
-const ALARM_SECONDS: u32 = 10;
-/// Short of the alarm, so that a slow agent still gets the runtime an error in words.
-const TOTAL: Duration = Duration::from_secs(9);
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Time to take an ADD back whose result nobody could be given.
 const TAKE_BACK: Duration = Duration::from_secs(3);
@@ -31,8 +29,8 @@ pub(crate) fn add(
     own_netns_is_fine: bool,
     out: &mut dyn Write,
 ) -> Result<(), Failure> {
-    let _alarm = Alarm::arm(ALARM_SECONDS);
-    let deadline = Instant::now() + TOTAL;
+    let _alarm = Alarm::arm(deadline::ADD_ALARM);
+    let deadline = Instant::now() + deadline::ADD;
     if conf.has_prev_result() {
         let msg = "prevResult is set: weft makes the interface, so expected it first in the list of plugins";
         return Err(Failure::new(Code::BadConfiguration, msg));

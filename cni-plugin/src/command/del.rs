@@ -10,6 +10,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::time::{ClockId, clock_gettime};
 use weft_shared::IfName;
 use weft_shared::cni::{Code, NetConf, Target};
+use weft_shared::deadline;
 use weft_shared::names::{CNI_SOCKET, VETH_GROUP, host_ifname};
 use weft_shared::protocol::{Attachment, Failure, Request};
 use weft_shared::tombstone::{Tombstone, dir_beside, lock_file};
@@ -19,13 +20,12 @@ use crate::netlink::{Netlink, NetlinkError};
 use crate::netns::Netns;
 use crate::wiring::Pod;
 
-const TOTAL: Duration = Duration::from_secs(5);
 /// How long the agent is waited for that drains the tombstones before it listens.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_EVERY: Duration = Duration::from_millis(10);
 
 pub(crate) fn del(conf: &NetConf, target: &Target, netns: Option<&str>) -> Result<(), Failure> {
-    let deadline = Instant::now() + TOTAL;
+    let deadline = Instant::now() + deadline::DEL_OR_CHECK;
     let attachment = conf.attachment(target);
     // A bad path could not have been added through: the default agent's books are as good as any.
     let socket = conf.socket().unwrap_or_else(|_| CNI_SOCKET.into());

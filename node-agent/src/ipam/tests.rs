@@ -13,6 +13,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use weft_shared::cni::Code;
+use weft_shared::deadline;
 use weft_shared::names::{attachment_hash, host_ifname};
 use weft_shared::protocol::{Attachment, BridgeOptions, Commit, Failure, Reservation, Reserve};
 use weft_shared::tombstone::Tombstone;
@@ -353,7 +354,7 @@ async fn a_closed_connection_undoes_everything() {
     node.ipam().tend().await;
     assert_eq!(node.states()["a"], "aborted");
     node.fabric.wire(&reservation.host_ifname);
-    node.pass_time(table::WIRING_LIMIT);
+    node.pass_time(deadline::WIRING);
     node.ipam().tend().await;
     node.assert_empty();
 }
@@ -552,7 +553,7 @@ async fn a_crash_at_every_step() {
     node.restart();
     assert_eq!((node.states()["a"].as_str(), node.ipam().status().addresses_used), ("aborted", 1));
     node.fabric.wire(&reservation.host_ifname);
-    node.pass_time(table::WIRING_LIMIT - STEP);
+    node.pass_time(deadline::WIRING - STEP);
     node.look().await;
     assert_eq!((node.states().len(), node.fabric.world().veths.len()), (1, 1));
     // Dead again: the span counts from Reserve, not from the start.
@@ -618,7 +619,7 @@ async fn a_repeated_add_after_a_crash_goes_on() {
     assert_eq!(node.ipam().status().addresses_used, 2);
     node.ipam().release(&key("a")).await.expect("DEL");
     assert_eq!((node.ipam().status().addresses_used, node.fabric.world().veths.len()), (2, 0));
-    node.pass_time(table::WIRING_LIMIT);
+    node.pass_time(deadline::WIRING);
     node.ipam().tend().await;
     node.assert_empty();
 }
@@ -635,7 +636,7 @@ async fn what_was_deleted_is_not_attached_again_after_a_crash() {
     node.restart();
     assert_eq!(node.states()["a"], "aborted");
     node.fabric.wire(&host_ifname(&key("a")));
-    node.pass_time(table::WIRING_LIMIT);
+    node.pass_time(deadline::WIRING);
     node.ipam().tend().await;
     node.assert_empty();
 }
@@ -651,7 +652,7 @@ async fn a_repeated_add_may_have_its_own_address_again() {
     assert_eq!(address(&again), addr("10.5.1.9"));
     node.commit(&connection, "a").expect("commit");
     connection.closed(true).await;
-    node.pass_time(table::WIRING_LIMIT);
+    node.pass_time(deadline::WIRING);
     node.ipam().tend().await;
     // The span of the orphan is over; the address is the pod's.
     node.assert_consistent();
@@ -667,7 +668,7 @@ async fn a_del_of_an_orphan_holds_the_address() {
     node.ipam().release(&key("a")).await.expect("DEL");
     assert_eq!(node.ipam().status().addresses_used, 1);
     node.fabric.wire(&reservation.host_ifname);
-    node.pass_time(table::WIRING_LIMIT);
+    node.pass_time(deadline::WIRING);
     node.ipam().tend().await;
     node.assert_empty();
 }
@@ -819,7 +820,7 @@ async fn a_veth_without_a_record_goes_after_a_while() {
     let node = Node::new();
     node.fabric.wire(&host_ifname(&key("ghost")));
     node.look().await;
-    node.pass_time(table::WIRING_LIMIT - STEP);
+    node.pass_time(deadline::WIRING - STEP);
     node.look().await;
     assert_eq!(node.fabric.world().veths.len(), 1);
     // Seen in between by an ADD: that one clears it and makes its own.
@@ -829,7 +830,7 @@ async fn a_veth_without_a_record_goes_after_a_while() {
     node.assert_consistent();
     node.fabric.wire(&host_ifname(&key("other")));
     node.look().await;
-    node.pass_time(table::WIRING_LIMIT);
+    node.pass_time(deadline::WIRING);
     node.ipam().tend().await;
     node.assert_consistent();
     assert_eq!(node.ipam().status().counters.orphans_removed, 1);
@@ -878,7 +879,7 @@ async fn an_unreadable_record_blocks_its_addresses_while_its_veth_lives() {
     for _ in 0..2 {
         node.restart();
         node.look().await;
-        node.pass_time(table::WIRING_LIMIT);
+        node.pass_time(deadline::WIRING);
         node.look().await;
         assert_eq!(node.fabric.world().veths.len(), 1, "a live pod's veth");
         let same = Reserve { requested: vec![address(&reservation)], ..reserve("b") };

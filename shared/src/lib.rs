@@ -14,9 +14,11 @@ pub mod subnet_env;
 pub mod tombstone;
 
 mod ifname;
+mod json;
 mod mac;
 mod subnet;
 
 pub use ifname::{BadIfName, IfName};
+pub use json::BadValue;
 pub use mac::{BadMac, Mac};
 pub use subnet::{BadSubnet, Subnet};

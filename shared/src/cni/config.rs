@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 
 use super::env::check_identifier;
 use super::{CniResult, Code, ContainerId, SpecVersion, Target};
+use crate::json::{Case, Keys};
 use crate::names;
 use crate::protocol::{Attachment, Failure};
 
@@ -41,7 +42,7 @@ impl NetConf {
                 return Err((SpecVersion::NEWEST, failure.with_details(e.to_string())));
             }
         };
-        let keys = Keys::top(&body);
+        let keys = Keys::top(&body, Case::Exact);
         let version = spec_version(&keys);
         let name = network_name(&keys).map_err(|e| (*version.as_ref().unwrap_or(&SpecVersion::NEWEST), e))?;
         let version = version.map_err(|e| (SpecVersion::NEWEST, e))?;
@@ -70,7 +71,8 @@ impl NetConf {
             Ok(PathBuf::from(path))
         } else {
             let most = names::MAX_SOCKET_PATH;
-            Err(keys.bad("socket", &format!("the absolute path of the agent's socket, at most {most} bytes")))
+            let expected = format!("the absolute path of the agent's socket, at most {most} bytes");
+            Err(keys.bad("socket", &expected).into())
         }
     }
 
@@ -91,7 +93,8 @@ impl NetConf {
         const KEYS: [&str; 2] = ["cni.dev/valid-attachments", "cni.dev/attachments"];
         let Some(key) = KEYS.into_iter().find(|key| self.body.contains_key(*key)) else { return Ok(None) };
         let expected = "a list of {\"containerID\": …, \"ifname\": …}";
-        let list = self.keys().list(key, expected)?;
+        let keys = self.keys();
+        let list = keys.list(key, expected)?;
         let one = |item: &Value| {
             let text = |name: &str| item.get(name).and_then(Value::as_str);
             Some(Attachment {
@@ -101,7 +104,7 @@ impl NetConf {
             })
         };
         list.iter()
-            .map(|item| one(item).ok_or_else(|| bad_value(key, item, expected)))
+            .map(|item| one(item).ok_or_else(|| keys.bad_part(key, item, expected).into()))
             .collect::<Result<_, _>>()
             .map(Some)
     }
@@ -115,7 +118,7 @@ impl NetConf {
     }
 
     pub(super) fn keys(&self) -> Keys<'_> {
-        Keys::top(&self.body)
+        Keys::top(&self.body, Case::Exact)
     }
 }
 
@@ -130,77 +133,13 @@ fn network_name(keys: &Keys<'_>) -> Result<NetworkName, Failure> {
 }
 
 fn spec_version(keys: &Keys<'_>) -> Result<SpecVersion, Failure> {
-    let incompatible = |e: String| Failure::new(Code::IncompatibleVersion, format!("cniVersion: {e}"));
-    match keys.str("cniVersion", "a version such as 1.1.0").map_err(|e| incompatible(e.msg))? {
+    let incompatible = |e: String| Failure::new(Code::IncompatibleVersion, e);
+    match keys.str("cniVersion", "a version such as 1.1.0").map_err(|e| incompatible(e.to_string()))? {
         None | Some("") => Ok(SpecVersion::UNSTATED),
-        Some(text) => text.parse().map_err(|e: super::version::UnknownVersion| incompatible(e.to_string())),
+        Some(text) => {
+            text.parse().map_err(|e: super::version::UnknownVersion| incompatible(format!("cniVersion: {e}")))
+        }
     }
-}
-
-/// An object of the configuration whose values are read with their type checked; `null` reads as absent, as in Go.
-#[derive(Clone)]
-pub(super) struct Keys<'a> {
-    path: String,
-    map: Option<&'a Map<String, Value>>,
-}
-
-impl<'a> Keys<'a> {
-    fn top(map: &'a Map<String, Value>) -> Self {
-        Self { path: String::new(), map: Some(map) }
-    }
-
-    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
-        self.map?.get(key).filter(|v| !v.is_null())
-    }
-
-    pub(super) fn names(&self) -> impl Iterator<Item = &'a str> {
-        self.map.into_iter().flatten().map(|(key, _)| key.as_str())
-    }
-
-    pub(super) fn str(&self, key: &str, expected: &str) -> Result<Option<&'a str>, Failure> {
-        self.typed(key, expected, Value::as_str)
-    }
-
-    pub(super) fn bool(&self, key: &str, default: bool) -> Result<bool, Failure> {
-        Ok(self.typed(key, "true or false", Value::as_bool)?.unwrap_or(default))
-    }
-
-    pub(super) fn u32(&self, key: &str, expected: &str) -> Result<Option<u32>, Failure> {
-        self.typed(key, expected, |v| v.as_u64().and_then(|n| n.try_into().ok()))
-    }
-
-    /// An absent list is an empty one.
-    pub(super) fn list(&self, key: &str, expected: &str) -> Result<&'a [Value], Failure> {
-        Ok(self.typed(key, expected, Value::as_array)?.map_or(&[], Vec::as_slice))
-    }
-
-    /// An absent object is an empty one.
-    pub(super) fn object(&self, key: &str) -> Result<Keys<'a>, Failure> {
-        let map = self.typed(key, "an object", Value::as_object)?;
-        Ok(Keys { path: format!("{}{key}.", self.path), map })
-    }
-
-    pub(super) fn bad(&self, key: &str, expected: &str) -> Failure {
-        bad_value(&format!("{}{key}", self.path), self.get(key).unwrap_or(&Value::Null), expected)
-    }
-
-    /// For a field that is well formed and asks for something that is not done.
-    pub(super) fn unsupported(&self, key: &str, expected: &str) -> Failure {
-        Failure { code: Code::UnsupportedField as u32, ..self.bad(key, expected) }
-    }
-
-    fn typed<T>(
-        &self,
-        key: &str,
-        expected: &str,
-        read: impl Fn(&'a Value) -> Option<T>,
-    ) -> Result<Option<T>, Failure> {
-        self.get(key).map(|value| read(value).ok_or_else(|| self.bad(key, expected))).transpose()
-    }
-}
-
-pub(super) fn bad_value(key: &str, value: &Value, expected: &str) -> Failure {
-    Failure::new(Code::BadConfiguration, format!("{key} = {value}: expected {expected}"))
 }
 
 fn kind(value: &Value) -> &'static str {

@@ -4,6 +4,7 @@
 use serde::Serialize;
 
 use super::SpecVersion;
+use crate::BadValue;
 use crate::protocol::Failure;
 
 /// Why a verb failed. Codes 1 to 99 are the specification's (SPEC.md, "Error"), from 100 they are ours; plugin and agent
@@ -63,6 +64,12 @@ impl Failure {
 
     pub fn is(&self, code: Code) -> bool {
         self.code == code as u32
+    }
+}
+
+impl From<BadValue> for Failure {
+    fn from(bad: BadValue) -> Self {
+        Self::new(Code::BadConfiguration, bad.to_string())
     }
 }
 

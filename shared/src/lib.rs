@@ -10,6 +10,7 @@ pub mod lease;
 pub mod names;
 pub mod netconf;
 pub mod protocol;
+pub mod replace;
 pub mod subnet_env;
 pub mod tombstone;
 

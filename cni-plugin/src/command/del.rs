@@ -13,7 +13,7 @@ use weft_shared::cni::{Code, NetConf, Target};
 use weft_shared::deadline;
 use weft_shared::names::{CNI_SOCKET, VETH_GROUP, host_ifname};
 use weft_shared::protocol::{Attachment, Failure, Request};
-use weft_shared::tombstone::{Tombstone, dir_beside, lock_file};
+use weft_shared::tombstone::{Tombstone, boot_id, dir_beside, lock_file};
 
 use crate::agent::{Agent, AgentError, ensure_dir};
 use crate::netlink::{Netlink, NetlinkError};
@@ -69,10 +69,7 @@ fn bury(
     let boottime = clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(|e| unwritable(&e))?;
     let tombstone = Tombstone {
         attachment,
-        boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
-            .map_err(|e| unwritable(&e))?
-            .trim()
-            .to_owned(),
+        boot_id: boot_id().map_err(|e| unwritable(&e))?,
         boottime_ns: Duration::from(boottime).as_nanos().try_into().unwrap_or(u64::MAX),
         netns_cookie: netns.and_then(cookie),
     };

@@ -903,7 +903,8 @@ async fn an_unreadable_record_blocks_its_addresses_while_its_veth_lives() {
 async fn a_record_that_cannot_be_written_fails_the_add() {
     let node = Node::new();
     // A directory in the temporary file's place: even root cannot write it.
-    let temporary = node.run_dir().join("attachments").join(format!("{}.tmp", attachment_hash(&key("a"))));
+    let temporary = format!("{}.tmp{}", attachment_hash(&key("a")), std::process::id());
+    let temporary = node.run_dir().join("attachments").join(temporary);
     fs::create_dir(&temporary).expect("dir");
     assert!(node.add("a").await.expect_err("disk").is(Code::Io));
     node.assert_empty();

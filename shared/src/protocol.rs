@@ -13,6 +13,7 @@ use ipnetwork::IpNetwork;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+pub use crate::cni::Failure;
 use crate::{IfName, Mac, Subnet};
 
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -108,17 +109,6 @@ pub struct PodAddress {
     /// The pod's address with the leased subnet's prefix length.
     pub address: IpNetwork,
     pub gateway: IpAddr,
-}
-
-/// An error in the terms of the CNI specification (SPEC.md, "Error"), ready to be printed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-#[error("{msg}{}{details}", if details.is_empty() { "" } else { ": " })]
-pub struct Failure {
-    /// A [`Code`](crate::cni::Code), or that of another version.
-    pub code: u32,
-    pub msg: String,
-    #[serde(default)]
-    pub details: String,
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use serde_json::{Map, Value};
 
 use super::env::check_identifier;
-use super::{CniResult, Code, ContainerId, SpecVersion, Target};
+use super::{CniResult, Code, ContainerId, Failure, SpecVersion, Target};
 use crate::json::{Case, Keys};
 use crate::names;
-use crate::protocol::{Attachment, Failure};
+use crate::protocol::Attachment;
 
 /// A configuration whose name and version are good. Unknown keys are ignored: runtimes add their own.
 #[derive(Debug, Clone)]

@@ -5,9 +5,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::Code;
+use super::{Code, Failure};
 use crate::IfName;
-use crate::protocol::Failure;
 
 /// What the runtime asks for, with all that the verb needs from the environment.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,11 +1,10 @@
 //! Errors in the specification's terms. [`Failure`] travels over the socket too, so an agent's refusal reaches the
 //! runtime as it was spoken.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::SpecVersion;
 use crate::BadValue;
-use crate::protocol::Failure;
 
 /// Why a verb failed. Codes 1 to 99 are the specification's (SPEC.md, "Error"), from 100 they are ours; plugin and agent
 /// draw from this one list.
@@ -49,6 +48,17 @@ pub enum Code {
     NotReserved = 106,
     /// The agent itself failed; its log says more.
     Internal = 107,
+}
+
+/// An error in the terms of the CNI specification (SPEC.md, "Error"), ready to be printed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{msg}{}{details}", if details.is_empty() { "" } else { ": " })]
+pub struct Failure {
+    /// A [`Code`], or that of another version.
+    pub code: u32,
+    pub msg: String,
+    #[serde(default)]
+    pub details: String,
 }
 
 impl Failure {

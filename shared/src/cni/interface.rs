@@ -6,10 +6,10 @@ use std::net::IpAddr;
 use serde_json::Value;
 
 use super::args::{parse_ip, parse_mac};
-use super::{CniArgs, Code, Dns, NetConf, SpecVersion};
+use super::{CniArgs, Code, Dns, Failure, NetConf, SpecVersion};
 use crate::json::Keys;
 use crate::names::DEFAULT_BRIDGE;
-use crate::protocol::{BridgeOptions, Failure};
+use crate::protocol::BridgeOptions;
 use crate::{BadValue, IfName, Mac};
 
 const MAX_REQUESTED: usize = 16;

@@ -15,7 +15,7 @@ mod version;
 pub use args::CniArgs;
 pub use config::{NetConf, NetworkName};
 pub use env::{Call, ContainerId, Target};
-pub use error::{Code, ErrorObject};
+pub use error::{Code, ErrorObject, Failure};
 pub use interface::InterfaceConf;
 pub use result::{CniResult, Dns, Interface, IpConfig, Route};
 pub use version::{SpecVersion, VersionReply};

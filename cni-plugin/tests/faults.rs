@@ -59,7 +59,7 @@ fn a_del_without_an_agent_deletes_the_veth_and_leaves_a_tombstone() {
         assert!(age < Duration::from_secs(60), "{age:?}");
     }
     node.del("c2", "/run/netns/wcni-none").ok();
-    let unknown = node.tombstones().into_iter().find(|t| t.attachment.container_id == "c2");
+    let unknown = node.tombstones().into_iter().find(|t| t.attachment.container_id.as_str() == "c2");
     assert_eq!(unknown.expect("a second tombstone").netns_cookie, None);
 }
 

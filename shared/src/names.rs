@@ -57,7 +57,7 @@ pub fn is_host_ifname(name: &str) -> bool {
 /// network, container ID and interface name, separated by zero bytes that none of them can hold.
 pub fn attachment_hash(attachment: &Attachment) -> String {
     let mut hasher = Sha256::new();
-    for part in [&attachment.network, &attachment.container_id] {
+    for part in [attachment.network.as_str(), attachment.container_id.as_str()] {
         hasher.update(part.as_bytes());
         hasher.update([0]);
     }
@@ -108,8 +108,8 @@ mod tests {
     #[test]
     fn veth_names_are_stable_and_differ_by_every_part() {
         let key = |network: &str, id: &str, ifname: &str| Attachment {
-            network: network.into(),
-            container_id: id.into(),
+            network: network.parse().expect("name"),
+            container_id: id.parse().expect("ID"),
             ifname: ifname.parse().expect("ifname"),
         };
         let base = host_ifname(&key("weft", "c1", "eth0"));

@@ -23,6 +23,6 @@ pub(crate) fn gc(conf: &NetConf) -> Result<(), Failure> {
     let Some(valid) = conf.valid_attachments()? else { return Ok(()) };
     let socket = conf.socket()?;
     Agent::connect(&socket, deadline::GC_CONNECT, Instant::now() + deadline::GC)
-        .and_then(|mut agent| agent.done(&Request::Gc { network: conf.name.as_str().to_owned(), valid }))
+        .and_then(|mut agent| agent.done(&Request::Gc { network: conf.name.clone(), valid }))
         .map_err(|e| e.into_failure(&socket, Code::TryAgainLater))
 }

@@ -11,7 +11,7 @@ use weft_shared::deadline;
 use weft_shared::names::host_ifname;
 use weft_shared::protocol::Commit;
 
-use super::tests::{BOOT, Node, TestFabric, address, key, subnet};
+use super::tests::{BOOT, Node, TestFabric, address, key, network, subnet};
 use super::{Boottime, Connection};
 
 #[derive(Debug, Clone)]
@@ -106,7 +106,7 @@ impl History {
                 self.node.fabric.world().veths.remove(&host_ifname(&key(&id(n))));
             }
             Step::Gc => {
-                let _ = self.node.ipam().gc("weft", &[key("c0")]).await;
+                let _ = self.node.ipam().gc(&network(), &[key("c0")]).await;
             }
             Step::Look => self.node.look().await,
             Step::Wait(seconds) => {
@@ -163,7 +163,7 @@ impl History {
         self.node.look().await;
         self.node.pass_time(deadline::WIRING);
         self.node.look().await;
-        self.node.ipam().gc("weft", &[]).await.expect("gc");
+        self.node.ipam().gc(&network(), &[]).await.expect("gc");
         self.node.assert_empty();
     }
 }

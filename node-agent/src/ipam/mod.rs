@@ -372,8 +372,8 @@ fn attachment_status(key: &Attachment, entry: &Entry) -> AttachmentStatus {
         Phase::Aborted { .. } => "aborted",
     };
     AttachmentStatus {
-        network: key.network.clone(),
-        container_id: key.container_id.clone(),
+        network: key.network.to_string(),
+        container_id: key.container_id.to_string(),
         ifname: key.ifname.clone(),
         pod: entry.record.pod.clone(),
         addresses: entry.record.addresses.clone(),

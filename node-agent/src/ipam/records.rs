@@ -268,8 +268,8 @@ mod tests {
             held: vec![],
             subnet: "10.5.1.0/24".parse().expect("subnet"),
             attachment: Attachment {
-                network: "weft".into(),
-                container_id: id.into(),
+                network: "weft".parse().expect("name"),
+                container_id: id.parse().expect("ID"),
                 ifname: "eth0".parse().expect("ifname"),
             },
             reserved_at: Boottime::from_nanos(7),

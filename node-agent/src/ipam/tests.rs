@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use weft_shared::cni::Code;
+use weft_shared::cni::{Code, NetworkName};
 use weft_shared::deadline;
 use weft_shared::names::{attachment_hash, host_ifname};
 use weft_shared::protocol::{Attachment, BridgeOptions, Commit, Failure, Reservation, Reserve};
@@ -277,8 +277,16 @@ impl Node {
     }
 }
 
+pub(crate) fn network() -> NetworkName {
+    "weft".parse().expect("name")
+}
+
 pub(crate) fn key(id: &str) -> Attachment {
-    Attachment { network: "weft".into(), container_id: id.into(), ifname: "eth0".parse().expect("name") }
+    Attachment {
+        network: network(),
+        container_id: id.parse().expect("ID"),
+        ifname: "eth0".parse().expect("name"),
+    }
 }
 
 pub(crate) fn reserve(id: &str) -> Reserve {
@@ -408,9 +416,6 @@ async fn bad_values_are_named() {
     for (bad, reason) in [
         (mtu(1451), "mtu = 1451: expected 68 to 1450"),
         (mtu(67), "mtu = 67"),
-        (reserve("../a"), "container ID \"../a\""),
-        (reserve(""), "container ID"),
-        (reserve(&"x".repeat(256)), "1 to 255"),
         (Reserve { netns: "x".repeat(5000), ..reserve("b") }, "netns"),
         (Reserve { requested: vec![addr("10.5.1.9"); 17], ..reserve("b") }, "17 requested addresses"),
     ] {
@@ -682,7 +687,7 @@ async fn tombstones_bury_what_was_there_before() {
     node.bury(&key("unknown"), BOOT);
     let mut later = key("new");
     node.bury(&later, BOOT);
-    later.container_id = "foreign".into();
+    later.container_id = "foreign".parse().expect("ID");
     node.attach("foreign").await;
     node.pass_time(STEP);
     node.bury(&later, OTHER_BOOT);
@@ -758,15 +763,15 @@ async fn gc_spares_what_is_valid_foreign_or_under_way() {
     node.attach("a").await;
     node.attach("b").await;
     let mut foreign = reserve("a");
-    foreign.attachment.network = "other".into();
+    foreign.attachment.network = "other".parse().expect("name");
     let (foreign, _) = node.add_with(foreign).await.expect("reserve");
     let (flying, _) = node.add("c").await.expect("reserve");
-    node.ipam().gc("weft", &[key("a")]).await.expect("gc");
+    node.ipam().gc(&network(), &[key("a")]).await.expect("gc");
     let left: Vec<_> = node.ipam().status().list.into_iter().map(|a| (a.network, a.container_id)).collect();
     let left: Vec<_> = left.iter().map(|(n, c)| (n.as_str(), c.as_str())).collect();
     assert_eq!(left, [("other", "a"), ("weft", "a"), ("weft", "c")]);
     // An empty list means that none is valid.
-    node.ipam().gc("weft", &[]).await.expect("gc");
+    node.ipam().gc(&network(), &[]).await.expect("gc");
     assert_eq!(node.states().keys().collect::<Vec<_>>(), ["a", "c"]);
     foreign.closed(true).await;
     flying.closed(true).await;
@@ -779,7 +784,7 @@ async fn gc_goes_on_after_an_error_and_names_it() {
     node.attach("a").await;
     node.attach("b").await;
     node.fabric.world().delete_fails = true;
-    let failure = node.ipam().gc("weft", &[]).await.expect_err("kernel");
+    let failure = node.ipam().gc(&network(), &[]).await.expect_err("kernel");
     assert!(failure.details.contains("container a") && failure.details.contains("container b"), "{failure}");
     node.fabric.world().delete_fails = false;
     node.ipam().tend().await;
@@ -945,6 +950,6 @@ async fn two_hundred_at_once() {
     }
     node.assert_consistent();
     assert_eq!(node.states().len(), 66);
-    node.ipam().gc("weft", &[]).await.expect("gc");
+    node.ipam().gc(&network(), &[]).await.expect("gc");
     node.assert_empty();
 }

@@ -4,8 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
-use super::env::check_identifier;
-use super::{CniResult, Code, ContainerId, Failure, SpecVersion, Target};
+use super::{CniResult, Code, Failure, NetworkName, SpecVersion, Target};
 use crate::json::{Case, Keys};
 use crate::names;
 use crate::protocol::Attachment;
@@ -16,15 +15,6 @@ pub struct NetConf {
     pub version: SpecVersion,
     pub name: NetworkName,
     body: Map<String, Value>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NetworkName(String);
-
-impl NetworkName {
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
 }
 
 impl NetConf {
@@ -98,8 +88,8 @@ impl NetConf {
         let one = |item: &Value| {
             let text = |name: &str| item.get(name).and_then(Value::as_str);
             Some(Attachment {
-                network: self.name.0.clone(),
-                container_id: text("containerID")?.parse::<ContainerId>().ok()?.as_str().to_owned(),
+                network: self.name.clone(),
+                container_id: text("containerID")?.parse().ok()?,
                 ifname: text("ifname")?.parse().ok()?,
             })
         };
@@ -111,8 +101,8 @@ impl NetConf {
 
     pub fn attachment(&self, target: &Target) -> Attachment {
         Attachment {
-            network: self.name.0.clone(),
-            container_id: target.container_id.as_str().to_owned(),
+            network: self.name.clone(),
+            container_id: target.container_id.clone(),
             ifname: target.ifname.clone(),
         }
     }
@@ -127,9 +117,7 @@ fn network_name(keys: &Keys<'_>) -> Result<NetworkName, Failure> {
     let name = keys.str("name", expected)?.filter(|name| !name.is_empty()).ok_or_else(|| {
         Failure::new(Code::BadConfiguration, format!("name is missing: expected {expected}"))
     })?;
-    check_identifier(name)
-        .map_err(|e| Failure::new(Code::BadConfiguration, format!("name: network name {e}")))?;
-    Ok(NetworkName(name.to_owned()))
+    name.parse().map_err(|e| Failure::new(Code::BadConfiguration, format!("name: {e}")))
 }
 
 fn spec_version(keys: &Keys<'_>) -> Result<SpecVersion, Failure> {

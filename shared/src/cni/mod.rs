@@ -8,14 +8,16 @@ mod args;
 mod config;
 mod env;
 mod error;
+mod identifier;
 mod interface;
 mod result;
 mod version;
 
 pub use args::CniArgs;
-pub use config::{NetConf, NetworkName};
-pub use env::{Call, ContainerId, Target};
+pub use config::NetConf;
+pub use env::{Call, Target};
 pub use error::{Code, ErrorObject, Failure};
+pub use identifier::{BadIdentifier, ContainerId, NetworkName};
 pub use interface::InterfaceConf;
 pub use result::{CniResult, Dns, Interface, IpConfig, Route};
 pub use version::{SpecVersion, VersionReply};

@@ -132,7 +132,7 @@ async fn every_verb() {
     let check =
         Request::Check { attachment: key("a"), addresses: vec![reservation.addresses[0].address.ip()] };
     assert_eq!(agent.ask(check).await, Reply::Done);
-    let gc = Request::Gc { network: "weft".into(), valid: vec![key("a")] };
+    let gc = Request::Gc { network: "weft".parse().expect("name"), valid: vec![key("a")] };
     assert_eq!(agent.ask(gc).await, Reply::Done);
     assert_eq!(agent.node.states().len(), 1);
     assert_eq!(agent.ask(release("a")).await, Reply::Done);

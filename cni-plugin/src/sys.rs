@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "ioctl, getsockopt and sigaction without a safe wrapper")]
 
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
 
 use nix::libc;
 use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
@@ -36,17 +37,17 @@ pub(crate) fn netns_cookie(socket: BorrowedFd<'_>) -> Option<u64> {
     (result == 0).then_some(cookie)
 }
 
-/// Ends the process after `seconds` whatever it then waits for, until dropped. A runtime may have left the signal
+/// Ends the process after `span`, in whole seconds, whatever it then waits for, until dropped. A runtime may have left the signal
 /// ignored or blocked; both are inherited through exec.
 #[derive(Debug)]
 pub(crate) struct Alarm(());
 
 impl Alarm {
-    pub(crate) fn arm(seconds: u32) -> Self {
+    pub(crate) fn arm(span: Duration) -> Self {
         // SAFETY: SIG_DFL installs no handler, so no code of ours runs in a signal's context.
         let _ = unsafe { signal(Signal::SIGALRM, SigHandler::SigDfl) };
         let _ = SigSet::from(Signal::SIGALRM).thread_unblock();
-        alarm::set(seconds);
+        alarm::set(span.as_secs().try_into().unwrap_or(u32::MAX));
         Self(())
     }
 }

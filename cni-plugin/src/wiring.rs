@@ -209,7 +209,11 @@ mod tests {
     use super::*;
 
     fn attachment(id: &str) -> Attachment {
-        Attachment { network: "weft".into(), container_id: id.into(), ifname: "eth0".parse().expect("name") }
+        Attachment {
+            network: "weft".parse().expect("name"),
+            container_id: id.parse().expect("ID"),
+            ifname: "eth0".parse().expect("name"),
+        }
     }
 
     fn reserved(addresses: &[(&str, &str)], overlay: &[&str]) -> Reservation {

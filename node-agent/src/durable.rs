@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tracing::warn;
 use weft_shared::Mac;
 use weft_shared::lease::LeaseKey;
+use weft_shared::replace::{Survive, replace_file};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Durable {
@@ -47,10 +48,7 @@ impl DurableFile {
         if let Some(dir) = self.0.parent() {
             fs::create_dir_all(dir)?;
         }
-        let temporary = self.0.with_extension("json.tmp");
-        fs::write(&temporary, serde_json::to_vec_pretty(durable)?)?;
-        fs::File::open(&temporary)?.sync_all()?;
-        fs::rename(temporary, &self.0)
+        replace_file(&self.0, &serde_json::to_vec_pretty(durable)?, 0o644, Survive::PowerCut)
     }
 }
 

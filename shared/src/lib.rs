@@ -5,17 +5,21 @@
 #![forbid(unsafe_code)]
 
 pub mod cni;
+pub mod deadline;
 pub mod lease;
 pub mod names;
 pub mod netconf;
 pub mod protocol;
+pub mod replace;
 pub mod subnet_env;
 pub mod tombstone;
 
 mod ifname;
+mod json;
 mod mac;
 mod subnet;
 
 pub use ifname::{BadIfName, IfName};
+pub use json::BadValue;
 pub use mac::{BadMac, Mac};
 pub use subnet::{BadSubnet, Subnet};

@@ -9,6 +9,8 @@ use sha2::{Digest, Sha256};
 use crate::protocol::Attachment;
 use crate::{IfName, Mac};
 
+/// The longest path of a unix socket: `sun_path` of unix(7) holds 108 bytes, the terminating zero included.
+pub const MAX_SOCKET_PATH: usize = 107;
 pub const CNI_SOCKET: &str = "/run/weft/cni.sock";
 pub const ADMIN_SOCKET: &str = "/run/weft/admin.sock";
 pub const ADMIN_LISTEN: &str = "127.0.0.1:9474";
@@ -55,7 +57,7 @@ pub fn is_host_ifname(name: &str) -> bool {
 /// network, container ID and interface name, separated by zero bytes that none of them can hold.
 pub fn attachment_hash(attachment: &Attachment) -> String {
     let mut hasher = Sha256::new();
-    for part in [&attachment.network, &attachment.container_id] {
+    for part in [attachment.network.as_str(), attachment.container_id.as_str()] {
         hasher.update(part.as_bytes());
         hasher.update([0]);
     }
@@ -106,8 +108,8 @@ mod tests {
     #[test]
     fn veth_names_are_stable_and_differ_by_every_part() {
         let key = |network: &str, id: &str, ifname: &str| Attachment {
-            network: network.into(),
-            container_id: id.into(),
+            network: network.parse().expect("name"),
+            container_id: id.parse().expect("ID"),
             ifname: ifname.parse().expect("ifname"),
         };
         let base = host_ifname(&key("weft", "c1", "eth0"));

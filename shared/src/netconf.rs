@@ -6,11 +6,12 @@
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
-use crate::Subnet;
+use crate::json::{Case, Keys, brief};
 use crate::lease::LeaseKey;
 use crate::names::VXLAN_PORT;
+use crate::{BadValue, Subnet};
 
 /// A checked configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,7 +25,7 @@ pub struct NetworkConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Range {
     pub network: Subnet,
-    /// Length of a leased subnet.
+    /// Prefix length of a leased subnet, in bits.
     pub subnet_len: u8,
     /// First and last leased subnet, both inclusive.
     pub min: IpAddr,
@@ -43,7 +44,7 @@ pub struct VxlanConfig {
     /// 24 bits (RFC 7348).
     pub vni: u32,
     pub port: u16,
-    /// Underlay MTU to assume instead of the interface's; the overlay's is 50 less.
+    /// Underlay MTU in bytes to assume instead of the interface's; the overlay's is 50 less.
     pub mtu: Option<u32>,
     pub gbp: bool,
     pub learning: bool,
@@ -53,8 +54,8 @@ pub struct VxlanConfig {
 pub enum ConfigError {
     #[error("network configuration is not JSON: {0}")]
     Json(String),
-    #[error("network configuration: {key} = {value}: expected {expected}")]
-    Value { key: String, value: String, expected: String },
+    #[error("network configuration: {0}")]
+    Value(#[from] BadValue),
     #[error("network configuration: {key} is missing: expected {expected}")]
     Missing { key: String, expected: String },
 }
@@ -82,18 +83,21 @@ impl NetworkConfig {
         let Value::Object(map) = value else {
             return Err(ConfigError::Json(format!(
                 "expected an object such as {EXAMPLE}, got {}",
-                brief(&value)
+                brief(&value.to_string())
             )));
         };
-        let keys = Keys { path: "", map: &map };
-        if !keys.bool("EnableIPv4")?.unwrap_or(true) {
-            return Err(keys.bad("EnableIPv4", "true: this version of weft leases IPv4 subnets only"));
+        let keys = Keys::top(&map, Case::Ignored);
+        if !keys.bool("EnableIPv4", true)? {
+            return Err(keys.bad("EnableIPv4", "true: this version of weft leases IPv4 subnets only").into());
         }
-        if keys.bool("EnableIPv6")?.unwrap_or(false) {
-            return Err(keys.bad("EnableIPv6", "false: this version of weft leases IPv4 subnets only"));
+        if keys.bool("EnableIPv6", false)? {
+            return Err(keys
+                .bad("EnableIPv6", "false: this version of weft leases IPv4 subnets only")
+                .into());
         }
-        // It chooses between flannel's two firewall backends; weft has one. Its type is still checked.
-        keys.bool("EnableNFTables")?;
+        // Either value is accepted and has no effect: it chooses between flannel's iptables and nftables, and weft's
+        // firewall is always nftables.
+        keys.bool("EnableNFTables", false)?;
         Ok(Self { v4: Range::parse_v4(&keys)?, v6: None, backend: BackendConfig::parse(&keys)? })
     }
 
@@ -113,29 +117,32 @@ pub const EXAMPLE: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}
 
 impl Range {
     fn parse_v4(keys: &Keys<'_>) -> Result<Self, ConfigError> {
-        let network = keys
-            .string("Network")?
-            .ok_or_else(|| keys.missing("Network", "the overlay's IPv4 network such as 10.5.0.0/16"))?;
+        const NETWORK: &str = "an IPv4 network such as 10.5.0.0/16";
+        let network = keys.str("Network", NETWORK)?.ok_or_else(|| missing(keys, "Network", NETWORK))?;
         let network = network
             .parse::<Subnet>()
             .ok()
             .filter(|n| n.is_ipv4() && n.len() > 0)
-            .ok_or_else(|| keys.bad("Network", "an IPv4 network such as 10.5.0.0/16"))?;
-        let subnet_len = match keys.integer("SubnetLen")?.filter(|len| *len != 0) {
-            Some(len) if len > 30 => return Err(keys.bad("SubnetLen", "a prefix length of at most 30")),
+            .ok_or_else(|| keys.bad("Network", NETWORK))?;
+        let subnet_len = match keys.integer::<u64>("SubnetLen", "a whole number")?.filter(|len| *len != 0) {
+            Some(len) if len > 30 => {
+                return Err(keys.bad("SubnetLen", "a prefix length of at most 30").into());
+            }
             Some(len) if len < u64::from(network.len()) + 2 => {
                 let expected =
                     format!("at least {}: Network must hold at least four subnets", network.len() + 2);
-                return Err(keys.bad("SubnetLen", &expected));
+                return Err(keys.bad("SubnetLen", &expected).into());
             }
             Some(len) => len as u8,
-            None if network.len() > 28 => return Err(keys.bad("Network", "a network of /28 or larger")),
+            None if network.len() > 28 => {
+                return Err(keys.bad("Network", "a network of /28 or larger").into());
+            }
             None if network.len() <= 22 => 24,
             None => network.len() + 2,
         };
         let size = 1_u32 << (32 - subnet_len);
         let bound = |key: &str, default: Option<IpAddr>| {
-            let Some(text) = keys.string(key)? else {
+            let Some(text) = keys.str(key, "an IPv4 address")? else {
                 return default.ok_or_else(|| keys.bad("Network", "a network of at least four subnets"));
             };
             let addr = text.parse::<IpAddr>().ok().filter(IpAddr::is_ipv4);
@@ -152,7 +159,7 @@ impl Range {
         let last = Subnet::new(network.last(), subnet_len).map(|s| s.addr());
         let max = bound("SubnetMax", last)?;
         if min > max {
-            return Err(keys.bad("SubnetMin", &format!("an address not above SubnetMax {max}")));
+            return Err(keys.bad("SubnetMin", &format!("an address not above SubnetMax {max}")).into());
         }
         Ok(Self { network, subnet_len, min, max })
     }
@@ -161,98 +168,49 @@ impl Range {
 impl BackendConfig {
     fn parse(keys: &Keys<'_>) -> Result<Self, ConfigError> {
         const TYPES: &str = "\"vxlan\" or \"host-gw\", the backends of this version of weft";
-        let Some(backend) = keys.get("Backend") else {
+        if keys.get("Backend").is_none() {
             let expected = format!(
                 "an object such as {{\"Type\":\"vxlan\"}} (absent means udp to flannel); Type is {TYPES}"
             );
-            return Err(keys.missing("Backend", &expected));
-        };
-        let Value::Object(map) = backend else {
-            return Err(keys.bad("Backend", "an object such as {\"Type\":\"vxlan\"}"));
-        };
-        let keys = Keys { path: "Backend.", map };
-        let kind = keys.string("Type")?.ok_or_else(|| keys.missing("Type", TYPES))?;
+            return Err(missing(keys, "Backend", &expected));
+        }
+        let keys = keys.object("Backend", "an object such as {\"Type\":\"vxlan\"}")?;
+        let kind = keys.str("Type", TYPES)?.ok_or_else(|| missing(&keys, "Type", TYPES))?;
         match kind.to_lowercase().as_str() {
             "vxlan" => Ok(Self::Vxlan(VxlanConfig::parse(&keys)?)),
             "host-gw" => Ok(Self::HostGw),
-            _ => Err(keys.bad("Type", TYPES)),
+            _ => Err(keys.bad("Type", TYPES).into()),
         }
     }
 }
 
 impl VxlanConfig {
     fn parse(keys: &Keys<'_>) -> Result<Self, ConfigError> {
-        let bounded = |key: &str, range: std::ops::RangeInclusive<u64>| match keys.integer(key)? {
-            Some(n) if !range.contains(&n) => {
-                Err(keys.bad(key, &format!("a whole number from {} to {}", range.start(), range.end())))
+        let bounded = |key: &str, range: std::ops::RangeInclusive<u32>| {
+            let expected = format!("a whole number from {} to {}", range.start(), range.end());
+            match keys.integer(key, &expected)? {
+                Some(n) if !range.contains(&n) => Err(keys.bad(key, &expected)),
+                other => Ok(other),
             }
-            other => Ok(other),
         };
-        if keys.bool("DirectRouting")?.unwrap_or(false) {
-            return Err(keys.bad("DirectRouting", "false: this version of weft has no direct routing"));
+        if keys.bool("DirectRouting", false)? {
+            return Err(keys
+                .bad("DirectRouting", "false: this version of weft has no direct routing")
+                .into());
         }
         Ok(Self {
-            vni: bounded("VNI", 1..=0xff_ffff)?.unwrap_or(1) as u32,
+            vni: bounded("VNI", 1..=0xff_ffff)?.unwrap_or(1),
             // flannel's 0 means the kernel's default.
             port: bounded("Port", 0..=65535)?.filter(|p| *p != 0).map_or(VXLAN_PORT, |p| p as u16),
-            mtu: bounded("MTU", 0..=65535)?.filter(|m| *m != 0).map(|m| m as u32),
-            gbp: keys.bool("GBP")?.unwrap_or(false),
-            learning: keys.bool("Learning")?.unwrap_or(false),
+            mtu: bounded("MTU", 0..=65535)?.filter(|m| *m != 0),
+            gbp: keys.bool("GBP", false)?,
+            learning: keys.bool("Learning", false)?,
         })
     }
 }
 
-/// An object whose keys match without regard to case.
-struct Keys<'a> {
-    path: &'a str,
-    map: &'a Map<String, Value>,
-}
-
-impl<'a> Keys<'a> {
-    fn get(&self, key: &str) -> Option<&'a Value> {
-        // The exact spelling first, for determinism when a document has several.
-        self.map
-            .get(key)
-            .or_else(|| self.map.iter().find(|(k, _)| k.eq_ignore_ascii_case(key)).map(|(_, v)| v))
-    }
-
-    fn string(&self, key: &str) -> Result<Option<&'a str>, ConfigError> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text)),
-            Some(_) => Err(self.bad(key, "a string")),
-        }
-    }
-
-    fn bool(&self, key: &str) -> Result<Option<bool>, ConfigError> {
-        match self.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::Bool(value)) => Ok(Some(*value)),
-            Some(_) => Err(self.bad(key, "true or false")),
-        }
-    }
-
-    fn integer(&self, key: &str) -> Result<Option<u64>, ConfigError> {
-        match self.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(value) => value.as_u64().map(Some).ok_or_else(|| self.bad(key, "a whole number")),
-        }
-    }
-
-    fn bad(&self, key: &str, expected: &str) -> ConfigError {
-        let value = self.get(key).map_or_else(|| "nothing".into(), brief);
-        ConfigError::Value { key: format!("{}{key}", self.path), value, expected: expected.into() }
-    }
-
-    fn missing(&self, key: &str, expected: &str) -> ConfigError {
-        ConfigError::Missing { key: format!("{}{key}", self.path), expected: expected.into() }
-    }
-}
-
-/// A value short enough for one line.
-fn brief(value: &Value) -> String {
-    let text = value.to_string();
-    if text.chars().count() <= 60 { text } else { text.chars().take(59).chain(['…']).collect() }
+fn missing(keys: &Keys<'_>, key: &str, expected: &str) -> ConfigError {
+    ConfigError::Missing { key: keys.path_of(key), expected: expected.to_owned() }
 }
 
 #[cfg(test)]
@@ -292,7 +250,10 @@ mod tests {
                 r#"{"Network":"fd00::/48","Backend":{"Type":"vxlan"}}"#.into(),
                 r#"Network = "fd00::/48": expected an IPv4 network"#,
             ),
-            (r#"{"Network":null,"Backend":{"Type":"vxlan"}}"#.into(), "Network = null: expected a string"),
+            (
+                r#"{"Network":null,"Backend":{"Type":"vxlan"}}"#.into(),
+                "Network is missing: expected an IPv4 network",
+            ),
             (r#"{"Network":"10.3.0.0/29","Backend":{"Type":"vxlan"}}"#.into(), "/28 or larger"),
             (vxlan(r#""SubnetLen":17,"#), "SubnetLen = 17: expected at least 18"),
             (vxlan(r#""SubnetLen":31,"#), "SubnetLen = 31: expected a prefix length of at most 30"),

@@ -13,6 +13,8 @@ use ipnetwork::IpNetwork;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+pub use crate::cni::Failure;
+use crate::cni::{ContainerId, NetworkName};
 use crate::{IfName, Mac, Subnet};
 
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -22,8 +24,8 @@ pub const MAX_FRAME: usize = 1 << 20;
 /// What the runtime calls an attachment: one interface of one container in one network.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Attachment {
-    pub network: String,
-    pub container_id: String,
+    pub network: NetworkName,
+    pub container_id: ContainerId,
     pub ifname: IfName,
 }
 
@@ -39,7 +41,7 @@ pub enum Request {
     /// CHECK: does the agent still hold this attachment with these addresses?
     Check { attachment: Attachment, addresses: Vec<IpAddr> },
     /// GC: every attachment of `network` that is not in `valid` goes.
-    Gc { network: String, valid: Vec<Attachment> },
+    Gc { network: NetworkName, valid: Vec<Attachment> },
     /// STATUS: would an ADD succeed now?
     Status,
 }
@@ -68,7 +70,7 @@ pub struct BridgeOptions {
     pub hairpin: bool,
     /// The port may talk to non-isolated ports only (`BRIDGE_ISOLATED`).
     pub isolated: bool,
-    /// Lower than the dataplane's MTU, never higher; absent means the dataplane's.
+    /// In bytes, at most the dataplane's MTU; absent means the dataplane's.
     pub mtu: Option<u32>,
 }
 
@@ -94,6 +96,7 @@ pub struct Reservation {
     pub addresses: Vec<PodAddress>,
     /// Prefixes that go through the gateway even when the pod has no default route of ours: the overlay.
     pub overlay: Vec<Subnet>,
+    /// Of the pod's interface, in bytes.
     pub mtu: u32,
     pub bridge: IfName,
     /// Index of the bridge in the node's network namespace.
@@ -107,17 +110,6 @@ pub struct PodAddress {
     /// The pod's address with the leased subnet's prefix length.
     pub address: IpNetwork,
     pub gateway: IpAddr,
-}
-
-/// An error in the terms of the CNI specification (SPEC.md, "Error"), ready to be printed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-#[error("{msg}{}{details}", if details.is_empty() { "" } else { ": " })]
-pub struct Failure {
-    /// A [`Code`](crate::cni::Code), or that of another version.
-    pub code: u32,
-    pub msg: String,
-    #[serde(default)]
-    pub details: String,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -196,7 +188,7 @@ mod tests {
 
     #[test]
     fn a_frame_comes_back_as_it_went() {
-        let request = Request::Gc { network: "weft".into(), valid: vec![] };
+        let request = Request::Gc { network: "weft".parse().expect("name"), valid: vec![] };
         let mut wire = Vec::new();
         write_frame(&mut wire, &request).expect("encode");
         write_frame(&mut wire, &Request::Status).expect("encode");
@@ -221,5 +213,17 @@ mod tests {
             Err(FrameError::Malformed(_))
         ));
         assert!(matches!(decode::<Request>(b"hello"), Err(FrameError::Malformed(_))));
+    }
+
+    #[test]
+    fn an_attachment_that_could_not_be_is_refused_by_name() {
+        let release = |id: &str| {
+            let attachment = format!(r#"{{"network":"weft","container_id":"{id}","ifname":"eth0"}}"#);
+            let body = format!(r#"{{"version":1,"body":{{"op":"release","attachment":{attachment}}}}}"#);
+            decode::<Request>(body.as_bytes())
+        };
+        assert!(matches!(release("c1"), Ok(Request::Release { .. })));
+        let error = release("../a").expect_err("a path").to_string();
+        assert!(error.contains(r#"container ID "../a" must begin"#), "{error}");
     }
 }

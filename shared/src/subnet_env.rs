@@ -10,6 +10,7 @@ use ipnetwork::IpNetwork;
 
 use crate::Subnet;
 use crate::lease::LeaseKey;
+use crate::replace::{Survive, replace_file};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SubnetEnv {
@@ -41,10 +42,7 @@ impl SubnetEnv {
             fs::create_dir_all(dir)?;
             fs::set_permissions(dir, Permissions::from_mode(0o755))?;
         }
-        let temporary = path.with_extension("env.tmp");
-        fs::write(&temporary, self.render())?;
-        fs::set_permissions(&temporary, Permissions::from_mode(0o644))?;
-        fs::rename(temporary, path)
+        replace_file(path, self.render().as_bytes(), 0o644, Survive::Crash)
     }
 }
 

@@ -12,15 +12,21 @@ use serde::{Deserialize, Serialize};
 
 use crate::names::attachment_hash;
 use crate::protocol::Attachment;
+use crate::replace::{Survive, replace_file};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tombstone {
     pub attachment: Attachment,
-    /// `/proc/sys/kernel/random/boot_id`: a tombstone of another boot is void.
+    /// [`boot_id`] of the time: a tombstone of another boot is void.
     pub boot_id: String,
     /// `CLOCK_BOOTTIME` in nanoseconds: it buries only what was reserved before.
     pub boottime_ns: u64,
     pub netns_cookie: Option<u64>,
+}
+
+/// What tells this boot from every other (random(4)).
+pub fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
 /// Where the tombstones of the agent behind `socket` lie.
@@ -46,10 +52,7 @@ impl Tombstone {
 
     /// Writes the file whole or not at all.
     pub fn write(&self, dir: &Path) -> io::Result<()> {
-        let path = self.path(dir);
-        let temporary = path.with_extension(format!("tmp{}", std::process::id()));
-        fs::write(&temporary, serde_json::to_vec(self)?)?;
-        fs::rename(temporary, path)
+        replace_file(&self.path(dir), &serde_json::to_vec(self)?, 0o600, Survive::Crash)
     }
 }
 

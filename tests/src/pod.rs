@@ -91,8 +91,8 @@ impl Pod {
 /// The name that the host-side veth of a call's attachment has by agreement.
 pub fn host_veth(call: &Call) -> Result<IfName> {
     let attachment = Attachment {
-        network: NETWORK.to_owned(),
-        container_id: call.container_id.clone(),
+        network: NETWORK.parse()?,
+        container_id: call.container_id.parse()?,
         ifname: call.ifname.parse()?,
     };
     Ok(host_ifname(&attachment))

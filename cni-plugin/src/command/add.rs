@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use weft_shared::cni::{
     CniArgs, CniResult, Code, Interface, InterfaceConf, IpConfig, NetConf, Route, Target,
 };
+use weft_shared::deadline;
 use weft_shared::protocol::{Attachment, Commit, Failure, Request, Reservation, Reserve};
 
 use crate::agent::Agent;
@@ -16,9 +17,6 @@ use crate::netns::Netns;
 use crate::sys::Alarm;
 use crate::wiring::{self, Plan, Pod, Wired};
 
-const ALARM_SECONDS: u32 = 10;
-/// Short of the alarm, so that a slow agent still gets the runtime an error in words.
-const TOTAL: Duration = Duration::from_secs(9);
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Time to take an ADD back whose result nobody could be given.
 const TAKE_BACK: Duration = Duration::from_secs(3);
@@ -31,8 +29,8 @@ pub(crate) fn add(
     own_netns_is_fine: bool,
     out: &mut dyn Write,
 ) -> Result<(), Failure> {
-    let _alarm = Alarm::arm(ALARM_SECONDS);
-    let deadline = Instant::now() + TOTAL;
+    let _alarm = Alarm::arm(deadline::ADD_ALARM);
+    let deadline = Instant::now() + deadline::ADD;
     if conf.has_prev_result() {
         let msg = "prevResult is set: weft makes the interface, so expected it first in the list of plugins";
         return Err(Failure::new(Code::BadConfiguration, msg));
@@ -58,7 +56,6 @@ pub(crate) fn add(
             pod: args.pod,
         })
         .map_err(unavailable)?;
-    check_mtu(&interface, &reserved)?;
 
     let mut host = Netlink::open().map_err(|e| Failure::new(Code::Wiring, format!("netlink socket: {e}")))?;
     let plan = Plan::new(&attachment, &interface, &reserved);
@@ -78,17 +75,6 @@ pub(crate) fn add(
         wiring::undo(&mut host, wired.host_ifindex);
         take_back(&socket, attachment);
     })
-}
-
-/// The agent grants at most the dataplane's MTU; more was asked for when it granted less.
-fn check_mtu(interface: &InterfaceConf, reserved: &Reservation) -> Result<(), Failure> {
-    match interface.bridge.mtu {
-        Some(asked) if asked > reserved.mtu => Err(Failure::new(
-            Code::BadConfiguration,
-            format!("mtu = {asked}: expected at most the dataplane's MTU of {}", reserved.mtu),
-        )),
-        _ => Ok(()),
-    }
 }
 
 fn result(

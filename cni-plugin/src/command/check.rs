@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use weft_shared::cni::{CniResult, Code, IpConfig, NetConf, SpecVersion, Target};
+use weft_shared::deadline;
 use weft_shared::names::host_ifname;
 use weft_shared::protocol::{Attachment, Failure, Request};
 use weft_shared::{Mac, Subnet};
@@ -14,7 +15,6 @@ use crate::netlink::{Link, Netlink, NetlinkError, Route};
 use crate::netns::Netns;
 use crate::wiring::Pod;
 
-const TOTAL: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(1);
 
 pub(crate) fn check(
@@ -23,7 +23,7 @@ pub(crate) fn check(
     netns_path: &str,
     own_netns_is_fine: bool,
 ) -> Result<(), Failure> {
-    let deadline = Instant::now() + TOTAL;
+    let deadline = Instant::now() + deadline::DEL_OR_CHECK;
     conf.require(SpecVersion::WITH_CHECK, "CHECK")?;
     let Some(result) = conf.prev_result()? else {
         let msg = "prevResult is missing: expected the result of the ADD";

@@ -10,22 +10,22 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::time::{ClockId, clock_gettime};
 use weft_shared::IfName;
 use weft_shared::cni::{Code, NetConf, Target};
+use weft_shared::deadline;
 use weft_shared::names::{CNI_SOCKET, VETH_GROUP, host_ifname};
 use weft_shared::protocol::{Attachment, Failure, Request};
-use weft_shared::tombstone::{Tombstone, dir_beside, lock_file};
+use weft_shared::tombstone::{Tombstone, boot_id, dir_beside, lock_file};
 
 use crate::agent::{Agent, AgentError, ensure_dir};
 use crate::netlink::{Netlink, NetlinkError};
 use crate::netns::Netns;
 use crate::wiring::Pod;
 
-const TOTAL: Duration = Duration::from_secs(5);
 /// How long the agent is waited for that drains the tombstones before it listens.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_EVERY: Duration = Duration::from_millis(10);
 
 pub(crate) fn del(conf: &NetConf, target: &Target, netns: Option<&str>) -> Result<(), Failure> {
-    let deadline = Instant::now() + TOTAL;
+    let deadline = Instant::now() + deadline::DEL_OR_CHECK;
     let attachment = conf.attachment(target);
     // A bad path could not have been added through: the default agent's books are as good as any.
     let socket = conf.socket().unwrap_or_else(|_| CNI_SOCKET.into());
@@ -69,10 +69,7 @@ fn bury(
     let boottime = clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(|e| unwritable(&e))?;
     let tombstone = Tombstone {
         attachment,
-        boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
-            .map_err(|e| unwritable(&e))?
-            .trim()
-            .to_owned(),
+        boot_id: boot_id().map_err(|e| unwritable(&e))?,
         boottime_ns: Duration::from(boottime).as_nanos().try_into().unwrap_or(u64::MAX),
         netns_cookie: netns.and_then(cookie),
     };

@@ -31,7 +31,6 @@ pub(crate) struct Behaviour {
     /// Leave a veth alone that is in the way of a reservation or of an undone one.
     pub(crate) spare_orphans: bool,
     pub(crate) dual_stack: bool,
-    pub(crate) mtu: Option<u32>,
 }
 
 #[derive(Debug, Clone)]
@@ -168,7 +167,7 @@ fn answer(books: &mut Books, host: &Host, request: Request) -> Option<Reply> {
             Reply::Reserved(Reservation {
                 addresses,
                 overlay: ["10.76.0.0/15", "fd00::/8"].map(|o| o.parse().expect("subnet")).to_vec(),
-                mtu: behaviour.mtu.or(reserve.bridge.mtu).unwrap_or(1450),
+                mtu: reserve.bridge.mtu.unwrap_or(1450),
                 bridge: reserve.bridge.name,
                 bridge_ifindex: host.bridge_ifindex,
                 bridge_mac: host.bridge_mac.parse().expect("mac"),

@@ -244,8 +244,8 @@ pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
 
 pub(crate) fn host_veth(id: &str) -> String {
     let attachment = weft_shared::protocol::Attachment {
-        network: "mesh".into(),
-        container_id: id.into(),
+        network: "mesh".parse().expect("name"),
+        container_id: id.parse().expect("ID"),
         ifname: "eth0".parse().expect("name"),
     };
     weft_shared::names::host_ifname(&attachment).to_string()

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use crate::underlay::{IfaceSpec, UnderlayChoice};
 use tracing::Level;
+use weft_shared::names::MAX_SOCKET_PATH;
 
 pub use settings::Source;
 
@@ -168,7 +169,8 @@ impl Config {
         let run_dir = settings.required("run-dir", "an absolute path", absolute)?;
         let state_dir = settings.required("state-dir", "an absolute path", absolute)?;
         let socket = |name: &str, file: &str| {
-            let given = settings.parse(name, "an absolute path of at most 107 bytes", socket_path)?;
+            let expected = format!("an absolute path of at most {MAX_SOCKET_PATH} bytes");
+            let given = settings.parse(name, &expected, socket_path)?;
             Ok::<_, UsageError>(given.unwrap_or_else(|| run_dir.join(file)))
         };
         let (lease_ttl, renew_margin) = lease_times(settings)?;

@@ -1,5 +1,7 @@
 //! Every option of weftd, once: the command line, the variables, the help and `conf/weftd.env` all follow this table.
 
+use weft_shared::names;
+
 /// One option.
 #[derive(Debug)]
 pub(super) struct Opt {
@@ -179,7 +181,7 @@ pub(super) const OPTIONS: &[Opt] = &[
         "subnet-file",
         Lease,
         Value("FILE"),
-        "/run/flannel/subnet.env",
+        names::SUBNET_FILE,
         "where the leased subnet is written for others",
     ),
     flannel(
@@ -211,15 +213,15 @@ pub(super) const OPTIONS: &[Opt] = &[
         "true",
         "repair at once when the kernel reports a change; without it only every --resync",
     ),
-    own("run-dir", Agent, Value("DIR"), "/run/weft", "state that ends with this boot"),
-    own("state-dir", Agent, Value("DIR"), "/var/lib/weft", "state that survives a reboot"),
+    own("run-dir", Agent, Value("DIR"), names::RUN_DIR, "state that ends with this boot"),
+    own("state-dir", Agent, Value("DIR"), names::STATE_DIR, "state that survives a reboot"),
     own("cni-socket", Agent, Value("FILE"), "", "where the CNI plugin asks (default: cni.sock in --run-dir)"),
     own("admin-socket", Agent, Value("FILE"), "", "where weftctl asks (default: admin.sock in --run-dir)"),
     own(
         "admin-listen",
         Agent,
         Value("IP:PORT"),
-        "127.0.0.1:9474",
+        names::ADMIN_LISTEN,
         "HTTP for /metrics, /healthz, /readyz and /debug/state; off for none",
     ),
     flannel("v", Log, Value("N"), "", "klog's verbosity: 0 to 3 is level info, 4 and 5 debug, from 6 trace"),

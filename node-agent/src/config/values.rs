@@ -4,14 +4,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use regex::bytes::{Regex, RegexBuilder};
+use weft_shared::names::MAX_SOCKET_PATH;
 
 pub(super) fn absolute(text: &str) -> Option<PathBuf> {
     Some(PathBuf::from(text)).filter(|path| path.is_absolute())
 }
 
-/// `sun_path` of unix(7) holds 108 bytes, the terminating zero included.
 pub(super) fn socket_path(text: &str) -> Option<PathBuf> {
-    absolute(text).filter(|_| text.len() <= 107)
+    absolute(text).filter(|_| text.len() <= MAX_SOCKET_PATH)
 }
 
 pub(super) fn node_name(text: &str) -> Option<String> {

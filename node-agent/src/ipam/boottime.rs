@@ -1,8 +1,6 @@
 //! `CLOCK_BOOTTIME` (clock_gettime(2)): never set, counts through suspend, the same for every process and every network
 //! namespace. It orders what agent, plugin and tombstones say, and means nothing after a reboot.
 
-use std::fs;
-use std::io;
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
@@ -32,9 +30,4 @@ impl Boottime {
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
     }
-}
-
-/// What tells this boot from every other (random(4)).
-pub fn boot_id() -> io::Result<String> {
-    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }

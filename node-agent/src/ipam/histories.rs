@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use weft_shared::Mac;
+use weft_shared::deadline;
 use weft_shared::names::host_ifname;
 use weft_shared::protocol::Commit;
 
-use super::table::WIRING_LIMIT;
-use super::tests::{BOOT, Node, TestFabric, address, key, subnet};
+use super::tests::{BOOT, Node, TestFabric, address, key, network, subnet};
 use super::{Boottime, Connection};
 
 #[derive(Debug, Clone)]
@@ -106,7 +106,7 @@ impl History {
                 self.node.fabric.world().veths.remove(&host_ifname(&key(&id(n))));
             }
             Step::Gc => {
-                let _ = self.node.ipam().gc("weft", &[key("c0")]).await;
+                let _ = self.node.ipam().gc(&network(), &[key("c0")]).await;
             }
             Step::Look => self.node.look().await,
             Step::Wait(seconds) => {
@@ -124,8 +124,9 @@ impl History {
     /// One of the plugins whose alarm has not ended them.
     fn pick(&mut self, n: u8) -> Option<usize> {
         let now = self.node.clock();
-        let alarm = Duration::from_secs(10);
-        self.plugins.retain(|plugin| plugin.connection.is_some() || now.since(plugin.reserved_at) < alarm);
+        self.plugins.retain(|plugin| {
+            plugin.connection.is_some() || now.since(plugin.reserved_at) < deadline::ADD_ALARM
+        });
         (!self.plugins.is_empty()).then(|| usize::from(n) % self.plugins.len())
     }
 
@@ -160,9 +161,9 @@ impl History {
             }
         }
         self.node.look().await;
-        self.node.pass_time(WIRING_LIMIT);
+        self.node.pass_time(deadline::WIRING);
         self.node.look().await;
-        self.node.ipam().gc("weft", &[]).await.expect("gc");
+        self.node.ipam().gc(&network(), &[]).await.expect("gc");
         self.node.assert_empty();
     }
 }

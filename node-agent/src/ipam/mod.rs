@@ -34,7 +34,7 @@ use weft_shared::IfName;
 use weft_shared::names::{attachment_hash, host_ifname};
 use weft_shared::protocol::Attachment;
 
-pub use boottime::{Boottime, boot_id};
+pub use boottime::Boottime;
 pub use records::RecordsError;
 pub use table::ConnId;
 pub use verbs::verb;
@@ -65,7 +65,7 @@ impl Config {
         Ok(Self {
             run_dir: run_dir.to_owned(),
             tombstones: weft_shared::tombstone::dir_beside(socket),
-            boot_id: boot_id()?,
+            boot_id: weft_shared::tombstone::boot_id()?,
             patience: Duration::from_secs(2),
         })
     }
@@ -372,8 +372,8 @@ fn attachment_status(key: &Attachment, entry: &Entry) -> AttachmentStatus {
         Phase::Aborted { .. } => "aborted",
     };
     AttachmentStatus {
-        network: key.network.clone(),
-        container_id: key.container_id.clone(),
+        network: key.network.to_string(),
+        container_id: key.container_id.to_string(),
         ifname: key.ifname.clone(),
         pod: entry.record.pod.clone(),
         addresses: entry.record.addresses.clone(),

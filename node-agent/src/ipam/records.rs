@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 use weft_shared::names::{attachment_hash, host_ifname_of_hash};
 use weft_shared::protocol::{Attachment, BridgeOptions};
+use weft_shared::replace::{Survive, is_leftover, replace_file};
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::boottime::Boottime;
@@ -142,7 +143,7 @@ impl Records {
 
     /// The file holds the record whole, or what it held before.
     pub(super) fn write(&self, record: &Record) -> io::Result<()> {
-        self.replace(&attachment_hash(&record.attachment), "json", &serde_json::to_vec(record)?)
+        self.replace(&attachment_hash(&record.attachment), &serde_json::to_vec(record)?)
     }
 
     /// Both the record and the unreadable one of this hash; neither need be there.
@@ -157,17 +158,15 @@ impl Records {
     }
 
     pub(super) fn write_continuity(&self, continuity: &Continuity) -> io::Result<()> {
-        self.replace(CONTINUITY, "json", &serde_json::to_vec(continuity)?)
+        self.replace(CONTINUITY, &serde_json::to_vec(continuity)?)
     }
 
     fn path(&self, stem: &str, extension: &str) -> PathBuf {
         self.dir.join(stem).with_extension(extension)
     }
 
-    fn replace(&self, stem: &str, extension: &str, content: &[u8]) -> io::Result<()> {
-        let temporary = self.path(stem, "tmp");
-        fs::write(&temporary, content)?;
-        fs::rename(temporary, self.path(stem, extension))
+    fn replace(&self, stem: &str, content: &[u8]) -> io::Result<()> {
+        replace_file(&self.path(stem, "json"), content, 0o600, Survive::Crash)
     }
 
     /// Wipes what another boot left. The marker is written last, so that a wipe cut short begins anew.
@@ -188,7 +187,8 @@ impl Records {
                 let mut wiped = 0;
                 for entry in fs::read_dir(&self.dir)? {
                     let path = entry?.path();
-                    if path.extension().is_some_and(|e| e == "json" || e == "damaged" || e == "tmp") {
+                    let ours = path.extension().is_some_and(|e| e == "json" || e == "damaged");
+                    if ours || is_leftover(&path) {
                         fs::remove_file(path)?;
                         wiped += 1;
                     }
@@ -196,8 +196,7 @@ impl Records {
                 info!(files = wiped, "records of another boot removed");
             }
         }
-        fs::write(self.path(BOOT_ID, "tmp"), boot_id)?;
-        fs::rename(self.path(BOOT_ID, "tmp"), marker)
+        replace_file(&marker, boot_id.as_bytes(), 0o600, Survive::Crash)
     }
 
     fn load(&self) -> io::Result<Loaded> {
@@ -210,7 +209,7 @@ impl Records {
                 continue;
             };
             match extension {
-                "tmp" => fs::remove_file(&path)?,
+                _ if is_leftover(&path) => fs::remove_file(&path)?,
                 "json" if stem == CONTINUITY => match serde_json::from_slice(&fs::read(&path)?) {
                     Ok(continuity) => loaded.continuity = continuity,
                     Err(error) => warn!(path = %path.display(), %error, "unreadable, begun anew"),
@@ -284,8 +283,8 @@ mod tests {
             held: vec![],
             subnet: "10.5.1.0/24".parse().expect("subnet"),
             attachment: Attachment {
-                network: "weft".into(),
-                container_id: id.into(),
+                network: "weft".parse().expect("name"),
+                container_id: id.parse().expect("ID"),
                 ifname: "eth0".parse().expect("ifname"),
             },
             reserved_at: Boottime::from_nanos(7),
@@ -319,10 +318,12 @@ mod tests {
         continuity.cursors.insert("10.5.1.0/24".parse().expect("subnet"), cursor);
         records.write_continuity(&continuity).expect("write");
         // A write that was cut off.
-        fs::write(records.path(&"a".repeat(HASH_CHARS), "tmp"), "{").expect("write");
+        let cut = records.path(&"a".repeat(HASH_CHARS), "tmp4711");
+        fs::write(&cut, "{").expect("write");
         drop(records);
 
         let (records, loaded) = open(dir.path(), BOOT);
+        assert!(!cut.exists());
         assert_eq!(loaded.records, [record("a", "10.5.1.2"), record("b", "10.5.1.3")]);
         assert_eq!(loaded.continuity, continuity);
         assert!(loaded.damaged.is_empty());

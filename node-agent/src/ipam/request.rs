@@ -1,37 +1,19 @@
-//! What a Reserve may ask for. The peer is root, but a value that is wrong must be named here: later it would be a file
-//! name, a log line or a kernel error.
+//! What a Reserve may ask for, beyond what its types say. The peer is root, but a value that is wrong must be named here:
+//! later it would be a log line or a kernel error.
 
 use std::collections::BTreeSet;
 
 use weft_shared::cni::Code;
-use weft_shared::protocol::{Attachment, Failure, Reserve};
+use weft_shared::protocol::{Failure, Reserve};
 
 use crate::pods::PodNetwork;
 
-const MAX_ID: usize = 255;
 const MAX_TEXT: usize = 4096;
 const MAX_REQUESTED: usize = 16;
 /// Every IPv4 host must take datagrams of this size (RFC 791, section 3.2).
 const MIN_MTU: u32 = 68;
 
-pub(super) fn check_attachment(attachment: &Attachment) -> Result<(), Failure> {
-    let named = [("network name", &attachment.network), ("container ID", &attachment.container_id)];
-    for (what, value) in named {
-        // SPEC.md, "Parameters": the same form for both.
-        let first = value.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
-        let form = value.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));
-        if !first || !form || value.len() > MAX_ID {
-            let shown: String = value.chars().take(80).collect();
-            return Err(invalid(format!(
-                "{what} {shown:?}: expected 1 to {MAX_ID} letters, digits, '_', '.' and '-', beginning with a letter or digit"
-            )));
-        }
-    }
-    Ok(())
-}
-
 pub(super) fn check_reserve(reserve: &Reserve) -> Result<(), Failure> {
-    check_attachment(&reserve.attachment)?;
     for (what, value) in [("netns", Some(&reserve.netns)), ("pod", reserve.pod.as_ref())] {
         if value.is_some_and(|value| value.len() > MAX_TEXT) {
             return Err(invalid(format!("{what}: expected at most {MAX_TEXT} bytes")));

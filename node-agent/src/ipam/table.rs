@@ -11,8 +11,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::time::Duration;
 
+use weft_shared::deadline;
 use weft_shared::names::{attachment_hash, host_ifname};
 use weft_shared::protocol::{Attachment, Commit, Reserve};
 use weft_shared::{IfName, Subnet};
@@ -21,10 +21,6 @@ use super::boottime::Boottime;
 use super::pool::{Pool, PoolError};
 use super::records::{BridgeUse, Continuity, Damaged, Held, Loaded, Record, Wired};
 use crate::pods::{BridgeNeed, PodNetwork, PodPorts, Port, SeenVeth, SeenVeths};
-
-/// A plugin ends itself 10 s after its start (`alarm`); this long after Reserve it certainly wires no more. The same
-/// span for a veth with our mark and without a record: it may be one that is just being made.
-pub(super) const WIRING_LIMIT: Duration = Duration::from_secs(15);
 
 /// One connection of the socket server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -347,7 +343,7 @@ impl Table {
 
     /// Veths with our mark that nobody has claimed for as long as an ADD can last.
     pub(super) fn strays_due(&self, now: Boottime) -> Vec<IfName> {
-        let old = self.strays.iter().filter(|(_, first)| now >= first.plus(WIRING_LIMIT));
+        let old = self.strays.iter().filter(|(_, first)| now >= first.plus(deadline::WIRING));
         old.map(|(veth, _)| veth.name.clone()).collect()
     }
 
@@ -368,7 +364,7 @@ impl Table {
         });
         let committed = self.entries.values().filter(|entry| entry.is_committed());
         let held = committed.flat_map(|entry| entry.record.held.iter().map(|held| held.until));
-        let strays = self.strays.values().map(|first| first.plus(WIRING_LIMIT));
+        let strays = self.strays.values().map(|first| first.plus(deadline::WIRING));
         undo.chain(held).chain(strays).min()
     }
 
@@ -504,7 +500,7 @@ pub(super) enum ReserveRefusal {
 }
 
 fn wiring_over(record: &Record) -> Boottime {
-    record.reserved_at.plus(WIRING_LIMIT)
+    record.reserved_at.plus(deadline::WIRING)
 }
 
 fn held_until(record: &Record) -> Boottime {

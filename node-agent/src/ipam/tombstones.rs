@@ -10,6 +10,7 @@ use inotify::{Inotify, WatchMask};
 use tokio::io::unix::AsyncFd;
 use tracing::{info, warn};
 use weft_shared::protocol::Attachment;
+use weft_shared::replace::is_leftover;
 use weft_shared::tombstone::{self, Tombstone};
 
 use super::Ipam;
@@ -53,7 +54,7 @@ impl<F: Fabric> Ipam<F> {
     pub fn clean_tombstones(&self) -> io::Result<()> {
         for entry in fs::read_dir(&self.config.tombstones)? {
             let path = entry?.path();
-            if path.extension().and_then(|e| e.to_str()).is_some_and(|e| e.starts_with("tmp")) {
+            if is_leftover(&path) {
                 remove(&path);
             }
         }

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use tokio::time::{Instant, timeout_at};
 use tracing::{info, warn};
-use weft_shared::cni::Code;
+use weft_shared::cni::{Code, NetworkName};
 use weft_shared::names::host_ifname;
 use weft_shared::protocol::{Attachment, Commit, Failure, PodAddress, Reply, Request, Reservation, Reserve};
 
@@ -103,7 +103,6 @@ impl<F: Fabric> Ipam<F> {
 
     /// DEL. Done when nothing is left, also when there never was anything.
     pub async fn release(&self, key: &Attachment) -> Result<(), Failure> {
-        request::check_attachment(key)?;
         let known = {
             let mut state = self.state();
             let known = state.table.abort(key, None);
@@ -134,13 +133,13 @@ impl<F: Fabric> Ipam<F> {
     }
 
     /// GC: goes on after an error and names all of them at the end.
-    pub async fn gc(&self, network: &str, valid: &[Attachment]) -> Result<(), Failure> {
+    pub async fn gc(&self, network: &NetworkName, valid: &[Attachment]) -> Result<(), Failure> {
         let stale: Vec<Attachment> = {
             let state = self.state();
             let committed = state.table.entries().filter(|(_, e)| e.is_committed());
             committed
                 .map(|(key, _)| key)
-                .filter(|k| k.network == network && !valid.contains(k))
+                .filter(|k| k.network == *network && !valid.contains(k))
                 .cloned()
                 .collect()
         };

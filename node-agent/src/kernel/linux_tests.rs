@@ -44,8 +44,8 @@ fn name(text: &str) -> IfName {
 
 fn veth_name() -> IfName {
     weft_shared::names::host_ifname(&Attachment {
-        network: "weft".into(),
-        container_id: "c1".into(),
+        network: "weft".parse().expect("name"),
+        container_id: "c1".parse().expect("ID"),
         ifname: name("eth0"),
     })
 }

@@ -19,6 +19,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use weft_shared::cni::Code;
+use weft_shared::deadline;
 use weft_shared::protocol::{Failure, Reply, encode};
 
 pub use self::listener::BindError;
@@ -26,17 +27,17 @@ use self::listener::Listener;
 use crate::ipam::Ipam;
 use crate::pods::Fabric;
 
-/// Every wait of the server.
+/// Every wait of the server; those that a plugin must outlast, or the other way round, are from [`deadline`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     pub connections: usize,
     /// From connect, or from the last answer, to the next request; also for the whole of one frame in either direction.
     pub idle: Duration,
-    /// From Reserve's answer to Commit. A plugin ends itself before that.
+    /// From Reserve's answer to Commit.
     pub wiring: Duration,
-    /// Reserve, within the plugin's 10 s. What takes longer goes on and is settled, but the plugin gets an answer.
+    /// Until Reserve is answered. What takes longer goes on and is settled.
     pub reserve: Duration,
-    /// The same for Commit, DEL and CHECK; a DEL has 5 s.
+    /// The same for Commit, DEL and CHECK.
     pub request: Duration,
     pub gc: Duration,
     pub status: Duration,
@@ -51,11 +52,11 @@ impl Default for Limits {
         Self {
             connections: 1024,
             idle: Duration::from_secs(5),
-            wiring: Duration::from_secs(15),
-            reserve: Duration::from_secs(8),
-            request: Duration::from_secs(4),
-            gc: Duration::from_secs(30),
-            status: Duration::from_millis(800),
+            wiring: deadline::WIRING,
+            reserve: deadline::RESERVE_ANSWER,
+            request: deadline::ANSWER,
+            gc: deadline::GC_ANSWER,
+            status: deadline::STATUS_ANSWER,
             drain: Duration::from_secs(5),
             uid: 0,
         }

@@ -5,9 +5,8 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
-use super::Code;
+use super::{Code, Failure};
 use crate::Mac;
-use crate::protocol::Failure;
 
 const MAX_LEN: usize = 64 << 10;
 

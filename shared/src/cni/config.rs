@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
-use super::env::check_identifier;
-use super::{CniResult, Code, ContainerId, SpecVersion, Target};
+use super::{CniResult, Code, Failure, NetworkName, SpecVersion, Target};
+use crate::json::{Case, Keys};
 use crate::names;
-use crate::protocol::{Attachment, Failure};
+use crate::protocol::Attachment;
 
 /// A configuration whose name and version are good. Unknown keys are ignored: runtimes add their own.
 #[derive(Debug, Clone)]
@@ -15,15 +15,6 @@ pub struct NetConf {
     pub version: SpecVersion,
     pub name: NetworkName,
     body: Map<String, Value>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NetworkName(String);
-
-impl NetworkName {
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
 }
 
 impl NetConf {
@@ -41,7 +32,7 @@ impl NetConf {
                 return Err((SpecVersion::NEWEST, failure.with_details(e.to_string())));
             }
         };
-        let keys = Keys::top(&body);
+        let keys = Keys::top(&body, Case::Exact);
         let version = spec_version(&keys);
         let name = network_name(&keys).map_err(|e| (*version.as_ref().unwrap_or(&SpecVersion::NEWEST), e))?;
         let version = version.map_err(|e| (SpecVersion::NEWEST, e))?;
@@ -66,11 +57,12 @@ impl NetConf {
         let Some(path) = keys.str("socket", "the absolute path of the agent's socket")? else {
             return Ok(PathBuf::from(names::CNI_SOCKET));
         };
-        // sun_path holds 108 bytes with its terminating zero (unix(7)).
-        if path.starts_with('/') && path.len() < 108 {
+        if path.starts_with('/') && path.len() <= names::MAX_SOCKET_PATH {
             Ok(PathBuf::from(path))
         } else {
-            Err(keys.bad("socket", "the absolute path of the agent's socket, at most 107 bytes"))
+            let most = names::MAX_SOCKET_PATH;
+            let expected = format!("the absolute path of the agent's socket, at most {most} bytes");
+            Err(keys.bad("socket", &expected).into())
         }
     }
 
@@ -91,31 +83,32 @@ impl NetConf {
         const KEYS: [&str; 2] = ["cni.dev/valid-attachments", "cni.dev/attachments"];
         let Some(key) = KEYS.into_iter().find(|key| self.body.contains_key(*key)) else { return Ok(None) };
         let expected = "a list of {\"containerID\": …, \"ifname\": …}";
-        let list = self.keys().list(key, expected)?;
+        let keys = self.keys();
+        let list = keys.list(key, expected)?;
         let one = |item: &Value| {
             let text = |name: &str| item.get(name).and_then(Value::as_str);
             Some(Attachment {
-                network: self.name.0.clone(),
-                container_id: text("containerID")?.parse::<ContainerId>().ok()?.as_str().to_owned(),
+                network: self.name.clone(),
+                container_id: text("containerID")?.parse().ok()?,
                 ifname: text("ifname")?.parse().ok()?,
             })
         };
         list.iter()
-            .map(|item| one(item).ok_or_else(|| bad_value(key, item, expected)))
+            .map(|item| one(item).ok_or_else(|| keys.bad_part(key, item, expected).into()))
             .collect::<Result<_, _>>()
             .map(Some)
     }
 
     pub fn attachment(&self, target: &Target) -> Attachment {
         Attachment {
-            network: self.name.0.clone(),
-            container_id: target.container_id.as_str().to_owned(),
+            network: self.name.clone(),
+            container_id: target.container_id.clone(),
             ifname: target.ifname.clone(),
         }
     }
 
     pub(super) fn keys(&self) -> Keys<'_> {
-        Keys::top(&self.body)
+        Keys::top(&self.body, Case::Exact)
     }
 }
 
@@ -124,83 +117,17 @@ fn network_name(keys: &Keys<'_>) -> Result<NetworkName, Failure> {
     let name = keys.str("name", expected)?.filter(|name| !name.is_empty()).ok_or_else(|| {
         Failure::new(Code::BadConfiguration, format!("name is missing: expected {expected}"))
     })?;
-    check_identifier(name)
-        .map_err(|e| Failure::new(Code::BadConfiguration, format!("name: network name {e}")))?;
-    Ok(NetworkName(name.to_owned()))
+    name.parse().map_err(|e| Failure::new(Code::BadConfiguration, format!("name: {e}")))
 }
 
 fn spec_version(keys: &Keys<'_>) -> Result<SpecVersion, Failure> {
-    let incompatible = |e: String| Failure::new(Code::IncompatibleVersion, format!("cniVersion: {e}"));
-    match keys.str("cniVersion", "a version such as 1.1.0").map_err(|e| incompatible(e.msg))? {
+    let incompatible = |e: String| Failure::new(Code::IncompatibleVersion, e);
+    match keys.str("cniVersion", "a version such as 1.1.0").map_err(|e| incompatible(e.to_string()))? {
         None | Some("") => Ok(SpecVersion::UNSTATED),
-        Some(text) => text.parse().map_err(|e: super::version::UnknownVersion| incompatible(e.to_string())),
+        Some(text) => {
+            text.parse().map_err(|e: super::version::UnknownVersion| incompatible(format!("cniVersion: {e}")))
+        }
     }
-}
-
-/// An object of the configuration whose values are read with their type checked; `null` reads as absent, as in Go.
-#[derive(Clone)]
-pub(super) struct Keys<'a> {
-    path: String,
-    map: Option<&'a Map<String, Value>>,
-}
-
-impl<'a> Keys<'a> {
-    fn top(map: &'a Map<String, Value>) -> Self {
-        Self { path: String::new(), map: Some(map) }
-    }
-
-    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
-        self.map?.get(key).filter(|v| !v.is_null())
-    }
-
-    pub(super) fn names(&self) -> impl Iterator<Item = &'a str> {
-        self.map.into_iter().flatten().map(|(key, _)| key.as_str())
-    }
-
-    pub(super) fn str(&self, key: &str, expected: &str) -> Result<Option<&'a str>, Failure> {
-        self.typed(key, expected, Value::as_str)
-    }
-
-    pub(super) fn bool(&self, key: &str, default: bool) -> Result<bool, Failure> {
-        Ok(self.typed(key, "true or false", Value::as_bool)?.unwrap_or(default))
-    }
-
-    pub(super) fn u32(&self, key: &str, expected: &str) -> Result<Option<u32>, Failure> {
-        self.typed(key, expected, |v| v.as_u64().and_then(|n| n.try_into().ok()))
-    }
-
-    /// An absent list is an empty one.
-    pub(super) fn list(&self, key: &str, expected: &str) -> Result<&'a [Value], Failure> {
-        Ok(self.typed(key, expected, Value::as_array)?.map_or(&[], Vec::as_slice))
-    }
-
-    /// An absent object is an empty one.
-    pub(super) fn object(&self, key: &str) -> Result<Keys<'a>, Failure> {
-        let map = self.typed(key, "an object", Value::as_object)?;
-        Ok(Keys { path: format!("{}{key}.", self.path), map })
-    }
-
-    pub(super) fn bad(&self, key: &str, expected: &str) -> Failure {
-        bad_value(&format!("{}{key}", self.path), self.get(key).unwrap_or(&Value::Null), expected)
-    }
-
-    /// For a field that is well formed and asks for something that is not done.
-    pub(super) fn unsupported(&self, key: &str, expected: &str) -> Failure {
-        Failure { code: Code::UnsupportedField as u32, ..self.bad(key, expected) }
-    }
-
-    fn typed<T>(
-        &self,
-        key: &str,
-        expected: &str,
-        read: impl Fn(&'a Value) -> Option<T>,
-    ) -> Result<Option<T>, Failure> {
-        self.get(key).map(|value| read(value).ok_or_else(|| self.bad(key, expected))).transpose()
-    }
-}
-
-pub(super) fn bad_value(key: &str, value: &Value, expected: &str) -> Failure {
-    Failure::new(Code::BadConfiguration, format!("{key} = {value}: expected {expected}"))
 }
 
 fn kind(value: &Value) -> &'static str {

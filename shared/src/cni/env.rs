@@ -5,9 +5,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::Code;
+use super::{Code, ContainerId, Failure};
 use crate::IfName;
-use crate::protocol::Failure;
 
 /// What the runtime asks for, with all that the verb needs from the environment.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,19 +24,6 @@ pub struct Target {
     pub container_id: ContainerId,
     pub ifname: IfName,
 }
-
-/// `CNI_CONTAINERID`: an ASCII letter or digit, then letters, digits, `_`, `.`, `-`.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ContainerId(String);
-
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{0:?} must begin with a letter or digit, go on with letters, digits, '_', '.' or '-', and be at most {MAX_ID} bytes"
-)]
-pub struct BadIdentifier(String);
-
-/// The specification sets no limit; it becomes part of file contents and messages, so there is one.
-const MAX_ID: usize = 255;
 
 impl Call {
     /// Reads the environment through `var`; an unset variable and an empty one are the same. `None`: there is no
@@ -84,30 +70,6 @@ impl Call {
 
 fn parsed<T: FromStr<Err: fmt::Display>>(name: &str, value: &str) -> Result<T, Failure> {
     value.parse().map_err(|e: T::Err| Failure::new(Code::BadEnvironment, format!("{name}: {e}")))
-}
-
-impl ContainerId {
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl FromStr for ContainerId {
-    type Err = BadIdentifier;
-
-    fn from_str(text: &str) -> Result<Self, BadIdentifier> {
-        check_identifier(text)?;
-        Ok(Self(text.to_owned()))
-    }
-}
-
-/// The rule that container IDs and network names share.
-pub(super) fn check_identifier(text: &str) -> Result<(), BadIdentifier> {
-    let mut bytes = text.bytes();
-    let valid = text.len() <= MAX_ID
-        && bytes.next().is_some_and(|b| b.is_ascii_alphanumeric())
-        && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'));
-    if valid { Ok(()) } else { Err(BadIdentifier(text.to_owned())) }
 }
 
 #[cfg(test)]

@@ -1,10 +1,10 @@
 //! Errors in the specification's terms. [`Failure`] travels over the socket too, so an agent's refusal reaches the
 //! runtime as it was spoken.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::SpecVersion;
-use crate::protocol::Failure;
+use crate::BadValue;
 
 /// Why a verb failed. Codes 1 to 99 are the specification's (SPEC.md, "Error"), from 100 they are ours; plugin and agent
 /// draw from this one list.
@@ -50,6 +50,17 @@ pub enum Code {
     Internal = 107,
 }
 
+/// An error in the terms of the CNI specification (SPEC.md, "Error"), ready to be printed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{msg}{}{details}", if details.is_empty() { "" } else { ": " })]
+pub struct Failure {
+    /// A [`Code`], or that of another version.
+    pub code: u32,
+    pub msg: String,
+    #[serde(default)]
+    pub details: String,
+}
+
 impl Failure {
     pub fn new(code: Code, msg: impl Into<String>) -> Self {
         Self { code: code as u32, msg: msg.into(), details: String::new() }
@@ -63,6 +74,12 @@ impl Failure {
 
     pub fn is(&self, code: Code) -> bool {
         self.code == code as u32
+    }
+}
+
+impl From<BadValue> for Failure {
+    fn from(bad: BadValue) -> Self {
+        Self::new(Code::BadConfiguration, bad.to_string())
     }
 }
 

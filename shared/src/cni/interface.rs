@@ -6,11 +6,11 @@ use std::net::IpAddr;
 use serde_json::Value;
 
 use super::args::{parse_ip, parse_mac};
-use super::config::{Keys, bad_value};
-use super::{CniArgs, Code, Dns, NetConf, SpecVersion};
+use super::{CniArgs, Code, Dns, Failure, NetConf, SpecVersion};
+use crate::json::Keys;
 use crate::names::DEFAULT_BRIDGE;
-use crate::protocol::{BridgeOptions, Failure};
-use crate::{IfName, Mac};
+use crate::protocol::BridgeOptions;
+use crate::{BadValue, IfName, Mac};
 
 const MAX_REQUESTED: usize = 16;
 
@@ -28,8 +28,8 @@ impl InterfaceConf {
     pub fn parse(conf: &NetConf, args: &CniArgs) -> Result<Self, Failure> {
         let keys = conf.keys();
         refuse_unsupported(&keys)?;
-        let runtime = keys.object("runtimeConfig")?;
-        let own_args = keys.object("args")?.object("cni")?;
+        let runtime = keys.object("runtimeConfig", "an object")?;
+        let own_args = keys.object("args", "an object")?.object("cni", "an object")?;
         let requested = requested_ips(&[&runtime, &own_args], &args.ips)?;
         one_per_family_before_0_3(conf, &requested)?;
         Ok(Self {
@@ -56,32 +56,36 @@ fn refuse_unsupported(keys: &Keys<'_>) -> Result<(), Failure> {
     for (key, expected) in [
         ("promiscMode", "false: the bridge is not put into promiscuous mode"),
         ("macspoofchk", "false: there is no MAC spoofing filter"),
-        ("ipMasq", "false: weftd masquerades for the whole node"),
+        ("ipMasq", "false: this version of weft does not masquerade"),
         ("disableContainerInterface", "false: the interface is always brought up"),
         ("enabledad", "false: addresses come from the node's own pool and are not probed for"),
         ("forceAddress", "false: weftd owns the bridge's addresses"),
     ] {
         if keys.bool(key, false)? {
-            return Err(keys.unsupported(key, expected));
+            return Err(unsupported(keys.bad(key, expected)));
         }
     }
-    if keys.u32("vlan", "a VLAN number")?.is_some_and(|vlan| vlan != 0) {
-        return Err(keys.unsupported("vlan", "0: the bridge does not filter VLANs"));
+    if keys.integer::<u32>("vlan", "a VLAN number")?.is_some_and(|vlan| vlan != 0) {
+        return Err(unsupported(keys.bad("vlan", "0: the bridge does not filter VLANs")));
     }
     if !keys.list("vlanTrunk", "a list")?.is_empty() {
-        return Err(keys.unsupported("vlanTrunk", "no trunks: the bridge does not filter VLANs"));
+        return Err(unsupported(keys.bad("vlanTrunk", "no trunks: the bridge does not filter VLANs")));
     }
     if !keys.bool("isGateway", true)? && !keys.bool("isDefaultGateway", true)? {
-        return Err(keys.unsupported("isGateway", "true: the bridge always carries the subnet's gateway"));
+        return Err(unsupported(
+            keys.bad("isGateway", "true: the bridge always carries the subnet's gateway"),
+        ));
     }
-    let ipam = keys.object("ipam")?;
+    let ipam = keys.object("ipam", "an object")?;
     if ipam.str("type", "\"weft\"")?.is_some_and(|kind| kind != "weft") {
-        return Err(ipam.unsupported("type", "\"weft\", or no ipam: addresses come from the node's lease"));
+        return Err(unsupported(
+            ipam.bad("type", "\"weft\", or no ipam: addresses come from the node's lease"),
+        ));
     }
     if let Some(key) = ipam.names().find(|key| *key != "type" && ipam.get(key).is_some()) {
-        return Err(ipam.unsupported(key, "no such key: addresses come from the node's lease"));
+        return Err(unsupported(ipam.bad(key, "no such key: addresses come from the node's lease")));
     }
-    let runtime = keys.object("runtimeConfig")?;
+    let runtime = keys.object("runtimeConfig", "an object")?;
     for (key, expected) in [
         ("ipRanges", "none: addresses come from the node's lease"),
         ("portMappings", "none: declare this capability on portmap, chained behind weft"),
@@ -94,29 +98,34 @@ fn refuse_unsupported(keys: &Keys<'_>) -> Result<(), Failure> {
             Some(_) => false,
         };
         if !empty {
-            return Err(runtime.unsupported(key, expected));
+            return Err(unsupported(runtime.bad(key, expected)));
         }
     }
     Ok(())
 }
 
-fn bridge_name(keys: &Keys<'_>) -> Result<IfName, Failure> {
+/// For a field that is well formed and asks for something that is not done.
+fn unsupported(bad: BadValue) -> Failure {
+    Failure::new(Code::UnsupportedField, bad.to_string())
+}
+
+fn bridge_name(keys: &Keys<'_>) -> Result<IfName, BadValue> {
     let expected = "an interface name of 1 to 15 bytes";
     let name = keys.str("bridge", expected)?.filter(|name| !name.is_empty()).unwrap_or(DEFAULT_BRIDGE);
     name.parse().map_err(|_| keys.bad("bridge", expected))
 }
 
 /// 0 means the default, as in the reference; the floor is IPv4's own (RFC 791).
-fn mtu(keys: &Keys<'_>) -> Result<Option<u32>, Failure> {
+fn mtu(keys: &Keys<'_>) -> Result<Option<u32>, BadValue> {
     let expected = "a number of bytes from 68 to 65535, not above the dataplane's MTU";
-    match keys.u32("mtu", expected)? {
+    match keys.integer::<u32>("mtu", expected)? {
         None | Some(0) => Ok(None),
         Some(mtu @ 68..=65535) => Ok(Some(mtu)),
         Some(_) => Err(keys.bad("mtu", expected)),
     }
 }
 
-fn dns(keys: &Keys<'_>) -> Result<Dns, Failure> {
+fn dns(keys: &Keys<'_>) -> Result<Dns, BadValue> {
     let expected = "{\"nameservers\": […], \"domain\": …, \"search\": […], \"options\": […]}";
     match keys.get("dns") {
         None => Ok(Dns::default()),
@@ -138,7 +147,7 @@ fn requested_ips(places: &[&Keys<'_>], first: &[IpAddr]) -> Result<Vec<IpAddr>, 
     first.iter().copied().for_each(&mut add);
     for keys in places {
         for item in keys.list("ips", "a list of addresses")? {
-            add(item.as_str().and_then(parse_ip).ok_or_else(|| bad_value("ips", item, expected))?);
+            add(item.as_str().and_then(parse_ip).ok_or_else(|| keys.bad_part("ips", item, expected))?);
         }
     }
     if ips.len() > MAX_REQUESTED {
@@ -162,7 +171,7 @@ fn one_per_family_before_0_3(conf: &NetConf, requested: &[IpAddr]) -> Result<(),
     Err(Failure::new(Code::BadConfiguration, msg))
 }
 
-fn requested_mac(keys: &Keys<'_>) -> Result<Option<Mac>, Failure> {
+fn requested_mac(keys: &Keys<'_>) -> Result<Option<Mac>, BadValue> {
     let expected = "a unicast MAC address such as 0a:58:0a:01:02:03";
     match keys.str("mac", expected)? {
         None | Some("") => Ok(None),
@@ -240,7 +249,7 @@ mod tests {
             (r#""vlanTrunk":[{"id":5}]"#, "vlanTrunk = [{\"id\":5}]"),
             (r#""promiscMode":true"#, "promiscMode = true"),
             (r#""macspoofchk":true"#, "macspoofchk = true"),
-            (r#""ipMasq":true"#, "ipMasq = true"),
+            (r#""ipMasq":true"#, "ipMasq = true: expected false: this version of weft does not masquerade"),
             (r#""disableContainerInterface":true"#, "disableContainerInterface = true"),
             (r#""enabledad":true"#, "enabledad = true"),
             (r#""forceAddress":true"#, "forceAddress = true"),
@@ -275,7 +284,8 @@ mod tests {
             (r#""dns":{"search":"a"}"#, "dns = "),
             (r#""ipam":[]"#, "ipam = []"),
             (r#""vlan":"x""#, "vlan = \"x\""),
-            (r#""runtimeConfig":{"ips":["x"]}"#, "ips = \"x\""),
+            (r#""runtimeConfig":{"ips":["x"]}"#, "runtimeConfig.ips = \"x\""),
+            (r#""args":{"cni":{"ips":["x"]}}"#, "args.cni.ips = \"x\""),
             (r#""runtimeConfig":{"ips":"10.0.0.1"}"#, "runtimeConfig.ips = \"10.0.0.1\""),
             (r#""runtimeConfig":{"mac":"ff:ff:ff:ff:ff:ff"}"#, "runtimeConfig.mac"),
             (r#""args":{"cni":{"mac":"x"}}"#, "args.cni.mac = \"x\""),

@@ -9,8 +9,7 @@ use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Code, SpecVersion};
-use crate::protocol::Failure;
+use super::{Code, Failure, SpecVersion};
 
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct CniResult {

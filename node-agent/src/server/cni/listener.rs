@@ -10,6 +10,7 @@ use nix::libc::{O_DIRECTORY, O_NOFOLLOW};
 use tokio::net::{UnixListener, UnixSocket, UnixStream};
 use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
+use weft_shared::deadline::TOMBSTONE_LOCK;
 use weft_shared::tombstone;
 
 #[derive(Debug, thiserror::Error)]
@@ -32,8 +33,6 @@ impl BindError {
 
 /// A node's pods may all start at once; a plugin beyond that waits in connect.
 const BACKLOG: u32 = 1024;
-/// A plugin holds the lock for one attempt to connect and one small file.
-const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 pub(super) struct Listener {
@@ -76,14 +75,14 @@ pub(super) fn secure_directory(socket: &Path, uid: u32) -> Result<(), BindError>
 /// The exclusive lock, waited for in bounded time.
 pub(super) async fn lock_tombstones(dir: &Path) -> Result<File, BindError> {
     let file = tombstone::lock_file(dir).map_err(|e| BindError::io(dir, e))?;
-    let patience = Instant::now() + LOCK_PATIENCE;
+    let patience = Instant::now() + TOMBSTONE_LOCK;
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(file),
             Err(TryLockError::Error(error)) => return Err(BindError::io(dir, error)),
             Err(TryLockError::WouldBlock) if Instant::now() > patience => {
                 let path = dir.join("lock");
-                return Err(BindError::Locked { path, seconds: LOCK_PATIENCE.as_secs() });
+                return Err(BindError::Locked { path, seconds: TOMBSTONE_LOCK.as_secs() });
             }
             Err(TryLockError::WouldBlock) => sleep(Duration::from_millis(20)).await,
         }

@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use weft_shared::Mac;
 use weft_shared::cni::Code;
+use weft_shared::deadline;
 use weft_shared::names::host_ifname;
 use weft_shared::protocol::{
     Commit, Failure, MAX_FRAME, Reply, Request, Reservation, decode, encode, frame_len,
@@ -131,7 +132,7 @@ async fn every_verb() {
     let check =
         Request::Check { attachment: key("a"), addresses: vec![reservation.addresses[0].address.ip()] };
     assert_eq!(agent.ask(check).await, Reply::Done);
-    let gc = Request::Gc { network: "weft".into(), valid: vec![key("a")] };
+    let gc = Request::Gc { network: "weft".parse().expect("name"), valid: vec![key("a")] };
     assert_eq!(agent.ask(gc).await, Reply::Done);
     assert_eq!(agent.node.states().len(), 1);
     assert_eq!(agent.ask(release("a")).await, Reply::Done);
@@ -273,7 +274,7 @@ async fn a_plugin_that_never_commits_is_left_and_its_address_held() {
     add.reserve("a").await;
     assert_eq!(add.hear().await, None);
     until(|| agent.node.states()["a"] == "aborted").await;
-    agent.node.pass_time(Duration::from_secs(15));
+    agent.node.pass_time(deadline::WIRING);
     agent.node.ipam().tend().await;
     agent.node.assert_empty();
     agent.ended().await;

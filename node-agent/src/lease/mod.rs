@@ -53,9 +53,6 @@ pub trait LeaseStore: Send + Sync + 'static {
         ttl: Duration,
     ) -> impl Future<Output = Result<OwnedLease, StoreError>> + Send;
 
-    /// Gives the lease back if it is still ours. A reservation stays: it is the operator's.
-    fn release(&self, held: &OwnedLease) -> impl Future<Output = Result<(), StoreError>> + Send;
-
     /// Sends a full snapshot, then every change, until the receiver is gone. A broken watch is resumed, or begun anew
     /// with another snapshot; nothing is ever sent that would read as an empty world because the store is away.
     fn watch(

@@ -104,11 +104,6 @@ impl LeaseStore for EmbeddedStore {
         self.write(move |database| own::renew(database, &held, ttl)).await
     }
 
-    async fn release(&self, held: &OwnedLease) -> Result<(), StoreError> {
-        let held = held.clone();
-        self.write(move |database| own::release(database, &held)).await
-    }
-
     async fn watch(&self, updates: mpsc::Sender<LeaseUpdate>, health: latest::Sender<StoreHealth>) {
         watch::run(self, updates, health).await;
     }

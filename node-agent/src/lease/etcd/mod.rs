@@ -124,10 +124,6 @@ impl LeaseStore for EtcdStore {
         own::renew(self, held, ttl).await
     }
 
-    async fn release(&self, held: &OwnedLease) -> Result<(), StoreError> {
-        own::release(self, held).await
-    }
-
     async fn watch(&self, updates: mpsc::Sender<LeaseUpdate>, health: latest::Sender<StoreHealth>) {
         watch::run(self, updates, health).await;
     }

@@ -15,7 +15,7 @@ use crate::bringup::bring_up;
 use crate::config::{Config, StoreConfig};
 use crate::ipam::{self, Boottime, Ipam};
 use crate::kernel::{LinuxKernel, Monitor};
-use crate::lease::{self, EmbeddedStore, EtcdStore, LeaseStore, Store, StoreError, StoreHealth};
+use crate::lease::{EmbeddedStore, EtcdStore, LeaseStore, Store, StoreError, StoreHealth};
 use crate::metrics::Metrics;
 use crate::node::{Node, NodeFabric};
 use crate::pods::{PodPorts, SeenVeths};
@@ -98,23 +98,9 @@ async fn ended<T>(name: &'static str, task: impl Future<Output = T>) -> &'static
 
 async fn open_store(config: &StoreConfig) -> anyhow::Result<Store> {
     match config {
-        StoreConfig::Etcd(etcd) => {
-            let (cert, key) = etcd.client_cert.clone().map(|c| (c.cert_file, c.key_file)).unzip();
-            let (username, password) =
-                etcd.login.clone().map(|l| (l.username, l.password.0)).unwrap_or_default();
-            let config = lease::EtcdConfig {
-                endpoints: etcd.endpoints.clone(),
-                prefix: etcd.prefix.clone(),
-                cert,
-                key,
-                ca: etcd.ca_file.clone(),
-                username,
-                password,
-            };
-            Ok(Store::Etcd(EtcdStore::new(&config)?))
-        }
+        StoreConfig::Etcd(etcd) => Ok(Store::Etcd(EtcdStore::new(etcd)?)),
         StoreConfig::Embedded(embedded) => {
-            let store = EmbeddedStore::new(&lease::EmbeddedConfig { path: embedded.file.clone() });
+            let store = EmbeddedStore::new(&embedded.file);
             if let Some(file) = &embedded.net_config {
                 put_config_if_missing(&store, file)
                     .await

@@ -19,7 +19,7 @@ mod contract;
 mod health;
 mod store;
 
-pub use embedded::{EmbeddedConfig, EmbeddedStore};
+pub use embedded::EmbeddedStore;
 pub use etcd::{EtcdConfig, EtcdStore};
 pub use keeper::{Keeper, KeeperHandle, LeaseState, wait_for_config};
 pub use store::Store;

@@ -11,7 +11,7 @@ use weft_shared::names::host_ifname;
 use weft_shared::protocol::Commit;
 
 use super::table::WIRING_LIMIT;
-use super::tests::{BOOT, Node, TestFabric, address, key, subnet};
+use super::testing::{BOOT, Node, TestFabric, address, key, subnet};
 use super::{Boottime, Connection};
 
 #[derive(Debug, Clone)]

@@ -19,7 +19,7 @@ use weft_shared::protocol::{
 };
 
 use super::*;
-use crate::ipam::tests::{BOOT, Node, key, reserve};
+use crate::ipam::testing::{BOOT, Node, key, reserve};
 use crate::pods::NotReady;
 use crate::status::FailureCount;
 
@@ -337,10 +337,10 @@ async fn the_directory_is_ours_alone() {
     let open = node.run_dir().join("open");
     fs::create_dir(&open).expect("dir");
     fs::set_permissions(&open, Permissions::from_mode(0o755)).expect("chmod");
-    for dir in [open.clone(), node.run_dir().join("new")] {
+    for (dir, left_at) in [(open.clone(), 0o755), (node.run_dir().join("new"), 0o700)] {
         let socket = dir.join("cni.sock");
         let server = Server::bind(&socket, node.ipam().clone(), Limits::default()).await.expect("bind");
-        assert_eq!((mode(&dir), mode(&socket)), (0o700, 0o600));
+        assert_eq!((mode(&dir), mode(&socket)), (left_at, 0o600));
         assert_eq!(fs::read_dir(&dir).expect("dir").count(), 1, "nothing beside the socket");
         drop(server);
     }
@@ -348,6 +348,9 @@ async fn the_directory_is_ours_alone() {
     symlink(&open, &link).expect("symlink");
     let error = refused(&link.join("cni.sock"), &node).await;
     assert!(error.contains("a symbolic link: expected a directory"), "{error}");
+    fs::set_permissions(&open, Permissions::from_mode(0o775)).expect("chmod");
+    let error = refused(&open.join("cni.sock"), &node).await;
+    assert!(error.contains("open to others, mode 775"), "{error}");
     chown(&open, Some(4242), None).expect("chown");
     let error = refused(&open.join("cni.sock"), &node).await;
     assert!(error.contains("owned by uid 4242"), "{error}");
@@ -414,6 +417,23 @@ async fn a_stop_lets_open_adds_end() {
     assert_eq!(add.commit(&agent.node, "a").await, Reply::Done);
     timeout(DEADLINE, agent.task).await.expect("ends").expect("no panic");
     agent.node.assert_consistent();
+}
+
+#[tokio::test]
+async fn a_stop_waits_for_work_that_nobody_waits_for() {
+    let agent = Agent::start(Limits { drain: DEADLINE, reserve: 6 * DEADLINE, ..Limits::default() }).await;
+    let gate = agent.node.fabric.hold_bridge();
+    let mut add = agent.plugin().await;
+    add.0.write_all(&encode(&Request::Reserve(reserve("a"))).expect("encode")).await.expect("write");
+    until(|| agent.node.states().get("a").is_some_and(|state| state == "reserved")).await;
+    drop(add);
+    until(|| agent.node.states().get("a").is_some_and(|state| state == "aborted")).await;
+    agent.stop.cancel();
+    until(|| !agent.socket.exists()).await;
+    gate.add_permits(1);
+    timeout(2 * DEADLINE, agent.task).await.expect("ends").expect("no panic");
+    agent.node.assert_empty();
+    assert_eq!(Arc::strong_count(agent.node.ipam()), 1, "no worker is left");
 }
 
 #[tokio::test]

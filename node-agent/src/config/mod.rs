@@ -1,7 +1,9 @@
 //! The command line of weftd and what it comes to: a checked [`Config`].
 //!
-//! Names, syntax and variables are flanneld's (main.go), so that its unit files and manifests start weftd unchanged;
-//! weft's own settings stand beside them. Unlike flanneld's, a wrong option exits with status 2 and none is ignored.
+//! Names, syntax and variables are flanneld's (main.go), and weft's own settings stand beside them. A unit file of
+//! flanneld's therefore starts weftd unchanged if it gives none of the options that this version lacks
+//! (`options::NOT_YET`: `--ip-masq` and `--kube-subnet-mgr`, which most manifests give, are among them): those are
+//! refused by name. Unlike flanneld's, a wrong option exits with status 2 and none is ignored.
 
 mod help;
 mod options;
@@ -77,8 +79,8 @@ pub enum LogFormat {
 pub enum UsageError {
     #[error("{given} = {value:?}: expected {expected}")]
     Value { given: Source, value: String, expected: String },
-    #[error("{0} needs a value")]
-    NoValue(Source),
+    #[error("{given} needs a value: expected {expected}")]
+    NoValue { given: Source, expected: &'static str },
     #[error(
         "{given} is a setting of flannel's that this version of weftd does not have{}{instead}",
         if instead.is_empty() { "" } else { "; " }

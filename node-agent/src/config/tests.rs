@@ -161,7 +161,7 @@ fn refusals_name_setting_value_and_expectation() {
         (&["-v=4", "--log-level=info"], &[], "--log-level: -v (FLANNELD_V) says the same"),
         (&["--run-dir=run"], &[], "--run-dir = \"run\": expected an absolute path"),
         (&["--node-name=a b"], &[], "--node-name"),
-        (&["--iface"], &[], "--iface needs a value"),
+        (&["--iface"], &[], "--iface needs a value: expected NAME|IP"),
         (&["eth0"], &[], "unexpected argument \"eth0\""),
         (
             &["--netlink-monitor", "false"],

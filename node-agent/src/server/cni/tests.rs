@@ -421,19 +421,29 @@ async fn a_stop_lets_open_adds_end() {
 
 #[tokio::test]
 async fn a_stop_waits_for_work_that_nobody_waits_for() {
-    let agent = Agent::start(Limits { drain: DEADLINE, reserve: 6 * DEADLINE, ..Limits::default() }).await;
+    let short = Duration::from_millis(50);
+    let mut agent = Agent::start(Limits { request: short, drain: DEADLINE, ..Limits::default() }).await;
     let gate = agent.node.fabric.hold_bridge();
-    let mut add = agent.plugin().await;
-    add.0.write_all(&encode(&Request::Reserve(reserve("a"))).expect("encode")).await.expect("write");
-    until(|| agent.node.states().get("a").is_some_and(|state| state == "reserved")).await;
-    drop(add);
-    until(|| agent.node.states().get("a").is_some_and(|state| state == "aborted")).await;
+    let ipam = agent.node.ipam().clone();
+    let add = tokio::spawn(async move {
+        let connection = ipam.connect();
+        assert!(
+            ipam.reserve(connection.id(), reserve("a")).await.expect_err("deleted").is(Code::TryAgainLater)
+        );
+        connection.closed(true).await;
+    });
+    until(|| !agent.node.states().is_empty()).await;
+    // A DEL has to wait for the ADD, the plugin does not.
+    let mut del = agent.plugin().await;
+    let late = failed(Some(del.ask(&release("a")).await));
+    assert!(late.details.contains("not done in"), "{late:?}");
     agent.stop.cancel();
-    until(|| !agent.socket.exists()).await;
+    assert_eq!(del.hear().await, None);
+    assert!(timeout(short, &mut agent.task).await.is_err(), "waits for the DEL");
     gate.add_permits(1);
-    timeout(2 * DEADLINE, agent.task).await.expect("ends").expect("no panic");
+    timeout(DEADLINE, agent.task).await.expect("ends").expect("no panic");
+    add.await.expect("no panic");
     agent.node.assert_empty();
-    assert_eq!(Arc::strong_count(agent.node.ipam()), 1, "no worker is left");
 }
 
 #[tokio::test]

@@ -1,6 +1,8 @@
 //! The composition root: builds every part, connects them, and decides what ends the agent. Only here do the pure and
 //! the effectful sides meet.
 
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,12 +12,13 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
+use weft_shared::netconf::EXAMPLE;
 
 use crate::bringup::bring_up;
 use crate::config::{Config, StoreConfig};
 use crate::ipam::{self, Boottime, Ipam};
 use crate::kernel::{LinuxKernel, Monitor};
-use crate::lease::{self, EmbeddedStore, EtcdStore, LeaseStore, Store, StoreError, StoreHealth};
+use crate::lease::{EmbeddedStore, EtcdStore, LeaseStore, Store, StoreError, StoreHealth};
 use crate::metrics::Metrics;
 use crate::node::{Node, NodeFabric};
 use crate::pods::{PodPorts, SeenVeths};
@@ -30,13 +33,15 @@ const DRAIN: Duration = Duration::from_secs(8);
 pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     info!(version = env!("CARGO_PKG_VERSION"), node = %config.node_name, "weftd starts");
     let config = Arc::new(config);
-    std::fs::create_dir_all(&config.run_dir)
-        .with_context(|| format!("--run-dir = {}: cannot be made", config.run_dir.display()))?;
+    // Records and sockets in it are nobody else's business.
+    DirBuilder::new().recursive(true).mode(0o700).create(&config.run_dir).with_context(|| {
+        format!("--run-dir = {}: expected a directory, or a place to make one", config.run_dir.display())
+    })?;
     let store = Arc::new(open_store(&config.store).await?);
     if store.one_machine_only() {
         warn!("the embedded store serves the agents of one machine only");
     }
-    let kernel = LinuxKernel::open().context("netlink: weftd needs CAP_NET_ADMIN")?;
+    let kernel = LinuxKernel::open().context("a netlink socket cannot be opened")?;
     let reconcile = Handle::start(kernel, config.resync).context("the reconcile thread")?;
     let monitor = config.netlink_monitor.then(|| start_monitor(&reconcile)).flatten();
 
@@ -98,27 +103,11 @@ async fn ended<T>(name: &'static str, task: impl Future<Output = T>) -> &'static
 
 async fn open_store(config: &StoreConfig) -> anyhow::Result<Store> {
     match config {
-        StoreConfig::Etcd(etcd) => {
-            let (cert, key) = etcd.client_cert.clone().map(|c| (c.cert_file, c.key_file)).unzip();
-            let (username, password) =
-                etcd.login.clone().map(|l| (l.username, l.password.0)).unwrap_or_default();
-            let config = lease::EtcdConfig {
-                endpoints: etcd.endpoints.clone(),
-                prefix: etcd.prefix.clone(),
-                cert,
-                key,
-                ca: etcd.ca_file.clone(),
-                username,
-                password,
-            };
-            Ok(Store::Etcd(EtcdStore::new(&config)?))
-        }
+        StoreConfig::Etcd(etcd) => Ok(Store::Etcd(EtcdStore::new(etcd)?)),
         StoreConfig::Embedded(embedded) => {
-            let store = EmbeddedStore::new(&lease::EmbeddedConfig { path: embedded.file.clone() });
+            let store = EmbeddedStore::new(&embedded.file);
             if let Some(file) = &embedded.net_config {
-                put_config_if_missing(&store, file)
-                    .await
-                    .with_context(|| format!("--net-config = {}", file.display()))?;
+                put_config_if_missing(&store, file).await?;
             }
             Ok(Store::Embedded(store))
         }
@@ -126,11 +115,18 @@ async fn open_store(config: &StoreConfig) -> anyhow::Result<Store> {
 }
 
 async fn put_config_if_missing(store: &EmbeddedStore, file: &Path) -> anyhow::Result<()> {
-    let json = std::fs::read_to_string(file)?;
+    let wrong = |expected: &str| format!("--net-config = {}: expected {expected}", file.display());
+    let json = std::fs::read_to_string(file).with_context(|| wrong("a readable file"))?;
     match store.network_config().await {
-        Err(StoreError::NoConfig { .. }) => Ok(store.put_config(&json).await?),
-        Err(other) => Err(other.into()),
-        Ok(_) => Ok(()),
+        Err(StoreError::NoConfig { .. }) => {}
+        Err(other) => return Err(other.into()),
+        Ok(_) => return Ok(()),
+    }
+    match store.put_config(&json).await {
+        Err(StoreError::BadConfig(error)) => {
+            Err(error).with_context(|| wrong(&format!("a network configuration such as {EXAMPLE}")))
+        }
+        other => Ok(other?),
     }
 }
 

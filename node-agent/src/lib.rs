@@ -16,6 +16,7 @@ pub mod ctl;
 pub mod dataplane;
 pub mod durable;
 pub mod host;
+mod inotify;
 pub mod ipam;
 pub mod kernel;
 pub mod lease;

@@ -1,7 +1,9 @@
 //! The command line of weftd and what it comes to: a checked [`Config`].
 //!
-//! Names, syntax and variables are flanneld's (main.go), so that its unit files and manifests start weftd unchanged;
-//! weft's own settings stand beside them. Unlike flanneld's, a wrong option exits with status 2 and none is ignored.
+//! Names, syntax and variables are flanneld's (main.go), and weft's own settings stand beside them. A unit file of
+//! flanneld's therefore starts weftd unchanged if it gives none of the options that this version lacks
+//! (`options::NOT_YET`: `--ip-masq` and `--kube-subnet-mgr`, which most manifests give, are among them): those are
+//! refused by name. Unlike flanneld's, a wrong option exits with status 2 and none is ignored.
 
 mod help;
 mod options;
@@ -10,11 +12,12 @@ mod settings;
 mod tests;
 mod values;
 
-use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::lease::EtcdConfig;
+use crate::lease::etcd::{ClientCert, Login, Secret};
 use crate::underlay::{IfaceSpec, UnderlayChoice};
 use tracing::Level;
 use weft_shared::names::MAX_SOCKET_PATH;
@@ -60,33 +63,6 @@ pub enum StoreConfig {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EtcdConfig {
-    /// URLs with their scheme.
-    pub endpoints: Vec<String>,
-    /// Without a trailing slash: `{prefix}/config` is the key of the network configuration.
-    pub prefix: String,
-    pub ca_file: Option<PathBuf>,
-    pub client_cert: Option<ClientCert>,
-    pub login: Option<Login>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ClientCert {
-    pub cert_file: PathBuf,
-    pub key_file: PathBuf,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Login {
-    pub username: String,
-    pub password: Secret,
-}
-
-/// A text that no log shows.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(pub String);
-
-#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EmbeddedConfig {
     pub file: PathBuf,
     /// Network configuration to put into the store if it has none.
@@ -104,8 +80,8 @@ pub enum LogFormat {
 pub enum UsageError {
     #[error("{given} = {value:?}: expected {expected}")]
     Value { given: Source, value: String, expected: String },
-    #[error("{0} needs a value")]
-    NoValue(Source),
+    #[error("{given} needs a value: expected {expected}")]
+    NoValue { given: Source, expected: &'static str },
     #[error(
         "{given} is a setting of flannel's that this version of weftd does not have{}{instead}",
         if instead.is_empty() { "" } else { "; " }
@@ -218,7 +194,7 @@ impl StoreConfig {
         })?;
         let Some(file) = embedded else {
             return match settings.source("net-config") {
-                None => EtcdConfig::from_settings(settings).map(Self::Etcd),
+                None => etcd_config(settings).map(Self::Etcd),
                 Some(given) => Err(clash(given, "only for --store embedded; etcd's is written with etcdctl")),
             };
         };
@@ -230,29 +206,32 @@ impl StoreConfig {
     }
 }
 
-impl EtcdConfig {
-    fn from_settings(settings: &Settings) -> Result<Self, UsageError> {
-        let ca_file = settings.text("etcd-cafile").map(PathBuf::from);
-        let client_cert = pair(settings, "etcd-certfile", "etcd-keyfile")?
-            .map(|(cert, key)| ClientCert { cert_file: cert.into(), key_file: key.into() });
-        let login = pair(settings, "etcd-username", "etcd-password")?.map(|(username, password)| Login {
-            username: username.into(),
-            password: Secret(password.into()),
-        });
-        // An endpoint without a scheme is spoken to as the other settings suggest.
-        let scheme = if ca_file.is_some() || client_cert.is_some() { "https" } else { "http" };
-        Ok(Self {
-            endpoints: settings.required(
-                "etcd-endpoints",
-                "comma-separated URLs such as http://10.0.0.1:2379, without user or path",
-                |list| list.split(',').map(|url| endpoint(url.trim(), scheme)).collect(),
-            )?,
-            prefix: settings.required("etcd-prefix", "a key such as /coreos.com/network", clean_key)?,
-            ca_file,
-            client_cert,
-            login,
-        })
+fn etcd_config(settings: &Settings) -> Result<EtcdConfig, UsageError> {
+    let ca_file = settings.text("etcd-cafile").map(PathBuf::from);
+    let client_cert = pair(settings, "etcd-certfile", "etcd-keyfile")?
+        .map(|(cert, key)| ClientCert { cert_file: cert.into(), key_file: key.into() });
+    let login = pair(settings, "etcd-username", "etcd-password")?
+        .map(|(username, password)| Login { username: username.into(), password: Secret(password.into()) });
+    // An endpoint without a scheme is spoken to as the other settings suggest; one with the wrong scheme would send a
+    // password, or the leases, in the clear.
+    let tls = ["etcd-cafile", "etcd-certfile"].into_iter().find_map(|name| settings.source(name));
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let endpoints: Vec<String> = settings.required(
+        "etcd-endpoints",
+        "comma-separated URLs such as http://10.0.0.1:2379, without user or path",
+        |list| list.split(',').map(|url| endpoint(url.trim(), scheme)).collect(),
+    )?;
+    let plain = endpoints.iter().any(|url| url.starts_with("http://"));
+    if let (Some(tls), true) = (tls, plain) {
+        return Err(settings.bad("etcd-endpoints", &format!("https:// URLs, since {tls} is given")));
     }
+    Ok(EtcdConfig {
+        endpoints,
+        prefix: settings.required("etcd-prefix", "a key such as /coreos.com/network", clean_key)?,
+        ca_file,
+        client_cert,
+        login,
+    })
 }
 
 fn underlay_choice(settings: &Settings) -> Result<UnderlayChoice, UsageError> {
@@ -272,12 +251,6 @@ fn underlay_choice(settings: &Settings) -> Result<UnderlayChoice, UsageError> {
         can_reach: ip("iface-can-reach")?,
         public_ip: ip("public-ip")?,
     })
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("(secret)")
-    }
 }
 
 /// Time to live and renewal margin. flannel's margin has a lower bound of a minute, which a short-lived lease of a

@@ -62,7 +62,10 @@ impl Settings {
             let value = match (value, opt.shape) {
                 (Some(value), _) => value,
                 (None, Shape::Switch) => "true".to_owned(),
-                (None, _) => args.next().ok_or(UsageError::NoValue(source.clone()))?,
+                (None, Shape::Value(expected) | Shape::List(expected)) => {
+                    let given = source.clone();
+                    args.next().ok_or(UsageError::NoValue { given, expected })?
+                }
             };
             settings.given.entry(opt.name).or_default().push(Given { value, source });
         }

@@ -136,6 +136,16 @@ fn refusals_name_setting_value_and_expectation() {
             &[("FLANNELD_ETCD_PASSWORD", "pw")],
             "FLANNELD_ETCD_PASSWORD: --etcd-username must be given as well",
         ),
+        (
+            &["--etcd-endpoints=http://a:1,b:1"],
+            &[("FLANNELD_ETCD_CAFILE", "/ca")],
+            "--etcd-endpoints = \"http://a:1,b:1\": expected https:// URLs, since FLANNELD_ETCD_CAFILE is given",
+        ),
+        (
+            &["--etcd-cafile=/ca"],
+            &[],
+            "--etcd-endpoints = \"http://127.0.0.1:4001,http://127.0.0.1:2379\": expected https://",
+        ),
         (&["--store=redis"], &[], "--store = \"redis\": expected etcd, embedded or embedded=FILE"),
         (&["--store=embedded=rel.db"], &[], "--store = \"embedded=rel.db\""),
         (
@@ -151,7 +161,7 @@ fn refusals_name_setting_value_and_expectation() {
         (&["-v=4", "--log-level=info"], &[], "--log-level: -v (FLANNELD_V) says the same"),
         (&["--run-dir=run"], &[], "--run-dir = \"run\": expected an absolute path"),
         (&["--node-name=a b"], &[], "--node-name"),
-        (&["--iface"], &[], "--iface needs a value"),
+        (&["--iface"], &[], "--iface needs a value: expected NAME|IP"),
         (&["eth0"], &[], "unexpected argument \"eth0\""),
         (
             &["--netlink-monitor", "false"],
@@ -198,8 +208,7 @@ fn times_and_levels() {
 
 #[test]
 fn no_password_in_a_log() {
-    let config =
-        config(&["--etcd-username=me", "--etcd-cafile=/ca"], &[("FLANNELD_ETCD_PASSWORD", "hunter2")]);
+    let config = config(&["--etcd-username=me"], &[("FLANNELD_ETCD_PASSWORD", "hunter2")]);
     assert_eq!(etcd(&config).login.as_ref().map(|l| l.password.0.as_str()), Some("hunter2"));
     assert!(!format!("{config:?}").contains("hunter2"));
     let bare = self::config(&["--etcd-cafile=/ca", "--etcd-endpoints=a:2379"], &[]);

@@ -40,7 +40,7 @@ pub(super) fn clean_key(text: &str) -> Option<String> {
     if parts.iter().any(|part| *part == "." || *part == "..") {
         return None;
     }
-    Some(format!("{}{}", if text.starts_with('/') && !parts.is_empty() { "/" } else { "" }, parts.join("/")))
+    Some(format!("{}{}", if text.starts_with('/') { "/" } else { "" }, parts.join("/")))
 }
 
 /// Go's durations (time.ParseDuration) without the units nobody sets: `24h`, `1h30m`, `500ms`; a bare number is seconds.
@@ -95,7 +95,7 @@ mod tests {
 
     #[test]
     fn keys_are_joined_as_go_joins_paths() {
-        for (text, key) in [("/a//b/", "/a/b"), ("a/b", "a/b"), ("/", "")] {
+        for (text, key) in [("/a//b/", "/a/b"), ("a/b", "a/b"), ("//", "/")] {
             assert_eq!(clean_key(text).as_deref(), Some(key));
         }
         assert_eq!(clean_key("/a/./b"), None);

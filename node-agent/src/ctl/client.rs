@@ -14,7 +14,7 @@ const MAX_ANSWER: u64 = 256 << 20;
 pub enum ClientError {
     #[error(
         "weftd does not answer at {}: {error}\n\
-         Is it running (systemctl status weftd)? If it has another --run-dir or --admin-socket, say so with --socket FILE",
+         Is it running (systemctl status weftd)? If it has another --run-dir or --admin-socket, say so with --socket FILE or WEFT_SOCKET",
         socket.display()
     )]
     Unreachable { socket: PathBuf, error: io::Error },

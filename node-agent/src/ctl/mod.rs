@@ -8,8 +8,9 @@ mod render;
 #[cfg(test)]
 mod tests;
 
+use std::ffi::OsString;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -27,15 +28,19 @@ const STATUS_DEADLINE: Duration = Duration::from_secs(5);
 /// Silent peers are waited for.
 const PING_DEADLINE: Duration = Duration::from_secs(600);
 
+/// Says where weftd's admin socket is, for whoever has another than the usual one.
+const SOCKET_VARIABLE: &str = "WEFT_SOCKET";
+const SOCKET_HELP: &str =
+    "weftd's --admin-socket; without it the variable WEFT_SOCKET says where, else it is /run/weft/admin.sock";
+
 /// See and test the pod network of this node. Asks weftd over its admin socket.
 ///
 /// Exit status: 0 all is well, 1 not ready, not reachable or weftd does not answer, 2 wrong usage.
 #[derive(Debug, Parser)]
 #[command(name = "weftctl", version, disable_help_subcommand = true)]
 pub struct Cli {
-    /// weftd's --admin-socket
-    #[arg(long, value_name = "FILE", default_value = ADMIN_SOCKET, global = true)]
-    socket: PathBuf,
+    #[arg(long, value_name = "FILE", global = true, help = SOCKET_HELP)]
+    socket: Option<PathBuf>,
     /// Print JSON instead of text
     #[arg(long, global = true)]
     json: bool,
@@ -81,7 +86,7 @@ struct Versions<'a> {
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    match cli.answer() {
+    match cli.answer(&cli.socket(std::env::var_os(SOCKET_VARIABLE))) {
         Ok(answer) => {
             // A reader that has seen enough (`weftctl peers | head`) is no error.
             let _ = std::io::stdout().write_all(answer.text.as_bytes());
@@ -95,44 +100,50 @@ pub fn main() -> ExitCode {
 }
 
 impl Cli {
-    fn answer(&self) -> Result<Answer, ClientError> {
+    /// An empty variable is none.
+    fn socket(&self, variable: Option<OsString>) -> PathBuf {
+        let variable = variable.filter(|path| !path.is_empty()).map(PathBuf::from);
+        self.socket.clone().or(variable).unwrap_or_else(|| ADMIN_SOCKET.into())
+    }
+
+    fn answer(&self, socket: &Path) -> Result<Answer, ClientError> {
         match &self.verb {
             Verb::Status => {
-                let status = self.status()?;
+                let status = status(socket)?;
                 Ok(Answer { well: status.ready, text: self.print(&status, render::status) })
             }
             Verb::Peers => {
-                let status = self.status()?;
+                let status = status(socket)?;
                 let well = status.peers.iter().all(|peer| peer.programmed);
                 let text = if self.json { json(&status.peers) } else { render::peers(&status) };
                 Ok(Answer { well, text })
             }
             Verb::Pods => {
-                let pods = self.status()?.pods.list;
+                let pods = status(socket)?.pods.list;
                 Ok(Answer { well: true, text: self.print(&pods, |p| render::pods(p)) })
             }
             Verb::Ping { peer, count } => {
                 let path = format!("/ping?peer={}&count={count}", client::escape(peer));
-                let reports: Vec<PingReport> = client::request(&self.socket, "POST", &path, PING_DEADLINE)?;
+                let reports: Vec<PingReport> = client::request(socket, "POST", &path, PING_DEADLINE)?;
                 let well = reports.iter().all(|report| report.reachable);
                 Ok(Answer { well, text: self.print(&reports, |r| render::ping(r)) })
             }
             Verb::Version => {
                 // The own version is worth printing without an agent.
-                let agent = self.status().ok().map(|status| status.version);
+                let agent = status(socket).ok().map(|status| status.version);
                 let versions = Versions { weftctl: env!("CARGO_PKG_VERSION"), weftd: agent.as_deref() };
                 Ok(Answer { well: true, text: self.print(&versions, render::versions) })
             }
         }
     }
 
-    fn status(&self) -> Result<Status, ClientError> {
-        client::request(&self.socket, "GET", "/debug/state", STATUS_DEADLINE)
-    }
-
     fn print<T: Serialize>(&self, value: &T, text: impl Fn(&T) -> String) -> String {
         if self.json { json(value) } else { text(value) }
     }
+}
+
+fn status(socket: &Path) -> Result<Status, ClientError> {
+    client::request(socket, "GET", "/debug/state", STATUS_DEADLINE)
 }
 
 fn json(value: &impl Serialize) -> String {

@@ -31,7 +31,8 @@ fn with_agent(status: fn() -> Status, body: impl FnOnce(&Path)) {
 fn ask(socket: &Path, args: &[&str]) -> Result<Answer, ClientError> {
     let socket = socket.to_str().expect("UTF-8");
     let args = ["weftctl", "--socket", socket].into_iter().chain(args.iter().copied());
-    Cli::try_parse_from(args).expect("usage").answer()
+    let cli = Cli::try_parse_from(args).expect("usage");
+    cli.answer(&cli.socket(Some("/nonexistent/by-variable.sock".into())))
 }
 
 #[test]
@@ -214,6 +215,20 @@ fn without_an_agent_it_says_where_and_what_to_do() {
     }
     let version = ask(socket, &["version"]).expect("needs no agent");
     assert!(version.well && version.text.ends_with("weftd   does not answer\n"), "{version:?}");
+}
+
+#[test]
+fn the_socket_by_option_then_variable_then_default() {
+    let socket = |args: &[&str], variable: Option<&str>| {
+        let args = ["weftctl"].iter().chain(args).chain(&["status"]);
+        Cli::try_parse_from(args).expect("usage").socket(variable.map(Into::into))
+    };
+    assert_eq!(socket(&["--socket=/a"], Some("/b")), Path::new("/a"));
+    assert_eq!(socket(&[], Some("/b")), Path::new("/b"));
+    for unset in [None, Some("")] {
+        assert_eq!(socket(&[], unset), Path::new(ADMIN_SOCKET));
+    }
+    assert!(SOCKET_HELP.contains(SOCKET_VARIABLE) && SOCKET_HELP.contains(ADMIN_SOCKET));
 }
 
 #[test]

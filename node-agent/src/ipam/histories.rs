@@ -11,7 +11,7 @@ use weft_shared::deadline;
 use weft_shared::names::host_ifname;
 use weft_shared::protocol::Commit;
 
-use super::tests::{BOOT, Node, TestFabric, address, key, network, subnet};
+use super::testing::{BOOT, Node, TestFabric, address, key, network, subnet};
 use super::{Boottime, Connection};
 
 #[derive(Debug, Clone)]

@@ -1,6 +1,6 @@
 //! Address management: which attachment has which address, from Reserve until nothing of it is left.
 //!
-//! ADD is a transaction that the agent owns (DESIGN: "Who does what"): what a plugin began and did not commit, this
+//! ADD is a transaction that the agent owns (ARCHITECTURE.md): what a plugin began and did not commit, this
 //! module undoes, whoever died in between. `table` decides and does no I/O; `records` keeps it across the death of
 //! the agent; `verbs` carries requests out; this file holds them together and does what nobody asks for: orphans,
 //! dead attachments, tombstones. State changes under one short lock that is never held across an await.
@@ -18,7 +18,9 @@ mod verbs;
 #[cfg(test)]
 mod histories;
 #[cfg(test)]
-pub(crate) mod tests;
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::io;

@@ -113,12 +113,6 @@ fn remove(path: &Path) {
     }
 }
 
-#[expect(unsafe_code, reason = "tokio cannot know that the descriptor stays the same one")]
-fn register(inotify: Inotify) -> io::Result<AsyncFd<Inotify>> {
-    // SAFETY: `Inotify` owns its descriptor, names the same one for as long as it lives, and closes it when dropped.
-    Ok(unsafe { AsyncFd::register(inotify) }?)
-}
-
 /// Notices new tombstones. Without inotify the slow look finds them.
 pub(super) struct Watch {
     dir: PathBuf,
@@ -127,7 +121,7 @@ pub(super) struct Watch {
 
 impl Watch {
     pub(super) fn new(dir: &Path) -> Self {
-        let inotify = Inotify::init().and_then(register);
+        let inotify = crate::inotify::open();
         let inotify =
             inotify.inspect_err(|error| warn!(%error, "no inotify: tombstones are noticed late")).ok();
         let mut watch = Self { dir: dir.to_owned(), inotify };

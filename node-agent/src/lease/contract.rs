@@ -34,7 +34,7 @@ macro_rules! contract {
     ($fixture:ty) => {
         $crate::lease::contract::contract!(@ $fixture:
             configuration, takes_a_subnet_in_range_and_keeps_it, previous_subnet, own_lease_that_no_longer_fits,
-            contenders_never_overlap, renewal, renewal_never_overwrites_another_owner, reservation, release,
+            contenders_never_overlap, renewal, renewal_never_overwrites_another_owner, reservation,
             watch_sends_a_snapshot_then_changes, watch_sees_a_lease_expire, watch_survives_malformed_entries,
             watch_ends_with_its_receiver,
         );
@@ -295,7 +295,6 @@ pub(super) async fn renewal_never_overwrites_another_owner(fixture: &impl Fixtur
         fixture.put(&key, &stored, Some(DAY)).await;
         let lost = StoreError::Lost { key: held.lease.key, owner: Some(owner.into()) };
         assert_eq!(store.renew(&held, DAY).await, Err(lost));
-        assert_eq!(store.release(&held).await, Ok(()), "nothing of ours to give back");
         assert_eq!(fixture.get(&key).await.map(|(value, _)| value), Some(stored));
     }
     fixture.delete(&key).await;
@@ -315,8 +314,6 @@ pub(super) async fn reservation(fixture: &impl Fixture) {
     assert_eq!(acquire(&store, &request).await, held, "right already: not written again");
     assert_eq!(store.renew(&held, DAY).await, Ok(held.clone()), "nor by a renewal");
     assert_eq!(fixture.get(key).await, Some((value("192.0.2.1"), false)));
-    store.release(&held).await.expect("release");
-    assert!(fixture.get(key).await.is_some(), "the operator's, not ours to remove");
 
     // For whoever held the subnet before; nobody else gets it.
     fixture.put("10.5.0.96-28", r#"{"PublicIP":"0.0.0.0"}"#, None).await;
@@ -328,14 +325,6 @@ pub(super) async fn reservation(fixture: &impl Fixture) {
     fixture.delete("10.5.0.96-28").await;
     let gone = StoreError::Lost { key: held.lease.key, owner: None };
     assert_eq!(store.renew(&held, DAY).await, Err(gone));
-}
-
-pub(super) async fn release(fixture: &impl Fixture) {
-    let (store, config) = (fixture.store(), small_pool());
-    let held = acquire(&store, &want(&config, "192.0.2.1", None)).await;
-    store.release(&held).await.expect("release");
-    assert_eq!(fixture.get(&held.lease.key.to_string()).await, None);
-    store.release(&held).await.expect("once more does nothing");
 }
 
 pub(super) async fn watch_sends_a_snapshot_then_changes(fixture: &impl Fixture) {

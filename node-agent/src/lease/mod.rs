@@ -19,7 +19,7 @@ mod contract;
 mod health;
 mod store;
 
-pub use embedded::{EmbeddedConfig, EmbeddedStore};
+pub use embedded::EmbeddedStore;
 pub use etcd::{EtcdConfig, EtcdStore};
 pub use keeper::{Keeper, KeeperHandle, LeaseState, wait_for_config};
 pub use store::Store;
@@ -52,9 +52,6 @@ pub trait LeaseStore: Send + Sync + 'static {
         held: &OwnedLease,
         ttl: Duration,
     ) -> impl Future<Output = Result<OwnedLease, StoreError>> + Send;
-
-    /// Gives the lease back if it is still ours. A reservation stays: it is the operator's.
-    fn release(&self, held: &OwnedLease) -> impl Future<Output = Result<(), StoreError>> + Send;
 
     /// Sends a full snapshot, then every change, until the receiver is gone. A broken watch is resumed, or begun anew
     /// with another snapshot; nothing is ever sent that would read as an empty world because the store is away.

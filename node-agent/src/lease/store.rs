@@ -59,13 +59,6 @@ impl LeaseStore for Store {
         }
     }
 
-    async fn release(&self, held: &OwnedLease) -> Result<(), StoreError> {
-        match self {
-            Self::Etcd(store) => store.release(held).await,
-            Self::Embedded(store) => store.release(held).await,
-        }
-    }
-
     async fn watch(&self, updates: mpsc::Sender<LeaseUpdate>, health: watch::Sender<StoreHealth>) {
         match self {
             Self::Etcd(store) => store.watch(updates, health).await,

@@ -91,10 +91,6 @@ impl LeaseTable {
         self.has_snapshot
     }
 
-    pub fn config(&self) -> &NetworkConfig {
-        &self.config
-    }
-
     fn replace(&mut self, leases: Vec<Lease>, malformed: Vec<Malformed>) -> bool {
         let mut leases: BTreeMap<_, _> = leases.into_iter().map(|lease| (lease.key, lease)).collect();
         // A key whose value became unreadable is there still: what was known of it stays.

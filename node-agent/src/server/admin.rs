@@ -10,13 +10,14 @@ mod tests;
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use super::socket::{self, ROOT, Socket, SocketError};
 use crate::metrics::{Metrics, StatusSource};
 
 /// A scrape takes milliseconds.
@@ -35,25 +36,19 @@ pub struct AdminState {
 #[derive(Debug)]
 pub struct Admin {
     tcp: Option<TcpListener>,
-    unix: UnixListener,
-    socket: PathBuf,
+    socket: Socket,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     #[error("--admin-listen = {addr}: cannot listen there: {error}; give another address, or off")]
     Tcp { addr: SocketAddr, error: io::Error },
-    #[error("--admin-socket = {}: cannot listen there: {error}", path.display())]
-    Socket { path: PathBuf, error: io::Error },
-    #[error(
-        "--admin-socket = {}: another weftd answers there; give each its own --run-dir or --admin-socket",
-        path.display()
-    )]
-    InUse { path: PathBuf },
+    #[error("--admin-socket: {0}")]
+    Socket(#[from] SocketError),
 }
 
 impl Admin {
-    pub async fn bind(listen: Option<SocketAddr>, socket: &Path) -> Result<Self, BindError> {
+    pub async fn bind(listen: Option<SocketAddr>, path: &Path) -> Result<Self, BindError> {
         let tcp = match listen {
             None => None,
             Some(addr) => {
@@ -61,12 +56,9 @@ impl Admin {
                 Some(bound.map_err(|error| BindError::Tcp { addr, error })?)
             }
         };
-        Ok(Self { tcp, unix: listen::bind_socket(socket)?, socket: socket.to_owned() })
-    }
-
-    /// Where the TCP listener really is, should the port have been 0.
-    pub fn local_addr(&self) -> Option<SocketAddr> {
-        self.tcp.as_ref()?.local_addr().ok()
+        socket::secure_directory(path, ROOT)?;
+        socket::refuse_live(path).await?;
+        Ok(Self { tcp, socket: Socket::bind(path)? })
     }
 
     /// Answers until `stop`, then lets requests under way finish for a moment.
@@ -77,9 +69,10 @@ impl Admin {
                 listen::serve(listener, public, TCP_DEADLINE, stop.clone()).await;
             }
         };
-        let unix = listen::serve(self.unix, routes::operator(state), SOCKET_DEADLINE, stop.clone());
+        let Socket { listener, file } = self.socket;
+        let unix = listen::serve(listener, routes::operator(state), SOCKET_DEADLINE, stop.clone());
         tokio::join!(tcp, unix);
-        let _ = std::fs::remove_file(&self.socket);
+        file.remove();
     }
 }
 

@@ -1,31 +1,33 @@
 //! The plugin's socket: one task per connection, frames of [`weft_shared::protocol`], everything with a deadline.
 //!
 //! A connection is the life of an ADD: [`crate::ipam`] undoes what is not committed when it ends. Who may speak is
-//! settled by the directory (root, 0700), the socket (0600) and the peer's credentials (unix(7), `SO_PEERCRED`), in that
+//! settled by the directory (root's, nobody else writes to it), the socket (0600) and the peer's credentials (unix(7), `SO_PEERCRED`), in that
 //! order. No peer can hold up another: connections, frames and waiting are bounded.
 
 mod connection;
-mod listener;
+mod lock;
 
 #[cfg(test)]
 mod tests;
 
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 use weft_shared::cni::Code;
 use weft_shared::deadline;
 use weft_shared::protocol::{Failure, Reply, encode};
 
-pub use self::listener::BindError;
-use self::listener::Listener;
+use self::connection::Conversation;
 use crate::ipam::Ipam;
 use crate::pods::Fabric;
+use crate::server::socket::{self, ROOT, Socket, SocketError};
 
 /// Every wait of the server; those that a plugin must outlast, or the other way round, are from [`deadline`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,14 +60,24 @@ impl Default for Limits {
             gc: deadline::GC_ANSWER,
             status: deadline::STATUS_ANSWER,
             drain: Duration::from_secs(5),
-            uid: 0,
+            uid: ROOT,
         }
     }
 }
 
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    #[error("--cni-socket: {0}")]
+    Socket(#[from] SocketError),
+    #[error("{path} has been locked by a plugin for {seconds} s: expected a moment")]
+    Locked { path: PathBuf, seconds: u64 },
+    #[error("{path}: {error}")]
+    Tombstones { path: PathBuf, error: io::Error },
+}
+
 #[derive(Debug)]
 pub struct Server<F: Fabric> {
-    listener: Listener,
+    socket: Socket,
     ipam: Arc<Ipam<F>>,
     limits: Limits,
 }
@@ -73,21 +85,24 @@ pub struct Server<F: Fabric> {
 impl<F: Fabric> Server<F> {
     /// Drains the tombstones and starts to listen, both under their exclusive lock: a DEL either left a tombstone that
     /// is seen here, or finds the socket.
-    pub async fn bind(socket: &Path, ipam: Arc<Ipam<F>>, limits: Limits) -> Result<Self, BindError> {
-        listener::secure_directory(socket, limits.uid)?;
-        let lock = listener::lock_tombstones(ipam.tombstones_dir()).await?;
-        listener::refuse_live(socket).await?;
-        ipam.clean_tombstones().map_err(|e| BindError::io(ipam.tombstones_dir(), e))?;
+    pub async fn bind(path: &Path, ipam: Arc<Ipam<F>>, limits: Limits) -> Result<Self, BindError> {
+        socket::secure_directory(path, limits.uid)?;
+        let tombstones = ipam.tombstones_dir();
+        let lock = lock::lock_tombstones(tombstones).await?;
+        socket::refuse_live(path).await?;
+        let unclean = |error| BindError::Tombstones { path: tombstones.to_owned(), error };
+        ipam.clean_tombstones().map_err(unclean)?;
         ipam.drain_tombstones().await;
-        let listener = Listener::bind(socket)?;
+        let socket = Socket::bind(path)?;
         drop(lock);
-        info!(path = %socket.display(), "listening for the CNI plugin");
-        Ok(Self { listener, ipam, limits })
+        info!(path = %path.display(), "listening for the CNI plugin");
+        Ok(Self { socket, ipam, limits })
     }
 
     /// Serves until told to stop, then lets open transactions end.
     pub async fn run(self, stop: CancellationToken) {
         let mut connections = JoinSet::new();
+        let workers = TaskTracker::new();
         loop {
             let accepted = tokio::select! {
                 () = stop.cancelled() => break,
@@ -97,7 +112,7 @@ impl<F: Fabric> Server<F> {
                     }
                     continue;
                 }
-                accepted = self.listener.accept() => accepted,
+                accepted = self.socket.accept() => accepted,
             };
             match accepted {
                 Ok(stream) if connections.len() >= self.limits.connections => {
@@ -106,8 +121,13 @@ impl<F: Fabric> Server<F> {
                 }
                 Ok(stream) => match stream.peer_cred() {
                     Ok(peer) if peer.uid() == self.limits.uid => {
-                        let serve = connection::serve(stream, self.ipam.clone(), self.limits, stop.clone());
-                        connections.spawn(serve);
+                        let conversation = Conversation {
+                            ipam: self.ipam.clone(),
+                            limits: self.limits,
+                            workers: workers.clone(),
+                            stop: stop.clone(),
+                        };
+                        connections.spawn(conversation.serve(stream));
                     }
                     Ok(peer) => {
                         warn!(uid = peer.uid(), pid = peer.pid(), "refused: not root");
@@ -128,13 +148,18 @@ impl<F: Fabric> Server<F> {
                 }
             }
         }
-        self.listener.close();
-        let drained =
-            timeout(self.limits.drain, async { while connections.join_next().await.is_some() {} }).await;
-        if drained.is_err() {
-            warn!(connections = connections.len(), "left in the middle; the next agent undoes them");
-            connections.shutdown().await;
+        self.socket.close();
+        workers.close();
+        let drained = timeout(self.limits.drain, async {
+            while connections.join_next().await.is_some() {}
+            // A peer that hung up leaves work behind.
+            workers.wait().await;
+        });
+        if drained.await.is_err() {
+            let (connections, requests) = (connections.len(), workers.len());
+            warn!(connections, requests, "left in the middle; the next agent undoes them");
         }
+        connections.shutdown().await;
     }
 }
 

@@ -2,3 +2,6 @@
 
 pub mod admin;
 pub mod cni;
+mod socket;
+
+pub use socket::SocketError;

@@ -22,11 +22,6 @@ use super::{AcquireRequest, LeaseStore, LeaseUpdate, OwnedLease, StoreError, Sto
 const SWEEP: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Clone)]
-pub struct EmbeddedConfig {
-    pub path: PathBuf,
-}
-
-#[derive(Debug, Clone)]
 pub struct EmbeddedStore {
     path: PathBuf,
     sweep: Duration,
@@ -34,8 +29,8 @@ pub struct EmbeddedStore {
 
 impl EmbeddedStore {
     /// Touches nothing yet; the file is made by the first operation.
-    pub fn new(config: &EmbeddedConfig) -> Self {
-        Self { path: config.path.clone(), sweep: SWEEP }
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), sweep: SWEEP }
     }
 
     /// Changes how often the file is read without having been told to.
@@ -102,11 +97,6 @@ impl LeaseStore for EmbeddedStore {
     async fn renew(&self, held: &OwnedLease, ttl: Duration) -> Result<OwnedLease, StoreError> {
         let held = held.clone();
         self.write(move |database| own::renew(database, &held, ttl)).await
-    }
-
-    async fn release(&self, held: &OwnedLease) -> Result<(), StoreError> {
-        let held = held.clone();
-        self.write(move |database| own::release(database, &held)).await
     }
 
     async fn watch(&self, updates: mpsc::Sender<LeaseUpdate>, health: latest::Sender<StoreHealth>) {

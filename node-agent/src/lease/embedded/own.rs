@@ -34,14 +34,6 @@ pub(super) fn renew(database: &Database, held: &OwnedLease, ttl: Duration) -> Re
     write(database, held.lease.clone(), Some(ttl).filter(|_| !current.reserved))
 }
 
-pub(super) fn release(database: &Database, held: &OwnedLease) -> Result<(), StoreError> {
-    match current(database, held) {
-        Ok(entry) if !entry.reserved => database.delete(&entry.key),
-        Ok(_) | Err(StoreError::Lost { .. }) => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
 /// What is under our key now; an error when it is not ours any more.
 fn current(database: &Database, held: &OwnedLease) -> Result<Entry, StoreError> {
     let key = held.lease.key;

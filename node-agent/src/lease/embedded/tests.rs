@@ -1,5 +1,4 @@
 use std::path::Path;
-use std::time::Instant;
 
 use tempfile::TempDir;
 
@@ -35,7 +34,7 @@ impl Fixture for Temporary {
 
     /// No sweep: what is noticed is noticed by inotify.
     fn store(&self) -> EmbeddedStore {
-        EmbeddedStore::new(&EmbeddedConfig { path: self.path() }).with_sweep(Duration::from_secs(3600))
+        EmbeddedStore::new(self.path()).with_sweep(Duration::from_secs(3600))
     }
 
     async fn put_config(&self, json: &str) {
@@ -66,27 +65,19 @@ impl Fixture for Temporary {
 }
 
 #[tokio::test]
-async fn a_change_is_noticed_in_under_200_ms() {
+async fn a_change_is_noticed_without_a_sweep() {
     let fixture = Temporary::new().await;
     let mut watching = Watching::start(fixture.store());
     watching.until("the snapshot", |w| w.snapshots == 1).await;
-    let mut slowest = Duration::ZERO;
+    let network = contract::config(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}"#);
+    // Each before the next: one notice must not depend on another.
     for n in 1..=20 {
-        let held = contract::acquire(
-            &EmbeddedStore::new(&EmbeddedConfig { path: fixture.path() }),
-            &want(
-                &contract::config(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}"#),
-                &format!("192.0.2.{n}"),
-                None,
-            ),
-        )
-        .await;
-        let start = Instant::now();
+        let other = EmbeddedStore::new(fixture.path());
+        let held = contract::acquire(&other, &want(&network, &format!("192.0.2.{n}"), None)).await;
         let key = held.lease.key.to_string();
         watching.until("the lease", |w| w.world.contains_key(&key)).await;
-        slowest = slowest.max(start.elapsed());
     }
-    assert!(slowest < Duration::from_millis(200), "{slowest:?}");
+    assert_eq!(watching.snapshots, 1, "no sweep");
 }
 
 #[tokio::test]

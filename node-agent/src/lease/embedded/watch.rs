@@ -6,7 +6,6 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use inotify::{Inotify, WatchMask};
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch as latest};
 use tokio::time::{Instant, sleep, timeout};
@@ -140,13 +139,10 @@ struct Bell {
 }
 
 impl Bell {
-    #[expect(unsafe_code, reason = "tokio takes the descriptor on the caller's word")]
     fn hang(path: &Path) -> io::Result<Self> {
-        let inotify = Inotify::init()?;
+        let inotify = crate::inotify::open()?;
         let gone = WatchMask::DELETE_SELF | WatchMask::MOVE_SELF | WatchMask::ATTRIB;
-        inotify.watches().add(path, WatchMask::MODIFY | gone)?;
-        // SAFETY: `Inotify` owns its descriptor until it is dropped, and nobody replaces it inside.
-        let inotify = unsafe { AsyncFd::register_with_interest(inotify, Interest::READABLE)? };
+        inotify.get_ref().watches().add(path, WatchMask::MODIFY | gone)?;
         Ok(Self { inotify, stale: false })
     }
 

@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::super::StoreError;
-use super::{BadEtcdConfig, EtcdConfig, Paths};
+use super::{BadTlsFile, EtcdConfig, Login, Paths};
 
 /// For an endpoint to prove that it is alive.
 const PROBE: Duration = Duration::from_secs(2);
@@ -45,7 +45,7 @@ pub(super) struct Connection {
 struct Endpoint {
     url: String,
     options: ConnectOptions,
-    user: Option<(String, String)>,
+    login: Option<Login>,
 }
 
 /// The client in use, comparable by identity so that an old failure does not end a new connection.
@@ -54,34 +54,22 @@ pub(super) struct Live {
 }
 
 impl Connection {
-    pub(super) fn new(config: &EtcdConfig, paths: &Paths) -> Result<Self, BadEtcdConfig> {
+    pub(super) fn new(config: &EtcdConfig, paths: &Paths) -> Result<Self, BadTlsFile> {
         let tls = Tls::read(config)?;
-        let endpoints: Vec<_> = config
-            .endpoints
-            .iter()
-            .map(|endpoint| endpoint.trim())
-            .filter(|endpoint| !endpoint.is_empty())
-            .map(|endpoint| tls.endpoint(endpoint, config))
-            .collect::<Result<_, _>>()?;
-        if endpoints.is_empty() {
-            return Err(bad("etcd-endpoints", "", "at least one URL such as http://127.0.0.1:2379"));
-        }
-        let urls: Vec<&str> = endpoints.iter().map(|endpoint| endpoint.url.as_str()).collect();
-        let prefix = paths.config.trim_end_matches("/config");
-        let file = |option: &str, path: &Option<PathBuf>| {
-            path.as_ref().map(|path| format!(" --{option} {}", path.display())).unwrap_or_default()
+        let endpoints: Vec<_> =
+            config.endpoints.iter().map(|url| tls.endpoint(url, config)).collect::<Result<_, _>>()?;
+        let file = |option: &str, path: Option<&PathBuf>| {
+            path.map(|path| format!(" --{option} {}", path.display())).unwrap_or_default()
         };
-        let user = match config.username.as_str() {
-            "" => String::new(),
-            name => format!(" --user {name}"),
-        };
+        let cert = config.client_cert.as_ref();
+        let user = config.login.as_ref().map(|login| format!(" --user {}", login.username));
         Ok(Self {
-            location: format!("etcd at {}, prefix {prefix}", urls.join(",")),
+            location: format!("etcd at {}, prefix {}", config.endpoints.join(","), config.prefix),
             etcdctl_options: [
-                file("cacert", &config.ca),
-                file("cert", &config.cert),
-                file("key", &config.key),
-                user,
+                file("cacert", config.ca_file.as_ref()),
+                file("cert", cert.map(|c| &c.cert_file)),
+                file("key", cert.map(|c| &c.key_file)),
+                user.unwrap_or_default(),
             ]
             .concat(),
             endpoints,
@@ -187,8 +175,8 @@ impl std::fmt::Debug for Connection {
 async fn probe(endpoint: &Endpoint, key: String) -> Result<Client, Error> {
     const FAILED_PRECONDITION: i32 = 9;
     let plain = endpoint.options.clone();
-    let options = match &endpoint.user {
-        Some((name, password)) => plain.clone().with_user(name, password),
+    let options = match &endpoint.login {
+        Some(login) => plain.clone().with_user(&login.username, &login.password.0),
         None => plain.clone(),
     };
     let client = match Client::connect([&endpoint.url], Some(options)).await {
@@ -239,47 +227,24 @@ fn reason(error: &Error) -> String {
 
 /// The TLS settings, with the files read.
 struct Tls {
-    options: Option<TlsOptions>,
+    options: TlsOptions,
     ca_given: bool,
-    setting: &'static str,
 }
 
 impl Tls {
-    fn read(config: &EtcdConfig) -> Result<Self, BadEtcdConfig> {
-        let identity = match (&config.cert, &config.key) {
-            (None, None) => None,
-            (Some(cert), Some(key)) => {
-                Some(Identity::from_pem(pem("etcd-certfile", cert)?, pem("etcd-keyfile", key)?))
-            }
-            (Some(cert), None) => {
-                let expected = "etcd-keyfile beside it: a certificate is of no use without its key";
-                return Err(bad("etcd-certfile", &cert.display().to_string(), expected));
-            }
-            (None, Some(key)) => {
-                let expected = "etcd-certfile beside it: a key is of no use without its certificate";
-                return Err(bad("etcd-keyfile", &key.display().to_string(), expected));
-            }
-        };
-        let mut options = None;
-        if let Some(ca) = &config.ca {
-            let ca = Certificate::from_pem(pem("etcd-cafile", ca)?);
-            options = Some(TlsOptions::new().ca_certificate(ca));
+    fn read(config: &EtcdConfig) -> Result<Self, BadTlsFile> {
+        let mut options = TlsOptions::new();
+        if let Some(ca) = &config.ca_file {
+            options = options.ca_certificate(Certificate::from_pem(pem("etcd-cafile", ca)?));
         }
-        let setting = if options.is_some() { "etcd-cafile" } else { "etcd-certfile" };
-        let ca_given = options.is_some();
-        if let Some(identity) = identity {
-            options = Some(options.unwrap_or_default().identity(identity));
+        if let Some(client) = &config.client_cert {
+            let cert = pem("etcd-certfile", &client.cert_file)?;
+            options = options.identity(Identity::from_pem(cert, pem("etcd-keyfile", &client.key_file)?));
         }
-        Ok(Self { options, ca_given, setting })
+        Ok(Self { options, ca_given: config.ca_file.is_some() })
     }
 
-    fn endpoint(&self, endpoint: &str, config: &EtcdConfig) -> Result<Endpoint, BadEtcdConfig> {
-        let scheme = if self.options.is_some() { "https" } else { "http" };
-        let url = match endpoint.split_once("://") {
-            None => format!("{scheme}://{endpoint}"),
-            Some(("http" | "https", _)) => endpoint.to_owned(),
-            Some(_) => return Err(bad("etcd-endpoints", endpoint, "a URL with http:// or https://")),
-        };
+    fn endpoint(&self, url: &str, config: &EtcdConfig) -> Result<Endpoint, BadTlsFile> {
         let mut options = ConnectOptions::new()
             .with_connect_timeout(PROBE)
             .with_keep_alive(KEEP_ALIVE, KEEP_ALIVE_TIMEOUT)
@@ -287,21 +252,17 @@ impl Tls {
             .with_require_leader(true)
             .with_auto_token_refresh(true);
         if url.starts_with("https://") {
-            let mut tls = self.options.clone().unwrap_or_default();
+            let mut tls = self.options.clone();
             if !self.ca_given {
-                tls = tls.ca_certificate(Certificate::from_pem(system_roots(&url)?));
+                tls = tls.ca_certificate(Certificate::from_pem(system_roots(url)?));
             }
             options = options.with_tls(tls);
-        } else if self.options.is_some() {
-            let expected = format!("https://, since {} is given", self.setting);
-            return Err(bad("etcd-endpoints", endpoint, &expected));
         }
-        let user = (config.username.clone(), config.password.clone());
-        Ok(Endpoint { url, options, user: Some(user).filter(|(name, _)| !name.is_empty()) })
+        Ok(Endpoint { url: url.to_owned(), options, login: config.login.clone() })
     }
 }
 
-fn system_roots(url: &str) -> Result<Vec<u8>, BadEtcdConfig> {
+fn system_roots(url: &str) -> Result<Vec<u8>, BadTlsFile> {
     SYSTEM_ROOTS.iter().find_map(|path| std::fs::read(path).ok()).ok_or_else(|| {
         let expected =
             format!("etcd-cafile for {url}: this system has no certificates at {}", SYSTEM_ROOTS[0]);
@@ -309,14 +270,14 @@ fn system_roots(url: &str) -> Result<Vec<u8>, BadEtcdConfig> {
     })
 }
 
-fn pem(setting: &'static str, path: &Path) -> Result<Vec<u8>, BadEtcdConfig> {
+fn pem(setting: &'static str, path: &Path) -> Result<Vec<u8>, BadTlsFile> {
     let value = path.display().to_string();
     let text = std::fs::read(path).map_err(|e| bad(setting, &value, &format!("a readable file: {e}")))?;
     let is_pem = text.windows(11).any(|window| window == b"-----BEGIN ");
     if is_pem { Ok(text) } else { Err(bad(setting, &value, "a PEM file")) }
 }
 
-fn bad(setting: &'static str, value: &str, expected: &str) -> BadEtcdConfig {
+fn bad(setting: &'static str, value: &str, expected: &str) -> BadTlsFile {
     let value = if value.is_empty() { "nothing".into() } else { value.to_owned() };
-    BadEtcdConfig { setting, value, expected: expected.to_owned() }
+    BadTlsFile { setting, value, expected: expected.to_owned() }
 }

@@ -4,12 +4,11 @@
 //! Ownership is proved by comparing revisions in transactions, on creation and on renewal alike. A snapshot is one
 //! range read; nothing ever costs an RPC per key.
 
+mod config;
 mod connection;
 mod own;
 mod watch;
 
-use std::fmt;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,38 +17,14 @@ use tokio::sync::{mpsc, watch as latest};
 use weft_shared::lease::LeaseKey;
 use weft_shared::netconf::{EXAMPLE, NetworkConfig};
 
+pub use self::config::{BadTlsFile, ClientCert, EtcdConfig, Login, Secret};
+
 use self::connection::Connection;
 use super::selection::{Entry, Stored};
 use super::{AcquireRequest, LeaseStore, LeaseUpdate, Malformed, OwnedLease, StoreError, StoreHealth};
 
-/// flannel's defaults.
-pub const DEFAULT_ENDPOINTS: &[&str] = &["http://127.0.0.1:4001", "http://127.0.0.1:2379"];
-pub const DEFAULT_PREFIX: &str = "/coreos.com/network";
-
 /// How often a healthy watch is checked against a fresh snapshot.
 const RELIST: Duration = Duration::from_secs(300);
-
-#[derive(Clone, Default)]
-pub struct EtcdConfig {
-    /// URLs; without a scheme `https` if any TLS file is given, else `http`.
-    pub endpoints: Vec<String>,
-    pub prefix: String,
-    pub cert: Option<PathBuf>,
-    pub key: Option<PathBuf>,
-    /// Enough alone: it then only proves the server.
-    pub ca: Option<PathBuf>,
-    pub username: String,
-    pub password: String,
-}
-
-/// A setting that cannot work, found before anything is sent.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{setting} = {value}: expected {expected}")]
-pub struct BadEtcdConfig {
-    pub setting: &'static str,
-    pub value: String,
-    pub expected: String,
-}
 
 #[derive(Debug, Clone)]
 pub struct EtcdStore {
@@ -59,8 +34,8 @@ pub struct EtcdStore {
 }
 
 impl EtcdStore {
-    /// Checks the settings and reads the TLS files; connects to nothing yet.
-    pub fn new(config: &EtcdConfig) -> Result<Self, BadEtcdConfig> {
+    /// Reads the TLS files; connects to nothing yet.
+    pub fn new(config: &EtcdConfig) -> Result<Self, BadTlsFile> {
         let paths = Paths::new(&config.prefix);
         let connection = Connection::new(config, &paths)?;
         Ok(Self { connection: Arc::new(connection), paths, relist: RELIST })
@@ -124,26 +99,8 @@ impl LeaseStore for EtcdStore {
         own::renew(self, held, ttl).await
     }
 
-    async fn release(&self, held: &OwnedLease) -> Result<(), StoreError> {
-        own::release(self, held).await
-    }
-
     async fn watch(&self, updates: mpsc::Sender<LeaseUpdate>, health: latest::Sender<StoreHealth>) {
         watch::run(self, updates, health).await;
-    }
-}
-
-impl fmt::Debug for EtcdConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("EtcdConfig")
-            .field("endpoints", &self.endpoints)
-            .field("prefix", &self.prefix)
-            .field("cert", &self.cert)
-            .field("key", &self.key)
-            .field("ca", &self.ca)
-            .field("username", &self.username)
-            .field("password", &if self.password.is_empty() { "" } else { "(set)" })
-            .finish()
     }
 }
 
@@ -176,9 +133,7 @@ struct Paths {
 
 impl Paths {
     fn new(prefix: &str) -> Self {
-        let prefix = joined(prefix);
-        let below = |name: &str| match prefix.as_str() {
-            "" => name.to_owned(),
+        let below = |name: &str| match prefix {
             "/" => format!("/{name}"),
             prefix => format!("{prefix}/{name}"),
         };
@@ -205,25 +160,6 @@ impl Paths {
         };
         stored.parse()
     }
-}
-
-/// Go's `path.Join`, by which flannel makes its keys: slashes collapse, `.` and `..` are resolved; a relative prefix
-/// stays relative.
-fn joined(prefix: &str) -> String {
-    let rooted = prefix.starts_with('/');
-    let mut parts: Vec<&str> = Vec::new();
-    for part in prefix.split('/') {
-        match part {
-            "" | "." => {}
-            ".." if parts.last().is_some_and(|last| *last != "..") => {
-                parts.pop();
-            }
-            ".." if rooted => {}
-            part => parts.push(part),
-        }
-    }
-    let path = parts.join("/");
-    if rooted { format!("/{path}") } else { path }
 }
 
 #[cfg(test)]

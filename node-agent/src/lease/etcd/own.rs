@@ -1,4 +1,4 @@
-//! The own lease: taken, renewed and given back by transactions that compare revisions.
+//! The own lease: taken and renewed by transactions that compare revisions.
 
 use std::time::{Duration, SystemTime};
 
@@ -87,25 +87,6 @@ pub(super) async fn renew(
         }
     }
     Err(StoreError::Contended(2))
-}
-
-pub(super) async fn release(store: &EtcdStore, held: &OwnedLease) -> Result<(), StoreError> {
-    let current = match current(store, held).await {
-        Err(StoreError::Lost { .. }) => return Ok(()),
-        other => other?,
-    };
-    if current.reserved {
-        return Ok(());
-    }
-    let path = store.paths.lease(&current.key);
-    let txn = Txn::new()
-        .when([Compare::mod_revision(path.clone(), CompareOp::Equal, current.mod_revision as i64)])
-        .and_then([TxnOp::delete(path, None)]);
-    let response = store.connection.call(|client| async move { client.kv_client().txn(txn).await }).await?;
-    if response.succeeded() {
-        revoke_if_bare(store, current.lease_id).await;
-    }
-    Ok(())
 }
 
 /// `None`: the race was lost.

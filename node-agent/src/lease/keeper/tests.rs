@@ -5,12 +5,11 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::lease::contract::{DAY, PATIENCE, config, small_pool, value, want};
-use crate::lease::{EmbeddedConfig, EmbeddedStore, StoreHealth};
+use crate::lease::{EmbeddedStore, StoreHealth};
 
 /// A keeper over a store of its own, with the watch forwarded to it as the agent does.
 struct Node {
     dir: TempDir,
-    store: EmbeddedStore,
     handle: KeeperHandle,
     /// What the keeper was shown last.
     shown: watch::Receiver<Option<LeaseUpdate>>,
@@ -20,7 +19,7 @@ struct Node {
 impl Node {
     fn store() -> (TempDir, EmbeddedStore) {
         let dir = tempfile::tempdir().expect("directory");
-        let store = EmbeddedStore::new(&EmbeddedConfig { path: dir.path().join("leases.db") });
+        let store = EmbeddedStore::new(dir.path().join("leases.db"));
         (dir, store)
     }
 
@@ -46,7 +45,7 @@ impl Node {
                 }
             }),
         ];
-        Self { dir, store, handle, shown, tasks }
+        Self { dir, handle, shown, tasks }
     }
 
     async fn until(&mut self, what: &str, done: impl FnMut(&LeaseState) -> bool) -> LeaseState {
@@ -160,12 +159,11 @@ async fn what_is_wrong_is_published_until_it_is_right() {
     for n in 2..=4 {
         others.push(store.acquire(&want(&tiny, &format!("192.0.2.{n}"), None)).await.expect("room"));
     }
-    let mut node =
-        Node::start_on(dir, store.clone(), want(&tiny, "192.0.2.1", None), Duration::from_secs(60));
+    let mut node = Node::start_on(dir, store, want(&tiny, "192.0.2.1", None), Duration::from_secs(60));
     let state = node.until("exhausted", |state| state.problem().is_some()).await;
     assert_eq!(state.name(), "acquiring");
     assert!(state.problem().expect("problem").contains("no free subnet between 10.5.0.4 and 10.5.0.12"));
-    node.store.release(&others[1]).await.expect("release");
+    node.sql("DELETE FROM leases WHERE key = ?1 AND ?2 = ''", &others[1].lease.key, "");
     assert_eq!(node.until_held().await.lease.key, others[1].lease.key);
     assert_eq!(node.handle.state.borrow().problem(), None);
 }

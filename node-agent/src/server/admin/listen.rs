@@ -1,9 +1,5 @@
-//! Sockets and connections: every connection has a deadline, and their number a bound.
+//! Connections: every connection has a deadline, and their number a bound.
 
-use std::fs::{self, DirBuilder, Permissions};
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,45 +8,15 @@ use axum::serve::Listener;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use super::BindError;
-
 const CONNECTIONS: usize = 64;
 const HEADER_DEADLINE: Duration = Duration::from_secs(5);
 /// As flannel's health server.
 const STOP_DEADLINE: Duration = Duration::from_secs(3);
-
-/// Listens at `path` with mode 0600 from the first moment on, replacing a socket that a dead agent left.
-pub(super) fn bind_socket(path: &Path) -> Result<UnixListener, BindError> {
-    if std::os::unix::net::UnixStream::connect(path).is_ok() {
-        return Err(BindError::InUse { path: path.to_owned() });
-    }
-    let bound = || -> io::Result<UnixListener> {
-        if let Some(dir) = path.parent().filter(|dir| !dir.is_dir()) {
-            DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        }
-        // Bound under another name, closed to others, then moved into place.
-        let temporary = path.with_extension(format!("{}", std::process::id()));
-        remove_stale(&temporary)?;
-        let listener = UnixListener::bind(&temporary)?;
-        fs::set_permissions(&temporary, Permissions::from_mode(0o600))?;
-        fs::rename(&temporary, path)?;
-        Ok(listener)
-    };
-    bound().map_err(|error| BindError::Socket { path: path.to_owned(), error })
-}
-
-fn remove_stale(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
-}
 
 /// Serves connections until `stop`; `deadline` bounds each of them as a whole.
 pub(super) async fn serve<L>(mut listener: L, router: Router, deadline: Duration, stop: CancellationToken)

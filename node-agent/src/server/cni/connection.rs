@@ -11,6 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 use weft_shared::cni::Code;
 use weft_shared::protocol::{Failure, FrameError, Reply, Request, decode, encode, frame_len};
@@ -19,16 +20,83 @@ use super::Limits;
 use crate::ipam::{Connection, Ipam, verb};
 use crate::pods::Fabric;
 
-pub(super) async fn serve<F: Fabric>(
-    mut stream: UnixStream,
-    ipam: Arc<Ipam<F>>,
-    limits: Limits,
-    stop: CancellationToken,
-) {
-    let connection = ipam.connect();
-    let end = converse(&mut stream, &ipam, &connection, &limits, &stop).await;
-    debug!(?end, "connection over");
-    connection.closed(matches!(end, End::ByPeer)).await;
+/// What every connection is served with.
+pub(super) struct Conversation<F: Fabric> {
+    pub(super) ipam: Arc<Ipam<F>>,
+    pub(super) limits: Limits,
+    /// Requests under way, which outlive their connection.
+    pub(super) workers: TaskTracker,
+    pub(super) stop: CancellationToken,
+}
+
+impl<F: Fabric> Conversation<F> {
+    pub(super) async fn serve(self, mut stream: UnixStream) {
+        let connection = self.ipam.connect();
+        let end = self.converse(&mut stream, &connection).await;
+        debug!(?end, "connection over");
+        connection.closed(matches!(end, End::ByPeer)).await;
+    }
+
+    async fn converse(&self, stream: &mut UnixStream, connection: &Connection<F>) -> End {
+        let limits = &self.limits;
+        loop {
+            let wiring = connection.is_open();
+            let patience = if wiring { limits.wiring } else { limits.idle };
+            let request = tokio::select! {
+                biased;
+                request = receive(stream, patience, limits.idle) => request,
+                () = self.stop.cancelled(), if !wiring => return End::ByUs,
+            };
+            let request = match request {
+                Ok(request) => request,
+                Err(Unreceived::Closed) => return End::ByPeer,
+                Err(Unreceived::Late) => {
+                    debug!("no request in time");
+                    return End::ByUs;
+                }
+                Err(Unreceived::Unreadable(error)) => {
+                    let failure = unreadable(&error);
+                    warn!(%error, "unreadable request");
+                    self.ipam.count_failure("unreadable", failure.code);
+                    let _ = send(stream, &Reply::Failed(failure), limits.idle).await;
+                    return End::ByUs;
+                }
+            };
+            let answer = tokio::select! {
+                reply = self.answer(connection, request) => reply,
+                () = hung_up(stream) => return End::ByPeer,
+            };
+            match send(stream, &answer, limits.idle).await {
+                Ok(()) => {}
+                Err(Unreceived::Closed) => return End::ByPeer,
+                Err(_) => return End::ByUs,
+            }
+        }
+    }
+
+    /// Carries a request out in a task of its own: what was begun in the kernel is ended, whoever waits for it.
+    async fn answer(&self, connection: &Connection<F>, request: Request) -> Reply {
+        let verb = verb(&request);
+        let patience = match request {
+            Request::Reserve(_) => self.limits.reserve,
+            Request::Gc { .. } => self.limits.gc,
+            Request::Status => self.limits.status,
+            _ => self.limits.request,
+        };
+        let (worker, id) = (self.ipam.clone(), connection.id());
+        let work = self.workers.spawn(async move { worker.handle(id, request).await });
+        let failure = match timeout(patience, work).await {
+            Ok(Ok(reply)) => return reply,
+            Ok(Err(error)) => {
+                Failure::new(Code::Internal, "the agent failed, see its log").with_details(error.to_string())
+            }
+            Err(_elapsed) => Failure::new(Code::TryAgainLater, "the agent is too slow")
+                .with_details(format!("{verb} not done in {patience:?}")),
+        };
+        warn!(verb, code = failure.code, details = failure.details, "request not answered properly");
+        self.ipam.count_failure(verb, failure.code);
+        Reply::Failed(failure)
+    }
 }
 
 #[derive(Debug)]
@@ -37,77 +105,6 @@ enum End {
     ByPeer,
     /// We gave up; what the other side does is unknown.
     ByUs,
-}
-
-async fn converse<F: Fabric>(
-    stream: &mut UnixStream,
-    ipam: &Arc<Ipam<F>>,
-    connection: &Connection<F>,
-    limits: &Limits,
-    stop: &CancellationToken,
-) -> End {
-    loop {
-        let wiring = connection.is_open();
-        let patience = if wiring { limits.wiring } else { limits.idle };
-        let request = tokio::select! {
-            biased;
-            request = receive(stream, patience, limits.idle) => request,
-            () = stop.cancelled(), if !wiring => return End::ByUs,
-        };
-        let request = match request {
-            Ok(request) => request,
-            Err(Unreceived::Closed) => return End::ByPeer,
-            Err(Unreceived::Late) => {
-                debug!("no request in time");
-                return End::ByUs;
-            }
-            Err(Unreceived::Unreadable(error)) => {
-                let failure = unreadable(&error);
-                warn!(%error, "unreadable request");
-                ipam.count_failure("unreadable", failure.code);
-                let _ = send(stream, &Reply::Failed(failure), limits.idle).await;
-                return End::ByUs;
-            }
-        };
-        let answer = tokio::select! {
-            reply = answer(ipam, connection, request, limits) => reply,
-            () = hung_up(stream) => return End::ByPeer,
-        };
-        match send(stream, &answer, limits.idle).await {
-            Ok(()) => {}
-            Err(Unreceived::Closed) => return End::ByPeer,
-            Err(_) => return End::ByUs,
-        }
-    }
-}
-
-/// Carries a request out in a task of its own: what was begun in the kernel is ended, whoever waits for it.
-async fn answer<F: Fabric>(
-    ipam: &Arc<Ipam<F>>,
-    connection: &Connection<F>,
-    request: Request,
-    limits: &Limits,
-) -> Reply {
-    let verb = verb(&request);
-    let patience = match request {
-        Request::Reserve(_) => limits.reserve,
-        Request::Gc { .. } => limits.gc,
-        Request::Status => limits.status,
-        _ => limits.request,
-    };
-    let (worker, id) = (ipam.clone(), connection.id());
-    let work = tokio::spawn(async move { worker.handle(id, request).await });
-    let failure = match timeout(patience, work).await {
-        Ok(Ok(reply)) => return reply,
-        Ok(Err(error)) => {
-            Failure::new(Code::Internal, "the agent failed, see its log").with_details(error.to_string())
-        }
-        Err(_elapsed) => Failure::new(Code::TryAgainLater, "the agent is too slow")
-            .with_details(format!("{verb} not done in {patience:?}")),
-    };
-    warn!(verb, code = failure.code, details = failure.details, "request not answered properly");
-    ipam.count_failure(verb, failure.code);
-    Reply::Failed(failure)
 }
 
 enum Unreceived {

@@ -20,7 +20,7 @@ use weft_shared::protocol::{
 };
 
 use super::*;
-use crate::ipam::tests::{BOOT, Node, key, reserve};
+use crate::ipam::testing::{BOOT, Node, key, reserve};
 use crate::pods::NotReady;
 use crate::status::FailureCount;
 
@@ -338,10 +338,10 @@ async fn the_directory_is_ours_alone() {
     let open = node.run_dir().join("open");
     fs::create_dir(&open).expect("dir");
     fs::set_permissions(&open, Permissions::from_mode(0o755)).expect("chmod");
-    for dir in [open.clone(), node.run_dir().join("new")] {
+    for (dir, left_at) in [(open.clone(), 0o755), (node.run_dir().join("new"), 0o700)] {
         let socket = dir.join("cni.sock");
         let server = Server::bind(&socket, node.ipam().clone(), Limits::default()).await.expect("bind");
-        assert_eq!((mode(&dir), mode(&socket)), (0o700, 0o600));
+        assert_eq!((mode(&dir), mode(&socket)), (left_at, 0o600));
         assert_eq!(fs::read_dir(&dir).expect("dir").count(), 1, "nothing beside the socket");
         drop(server);
     }
@@ -349,6 +349,9 @@ async fn the_directory_is_ours_alone() {
     symlink(&open, &link).expect("symlink");
     let error = refused(&link.join("cni.sock"), &node).await;
     assert!(error.contains("a symbolic link: expected a directory"), "{error}");
+    fs::set_permissions(&open, Permissions::from_mode(0o775)).expect("chmod");
+    let error = refused(&open.join("cni.sock"), &node).await;
+    assert!(error.contains("open to others, mode 775"), "{error}");
     chown(&open, Some(4242), None).expect("chown");
     let error = refused(&open.join("cni.sock"), &node).await;
     assert!(error.contains("owned by uid 4242"), "{error}");
@@ -415,6 +418,33 @@ async fn a_stop_lets_open_adds_end() {
     assert_eq!(add.commit(&agent.node, "a").await, Reply::Done);
     timeout(DEADLINE, agent.task).await.expect("ends").expect("no panic");
     agent.node.assert_consistent();
+}
+
+#[tokio::test]
+async fn a_stop_waits_for_work_that_nobody_waits_for() {
+    let short = Duration::from_millis(50);
+    let mut agent = Agent::start(Limits { request: short, drain: DEADLINE, ..Limits::default() }).await;
+    let gate = agent.node.fabric.hold_bridge();
+    let ipam = agent.node.ipam().clone();
+    let add = tokio::spawn(async move {
+        let connection = ipam.connect();
+        assert!(
+            ipam.reserve(connection.id(), reserve("a")).await.expect_err("deleted").is(Code::TryAgainLater)
+        );
+        connection.closed(true).await;
+    });
+    until(|| !agent.node.states().is_empty()).await;
+    // A DEL has to wait for the ADD, the plugin does not.
+    let mut del = agent.plugin().await;
+    let late = failed(Some(del.ask(&release("a")).await));
+    assert!(late.details.contains("not done in"), "{late:?}");
+    agent.stop.cancel();
+    assert_eq!(del.hear().await, None);
+    assert!(timeout(short, &mut agent.task).await.is_err(), "waits for the DEL");
+    gate.add_permits(1);
+    timeout(DEADLINE, agent.task).await.expect("ends").expect("no panic");
+    add.await.expect("no panic");
+    agent.node.assert_empty();
 }
 
 #[tokio::test]

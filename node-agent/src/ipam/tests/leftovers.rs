@@ -1,0 +1,124 @@
+//! What nobody asks for: garbage collection, dead attachments, veths without a record, a subnet that changed.
+
+use weft_shared::IfName;
+use weft_shared::deadline;
+use weft_shared::names::host_ifname;
+
+use super::super::testing::{Node, STEP, addr, address, key, network, reserve, subnet};
+
+#[tokio::test]
+async fn gc_spares_what_is_valid_foreign_or_under_way() {
+    let node = Node::new();
+    node.attach("a").await;
+    node.attach("b").await;
+    let mut foreign = reserve("a");
+    foreign.attachment.network = "other".parse().expect("name");
+    let (foreign, _) = node.add_with(foreign).await.expect("reserve");
+    let (flying, _) = node.add("c").await.expect("reserve");
+    node.ipam().gc(&network(), &[key("a")]).await.expect("gc");
+    let left: Vec<_> = node.ipam().status().list.into_iter().map(|a| (a.network, a.container_id)).collect();
+    let left: Vec<_> = left.iter().map(|(n, c)| (n.as_str(), c.as_str())).collect();
+    assert_eq!(left, [("other", "a"), ("weft", "a"), ("weft", "c")]);
+    // An empty list means that none is valid.
+    node.ipam().gc(&network(), &[]).await.expect("gc");
+    assert_eq!(node.states().keys().collect::<Vec<_>>(), ["a", "c"]);
+    foreign.closed(true).await;
+    flying.closed(true).await;
+    node.assert_empty();
+}
+
+#[tokio::test]
+async fn gc_goes_on_after_an_error_and_names_it() {
+    let node = Node::new();
+    node.attach("a").await;
+    node.attach("b").await;
+    node.fabric.world().delete_fails = true;
+    let failure = node.ipam().gc(&network(), &[]).await.expect_err("kernel");
+    assert!(failure.details.contains("container a") && failure.details.contains("container b"), "{failure}");
+    node.fabric.world().delete_fails = false;
+    node.ipam().tend().await;
+    node.assert_empty();
+}
+
+#[tokio::test]
+async fn an_attachment_is_dead_when_its_veth_is_gone_from_a_later_look() {
+    let node = Node::new();
+    node.attach("a").await;
+    let veth = host_ifname(&key("a"));
+    node.look().await;
+    // The look that was under way at Commit may have missed it: even with the veth gone it proves nothing.
+    let (connection, _) = node.add("b").await.expect("reserve");
+    node.commit(&connection, "b").expect("commit");
+    connection.closed(true).await;
+    let gone = node.fabric.world().veths.remove(&host_ifname(&key("b")));
+    assert!(gone.is_some());
+    node.look().await;
+    assert_eq!(node.states()["b"], "committed");
+    node.look().await;
+    assert_eq!(node.states().keys().collect::<Vec<_>>(), ["a"]);
+    // Renamed or without our mark is not dead.
+    let ifindex = node.fabric.world().veths.remove(&veth).expect("veth");
+    node.fabric.world().veths.insert("renamed".parse().expect("name"), ifindex);
+    node.look().await;
+    assert_eq!(node.states()["a"], "committed");
+    // Another veth of the same name is not it.
+    node.fabric.world().veths.clear();
+    node.fabric.wire(&veth);
+    node.look().await;
+    node.assert_empty();
+    assert_eq!(node.ipam().status().counters.dead_freed, 2);
+}
+
+#[tokio::test]
+async fn a_veth_without_a_record_goes_after_a_while() {
+    let node = Node::new();
+    node.fabric.wire(&host_ifname(&key("ghost")));
+    node.look().await;
+    node.pass_time(deadline::WIRING - STEP);
+    node.look().await;
+    assert_eq!(node.fabric.world().veths.len(), 1);
+    // Seen in between by an ADD: that one clears it and makes its own.
+    node.attach("ghost").await;
+    node.pass_time(STEP);
+    node.look().await;
+    node.assert_consistent();
+    node.fabric.wire(&host_ifname(&key("other")));
+    node.look().await;
+    node.pass_time(deadline::WIRING);
+    node.ipam().tend().await;
+    node.assert_consistent();
+    assert_eq!(node.ipam().status().counters.orphans_removed, 1);
+}
+
+#[tokio::test]
+async fn a_del_of_an_unknown_key_deletes_its_veth() {
+    let node = Node::new();
+    node.fabric.wire(&host_ifname(&key("ghost")));
+    node.ipam().release(&key("ghost")).await.expect("DEL");
+    node.assert_empty();
+}
+
+#[tokio::test]
+async fn pods_of_an_old_subnet_keep_their_addresses_and_gateway() {
+    let mut node = Node::new();
+    node.attach("a").await;
+    if let Ok(network) = &mut node.fabric.world().network {
+        network.subnet = subnet("10.5.9.0/24");
+    }
+    assert_eq!(address(&node.attach("b").await), addr("10.5.9.2"));
+    let bridge: IfName = "cni0".parse().expect("name");
+    for _ in 0..2 {
+        let subnets = node.ports.borrow().bridges[&bridge].subnets.clone();
+        assert_eq!(subnets, [subnet("10.5.9.0/24"), subnet("10.5.1.0/24")]);
+        node.ipam().check(&key("a"), &[addr("10.5.1.2")]).expect("held");
+        node.restart();
+    }
+    node.ipam().release(&key("a")).await.expect("DEL");
+    assert_eq!(node.ports.borrow().bridges[&bridge].subnets, [subnet("10.5.9.0/24")]);
+    // Changed without any ADD: the next round notices.
+    if let Ok(network) = &mut node.fabric.world().network {
+        network.subnet = subnet("10.5.3.0/24");
+    }
+    node.ipam().tend().await;
+    assert_eq!(node.ports.borrow().bridges[&bridge].subnets, [subnet("10.5.3.0/24"), subnet("10.5.9.0/24")]);
+}

@@ -146,7 +146,7 @@ impl Node {
                 pending: report.pending.iter().map(PendingObject::from).collect(),
                 passes: report.passes,
                 repairs: report.repairs,
-                last_error: report.error.clone(),
+                last_error: report.aborted.as_ref().map(ToString::to_string),
                 last_pass_ago: report.at.map(|at| at.elapsed().as_secs_f64()),
                 monitor: self.monitor.is_some(),
                 monitor_overruns: self.monitor.as_ref().map_or(0, Monitor::overruns),
@@ -179,7 +179,7 @@ impl Node {
             }
             LeaseState::Acquiring { problem: None } => return waiting("a subnet lease"),
         };
-        if let Some(error) = &report.error {
+        if let Some(error) = report.blind() {
             return Err(NotReady::Degraded(format!("the kernel to be brought in order: {error}")));
         }
         if !report.usable {
@@ -285,15 +285,23 @@ impl Fabric for NodeFabric {
         let in_place = |report: &Report| {
             let carried = report.gateways.get(name);
             let complete = need.iter().all(|subnet| carried.is_some_and(|c| c.contains(subnet)));
-            report.devices.get(name).copied().filter(|_| complete && report.error.is_none())
+            report.devices.get(name).copied().filter(|_| complete)
         };
         let known = in_place(&self.0.reconcile.reports().borrow());
         if let Some(facts) = known {
             return Ok(facts);
         }
-        let report = tokio::time::timeout(BRIDGE_DEADLINE, self.0.reconcile.pass()).await;
-        let (facts, why) = match &report {
-            Ok(report) => (in_place(report), trouble(report, name)),
+        // A pass that was aborted says nothing about the bridge: many pods are coming and going.
+        let conclusive = async {
+            loop {
+                let report = self.0.reconcile.pass().await;
+                if report.aborted.is_none() || in_place(&report).is_some() {
+                    return report;
+                }
+            }
+        };
+        let (facts, why) = match tokio::time::timeout(BRIDGE_DEADLINE, conclusive).await {
+            Ok(report) => (in_place(&report), trouble(&report, name)),
             Err(_) => (None, format!("the kernel did not answer in {} s", BRIDGE_DEADLINE.as_secs())),
         };
         facts.ok_or_else(|| {
@@ -316,7 +324,9 @@ fn trouble(report: &Report, bridge: &IfName) -> String {
     let is_about = |key: &Key| matches!(key, Key::Link(dev) | Key::Addr(dev, _) if dev == bridge);
     let about = report.pending.iter().find(|p| is_about(&p.key));
     let pending = about.map(|p| format!("{}: {}", p.key, p.error));
-    pending.or_else(|| report.error.clone()).unwrap_or_else(|| "the pass did not get to it".into())
+    pending
+        .or_else(|| report.aborted.as_ref().map(ToString::to_string))
+        .unwrap_or_else(|| "the pass did not get to it".into())
 }
 
 /// A blocking call on a socket of its own: deleting a link waits for the kernel's grace periods.

@@ -55,20 +55,24 @@ install_packages() {
     rm -f /tmp/weft-apt.$$
 }
 
-# need_rust: cargo and the target, through the rustup of whoever owns the work.
-need_rust() {
+# need_cargo: through the rustup of whoever owns the work.
+need_cargo() {
     local home=$HOME
     if [ -n "${SUDO_USER:-}" ]; then
         home=$(getent passwd "$SUDO_USER" | cut -d: -f6)
+        # Where that user's toolchains are, also for what runs as root.
+        [ ! -d "$home/.rustup" ] || export RUSTUP_HOME="${RUSTUP_HOME:-$home/.rustup}" CARGO_HOME="${CARGO_HOME:-$home/.cargo}"
     fi
     export PATH="$PATH:$home/.cargo/bin"
     command -v cargo >/dev/null || die "cargo is missing. Install Rust with:
   $RUSTUP_LINE
 and start again."
-    # rust-toolchain.toml names toolchain, components and target; without rustup they must be there already.
-    if command -v rustup >/dev/null; then
-        as_owner rustup toolchain install --no-self-update >/dev/null 2>&1 || as_owner rustup show active-toolchain >/dev/null ||
-            die "rustup cannot install the toolchain that rust-toolchain.toml names"
-        as_owner rustup target list --installed | grep -qx "$TARGET" || as_owner rustup target add "$TARGET"
-    fi
+}
+
+# need_target: what rust-toolchain.toml names; without rustup it must be there already.
+need_target() {
+    command -v rustup >/dev/null || return 0
+    as_owner rustup toolchain install --no-self-update >/dev/null 2>&1 || as_owner rustup show active-toolchain >/dev/null ||
+        die "rustup cannot install the toolchain that rust-toolchain.toml names"
+    as_owner rustup target list --installed | grep -qx "$TARGET" || as_owner rustup target add "$TARGET"
 }

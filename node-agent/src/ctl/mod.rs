@@ -49,8 +49,9 @@ enum Verb {
     Status,
     /// Every other node with a lease, and whether this node has a path to it
     Peers,
-    /// Every attachment of this node: pod or container, addresses, interface, veth, bridge, state (reserved: being
-    /// added, committed: wired, aborted: being undone)
+    /// Every attachment of this node, with its address, interface, veth and bridge
+    ///
+    /// States: reserved (being added), committed (wired), aborted (being undone).
     Pods,
     /// Ping a peer beside the overlay and through it, and name the broken leg
     Ping {

@@ -10,6 +10,8 @@ use std::io;
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
@@ -103,6 +105,19 @@ pub(super) struct Records {
 const BOOT_ID: &str = "boot_id";
 const CONTINUITY: &str = "continuity";
 const HASH_CHARS: usize = 52;
+/// A killed agent keeps its lock until the kernel has taken it apart.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
+#[expect(clippy::disallowed_methods, reason = "a lock announces nothing; this is before anything is served")]
+fn lock_within(file: &File, patience: Duration) -> Result<(), TryLockError> {
+    let end = Instant::now() + patience;
+    loop {
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) if Instant::now() < end => sleep(Duration::from_millis(20)),
+            other => return other,
+        }
+    }
+}
 
 impl Records {
     pub(super) fn open(run_dir: &Path, boot_id: &str) -> Result<(Self, Loaded), RecordsError> {
@@ -116,7 +131,7 @@ impl Records {
         let lock = dir.join("lock");
         let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&lock);
         let file = file.map_err(at(&lock))?;
-        match file.try_lock() {
+        match lock_within(&file, LOCK_PATIENCE) {
             Err(TryLockError::WouldBlock) => return Err(RecordsError::InUse(dir)),
             Err(TryLockError::Error(error)) => return Err(at(&lock)(error)),
             Ok(()) => {}

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use tokio::sync::{Semaphore, watch};
@@ -169,17 +169,28 @@ impl Node {
         }
         self.ports.send_replace(PodPorts::default());
         self.seen.send_replace(SeenVeths::default());
+        fs::create_dir_all(self.tombstones()).expect("tombstones");
+        // Another test's child has a copy of the old agent's lock between its fork(2) and its execve(2).
+        let patience = Instant::now() + Duration::from_secs(10);
+        let opened = loop {
+            match self.open(boot_id) {
+                Err(RecordsError::InUse(_)) if Instant::now() < patience => std::thread::yield_now(),
+                opened => break opened,
+            }
+        };
+        self.agent = Some(opened.expect("open"));
+    }
+
+    fn open(&self, boot_id: &str) -> Result<Arc<Ipam<TestFabric>>, RecordsError> {
         let config = Config {
             run_dir: self.dir.path().to_owned(),
             tombstones: self.tombstones(),
             boot_id: boot_id.into(),
             patience: self.patience,
         };
-        fs::create_dir_all(self.tombstones()).expect("tombstones");
         let now = self.now.clone();
         let clock = Box::new(move || Boottime::from_nanos(now.load(Ordering::Relaxed)));
-        let ipam = Ipam::open(config, clock, self.fabric.clone(), self.ports.clone(), self.seen.subscribe());
-        self.agent = Some(ipam.expect("open"));
+        Ipam::open(config, clock, self.fabric.clone(), self.ports.clone(), self.seen.subscribe())
     }
 
     fn tombstones(&self) -> std::path::PathBuf {

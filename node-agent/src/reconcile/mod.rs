@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
-use tracing::{error, warn};
+use tracing::warn;
 use weft_shared::lease::{Lease, LeaseKey};
 use weft_shared::netconf::NetworkConfig;
 use weft_shared::{IfName, Subnet};
@@ -32,6 +32,8 @@ pub use pass::Memory;
 /// Announcements come in bursts: this long after the first a pass begins.
 const SETTLE: Duration = Duration::from_millis(5);
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
+/// A node that has not seen its kernel for so long says so.
+const BLIND: Duration = Duration::from_secs(10);
 
 /// Everything a pass depends on, besides the kernel. Replaced by whoever knows better, read whole by the next pass.
 #[derive(Debug, Clone, Default)]
@@ -63,8 +65,8 @@ pub struct Report {
     generation: u64,
     /// When the kernel was last seen.
     pub at: Option<Instant>,
-    /// Why the pass could not be made at all.
-    pub error: Option<String>,
+    /// Why the last pass could not be made; everything else here is then of the last one that was.
+    pub aborted: Option<Aborted>,
     /// Objects that should be in the kernel, and are.
     pub objects: usize,
     pub pending: Vec<Pending>,
@@ -84,10 +86,28 @@ pub struct Report {
 }
 
 impl Report {
-    /// Whether the pass got as far as seeing the kernel.
-    fn looked(&self) -> bool {
-        self.underlay.is_some()
+    /// This look, counted on from the last report.
+    fn after(self, last: &Report) -> Self {
+        let veths = SeenVeths { pass: last.veths.pass + 1, ..self.veths };
+        let (passes, repairs) = (last.passes + 1, last.repairs + self.repairs);
+        Self { passes, repairs, veths, at: Some(Instant::now()), ..self }
     }
+
+    /// What keeps the node from serving, if passes cannot be made: at once when the underlay is gone, after a while
+    /// when looks fail, as they do for a moment while many pods come and go.
+    pub fn blind(&self) -> Option<&Aborted> {
+        let patient = self.at.is_some_and(|at| at.elapsed() < BLIND);
+        self.aborted.as_ref().filter(|aborted| !(patient && matches!(aborted, Aborted::Kernel(_))))
+    }
+}
+
+/// Why a pass could not be made.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Aborted {
+    #[error("underlay interface {0} is gone")]
+    NoUnderlay(IfName),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
 }
 
 /// An object that is not as it should be.
@@ -182,7 +202,7 @@ impl Handle {
         let mut reports = self.reports.clone();
         match reports.wait_for(|report| report.generation >= wanted).await {
             Ok(report) => report.clone(),
-            Err(_) => Report { error: Some("the agent is shutting down".into()), ..Report::default() },
+            Err(_) => Report::default(),
         }
     }
 
@@ -221,16 +241,13 @@ fn run(mut kernel: impl Kernel, shared: &Shared, publish: &watch::Sender<Report>
             (state.inputs.clone(), state.revision, state.requested)
         };
         let last = publish.borrow().clone();
-        let mut report = pass::pass(&mut kernel, &mut memory, &inputs, revision);
+        let mut report = match pass::pass(&mut kernel, &mut memory, &inputs, revision) {
+            Ok(Some(look)) => look.after(&last),
+            // Nothing was looked at, which is not the same as seeing that nothing is there: the last look stands.
+            Ok(None) => last.clone(),
+            Err(aborted) => Report { aborted: Some(aborted), ..last.clone() },
+        };
         report.generation = generation;
-        report.repairs += last.repairs;
-        report.passes = last.passes + u64::from(report.looked());
-        report.at = if report.looked() { Some(Instant::now()) } else { last.at };
-        // A pass that could not look has seen nothing, which is not the same as seeing that nothing is there.
-        match report.looked() {
-            true => report.veths.pass = last.veths.pass + 1,
-            false => report.veths = last.veths.clone(),
-        }
         complain(&last, &report);
         due = Instant::now() + next_pass(&report, &memory, resync);
         publish.send_replace(report);
@@ -239,7 +256,7 @@ fn run(mut kernel: impl Kernel, shared: &Shared, publish: &watch::Sender<Report>
 
 /// The sweep, or sooner when something failed.
 fn next_pass(report: &Report, memory: &Memory, resync: Duration) -> Duration {
-    if report.error.is_none() && report.pending.is_empty() {
+    if report.aborted.is_none() && report.pending.is_empty() {
         // A tenth of jitter, from the only thing that differs between nodes and passes: the clock.
         let jitter =
             f64::from(std::time::UNIX_EPOCH.elapsed().map_or(0, |t| t.subsec_micros() % 1000)) / 10_000.0;
@@ -250,10 +267,8 @@ fn next_pass(report: &Report, memory: &Memory, resync: Duration) -> Duration {
 
 /// Says a trouble once, when it has come twice: a device that goes while it is being looked at is no trouble.
 fn complain(last: &Report, report: &Report) {
-    if let Some(error) = &report.error
-        && last.error != report.error
-    {
-        error!(%error, "the kernel could not be brought in order");
+    if let Some(error) = report.aborted.as_ref().filter(|_| last.aborted != report.aborted) {
+        warn!(%error, "the kernel could not be looked at; will be tried again");
     }
     for pending in &report.pending {
         if pending.attempts == 2 {

@@ -7,7 +7,7 @@ use tracing::{debug, info};
 
 use super::observe::{Ownership, observe};
 use super::plan::plan;
-use super::{Inputs, NodeInputs, PeerReport, Pending, Report, pods};
+use super::{Aborted, Inputs, NodeInputs, PeerReport, Pending, Report, pods};
 use crate::dataplane::{LocalNode, PeerPlan};
 use crate::kernel::{Dump, Kernel, KernelError};
 use crate::object::{Desired, Key, Object, Op};
@@ -37,40 +37,47 @@ impl Memory {
     }
 }
 
-pub(super) fn pass(kernel: &mut impl Kernel, memory: &mut Memory, inputs: &Inputs, revision: u64) -> Report {
-    match try_pass(kernel, memory, inputs, revision) {
-        Ok(report) => {
-            memory.aborted = 0;
-            report
-        }
-        Err(error) => {
-            memory.aborted += 1;
-            memory.settled = None;
-            Report { error: Some(error), ..Report::default() }
-        }
-    }
-}
-
-fn try_pass(
+/// `None`: the node is not known yet, and nothing was touched.
+pub(super) fn pass(
     kernel: &mut impl Kernel,
     memory: &mut Memory,
     inputs: &Inputs,
     revision: u64,
-) -> Result<Report, String> {
+) -> Result<Option<Report>, Aborted> {
     let Some(node) = &inputs.node else {
-        return Ok(Report::default());
+        return Ok(None);
     };
+    match look_and_mend(kernel, memory, inputs, node, revision) {
+        Ok(report) => {
+            memory.aborted = 0;
+            Ok(Some(report))
+        }
+        Err(aborted) => {
+            memory.aborted += 1;
+            memory.settled = None;
+            Err(aborted)
+        }
+    }
+}
+
+fn look_and_mend(
+    kernel: &mut impl Kernel,
+    memory: &mut Memory,
+    inputs: &Inputs,
+    node: &NodeInputs,
+    revision: u64,
+) -> Result<Report, Aborted> {
     let settled = memory.settled == Some(revision);
     let mut report = Report::default();
     let mut failed = BTreeMap::new();
     for round in 0..ROUNDS {
-        let dump = kernel.dump(node.backend.plane().device()).map_err(|e| e.to_string())?;
+        let dump = kernel.dump(node.backend.plane().device())?;
         let local = local_node(kernel, node, inputs, &dump)?;
         let wanted = node.backend.desired(&local, &inputs.peers);
         let mut desired = wanted.desired;
         desired.extend(pods::desired(&inputs.pods, node.underlay.public_ip));
         desired.insert(Object::Sysctl { path: IP_FORWARD.into(), value: "1".into() });
-        let sysctls = kernel.sysctls(&desired.sysctl_paths()).map_err(|e| e.to_string())?;
+        let sysctls = kernel.sysctls(&desired.sysctl_paths())?;
         let ownership = ownership(node, inputs, memory);
         let observed = observe(&dump, &sysctls, &desired, &ownership);
         let ops = plan(&desired, &observed, inputs.has_snapshot);
@@ -118,13 +125,13 @@ fn local_node(
     node: &NodeInputs,
     inputs: &Inputs,
     dump: &Dump,
-) -> Result<LocalNode, String> {
+) -> Result<LocalNode, Aborted> {
     let iface = &node.underlay.iface;
-    let found = dump.links.get(iface).ok_or_else(|| format!("underlay interface {iface} is gone"))?;
+    let found = dump.links.get(iface).ok_or_else(|| Aborted::NoUnderlay(iface.clone()))?;
     let underlay = Underlay { index: found.index, mtu: found.link.mtu, ..node.underlay.clone() };
     let on_link = if node.backend.plane().asks_for_on_link() {
         let peers = inputs.peers.iter().flat_map(|p| p.key.subnets().filter_map(|s| p.attrs.public_addr(s)));
-        kernel.on_link(iface, &peers.collect::<BTreeSet<IpAddr>>()).map_err(|e| e.to_string())?
+        kernel.on_link(iface, &peers.collect::<BTreeSet<IpAddr>>())?
     } else {
         BTreeSet::new()
     };

@@ -36,6 +36,10 @@ fn inputs(config: &str, peers: &[(&str, &str)]) -> Inputs {
     Inputs { node: Some(node), peers, has_snapshot: true, pods: PodPorts::default() }
 }
 
+fn looked(outcome: Result<Option<Report>, Aborted>) -> Report {
+    outcome.expect("the kernel answers").expect("the node is known")
+}
+
 const VXLAN: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#;
 const HOST_GW: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}"#;
 const PEER: (&str, &str) = (
@@ -49,8 +53,8 @@ fn a_first_pass_makes_everything_and_a_second_nothing() {
     let mut inputs = inputs(VXLAN, &[PEER]);
     let need = BridgeNeed { subnets: vec!["10.5.1.0/24".parse().expect("net")], mtu: 1450 };
     inputs.pods.bridges.insert("cni0".parse().expect("name"), need);
-    let report = pass(&mut kernel, &mut memory, &inputs, 1);
-    assert_eq!((report.error.as_deref(), report.pending.len(), report.repairs), (None, 0, 0));
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1));
+    assert_eq!((report.pending.len(), report.repairs), (0, 0));
     assert!(report.usable && report.after_snapshot);
     let bridge = &report.devices[&"cni0".parse().expect("name")];
     assert_eq!(
@@ -61,7 +65,7 @@ fn a_first_pass_makes_everything_and_a_second_nothing() {
     assert!(!kernel.applied.is_empty());
 
     kernel.applied.clear();
-    let report = pass(&mut kernel, &mut memory, &inputs, 1);
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1));
     assert_eq!((kernel.applied.len(), report.repairs), (0, 0));
 }
 
@@ -69,14 +73,14 @@ fn a_first_pass_makes_everything_and_a_second_nothing() {
 fn a_foreign_hand_is_a_repair_and_a_changed_input_is_not() {
     let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
     let inputs = inputs(VXLAN, &[PEER]);
-    pass(&mut kernel, &mut memory, &inputs, 1);
+    looked(pass(&mut kernel, &mut memory, &inputs, 1));
     kernel.delete_link(&"flannel.1".parse().expect("name"));
-    let report = pass(&mut kernel, &mut memory, &inputs, 1);
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1));
     assert_eq!(report.pending.len(), 0);
     assert!(report.repairs >= 4, "device, address and three entries came back: {}", report.repairs);
     let mut fewer = inputs.clone();
     fewer.peers.clear();
-    let report = pass(&mut kernel, &mut memory, &fewer, 2);
+    let report = looked(pass(&mut kernel, &mut memory, &fewer, 2));
     assert_eq!(report.repairs, 0);
     assert!(kernel.dump.routes.is_empty() && kernel.dump.fdb.is_empty() && kernel.dump.neighs.is_empty());
 }
@@ -87,14 +91,14 @@ fn a_refused_operation_is_pending_and_tried_again() {
     let inputs = inputs(VXLAN, &[PEER]);
     // Device, sysctls and address succeed; the neighbour does not, in one pass.
     kernel.faults = [false, false, false, false, true].into();
-    let report = pass(&mut kernel, &mut memory, &inputs, 1);
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1));
     assert_eq!(report.pending.len(), 1, "{:?}", report.pending);
     assert_eq!(report.pending[0].key.to_string(), "neighbour 10.5.2.0 dev flannel.1");
     assert!(report.usable, "one peer's trouble does not stop the node");
     let peer = report.peers.values().next().expect("one peer");
     assert!(peer.problem().is_some_and(|p| p.contains("neighbour 10.5.2.0")), "{peer:?}");
     assert_eq!(memory.failures(), 1);
-    let report = pass(&mut kernel, &mut memory, &inputs, 1);
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1));
     assert_eq!((report.pending.len(), memory.failures()), (0, 0));
 }
 
@@ -102,11 +106,11 @@ fn a_refused_operation_is_pending_and_tried_again() {
 fn without_its_underlay_a_node_touches_nothing() {
     let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
     let inputs = inputs(VXLAN, &[PEER]);
-    pass(&mut kernel, &mut memory, &inputs, 1);
+    looked(pass(&mut kernel, &mut memory, &inputs, 1));
     kernel.dump.links.remove(&"eth0".parse::<weft_shared::IfName>().expect("name"));
     let before = kernel.dump.clone();
-    let report = pass(&mut kernel, &mut memory, &inputs, 1);
-    assert_eq!(report.error.as_deref(), Some("underlay interface eth0 is gone"));
+    let aborted = pass(&mut kernel, &mut memory, &inputs, 1).expect_err("no underlay");
+    assert_eq!(aborted, Aborted::NoUnderlay("eth0".parse().expect("name")));
     assert_eq!(kernel.dump, before);
 }
 
@@ -130,12 +134,12 @@ fn flannels_host_gw_routes_are_taken_over_once_at_a_first_start() {
         kernel.on_link.insert("192.0.2.2".parse().expect("ip"));
         kernel.dump.routes = vec![stale.clone(), operators.clone()];
         inputs.node.as_mut().expect("node").first_start = first_start;
-        let report = pass(&mut kernel, &mut memory, &inputs, 1);
+        let report = looked(pass(&mut kernel, &mut memory, &inputs, 1));
         assert_eq!(report.pending.len(), 0);
         assert_eq!(kernel.dump.routes.len(), left, "{:?}", kernel.dump.routes);
         assert!(kernel.dump.routes.contains(&operators), "another length is an operator's");
         kernel.dump.routes.push(stale.clone());
-        pass(&mut kernel, &mut memory, &inputs, 1);
+        looked(pass(&mut kernel, &mut memory, &inputs, 1));
         assert!(kernel.dump.routes.contains(&stale), "later ones are an operator's");
     }
 }

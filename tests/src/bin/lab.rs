@@ -32,7 +32,7 @@ enum Command {
     Status,
     /// Every node pings every other, underlay and overlay apart, then every pod every other
     Ping,
-    /// Run a command in a node (n1) or in a pod (n1-a)
+    /// Run a command in a node (n1) or in a pod (n1-a); $WEFT_SOCKET is its agent's, for `weftctl --socket`
     Exec {
         target: String,
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]

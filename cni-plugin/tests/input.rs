@@ -27,7 +27,7 @@ fn the_first_fault_in_the_references_order_is_reported() {
             "CNI_CONTAINERID, CNI_NETNS, CNI_IFNAME",
         ),
         (&[("CNI_NETNS", ""), ("CNI_IFNAME", "a/b")], "{", 4, "CNI_NETNS"),
-        (&[("CNI_CONTAINERID", "-x"), ("CNI_IFNAME", "a/b")], "{", 4, "CNI_CONTAINERID: \"-x\""),
+        (&[("CNI_CONTAINERID", "-x"), ("CNI_IFNAME", "a/b")], "{", 4, "CNI_CONTAINERID: container ID \"-x\""),
         (&[("CNI_IFNAME", "a/b")], "{", 4, "CNI_IFNAME"),
         (&[], &long, 6, "1048576"),
         (&[], "", 6, "JSON"),

@@ -57,7 +57,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("state.json");
         for (content, mode, survive) in
-            [("long content", 0o600, Survive::Crash), ("new", 0o644, Survive::PowerCut)]
+            [("long content", 0o600, Survive::Crash), ("new", 0o666, Survive::PowerCut)]
         {
             replace_file(&path, content.as_bytes(), mode, survive).expect("replace");
             assert_eq!(fs::read_to_string(&path).expect("read"), content);

@@ -2,7 +2,9 @@
 //! the effectful sides meet.
 
 use std::fs::DirBuilder;
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,6 +43,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     if store.one_machine_only() {
         warn!("the embedded store serves the agents of one machine only");
     }
+    let _only = only_agent_here()?;
     let kernel = LinuxKernel::open().context("a netlink socket cannot be opened")?;
     let reconcile = Handle::start(kernel, config.resync).context("the reconcile thread")?;
     let monitor = config.netlink_monitor.then(|| start_monitor(&reconcile)).flatten();
@@ -94,6 +97,20 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     reconcile.stop();
     info!("weftd stops; devices, routes and addresses stay");
     result
+}
+
+/// Two agents in one network namespace would mend each other's work for ever. An abstract socket's name (unix(7)) is
+/// taken per network namespace and goes with the process.
+fn only_agent_here() -> anyhow::Result<UnixDatagram> {
+    let name = SocketAddr::from_abstract_name("weftd")?;
+    match UnixDatagram::bind_addr(&name) {
+        Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {
+            anyhow::bail!(
+                "another weftd runs in this network namespace: stop it first (systemctl stop weftd)"
+            )
+        }
+        other => other.context("the name that keeps a second weftd out"),
+    }
 }
 
 async fn ended<T>(name: &'static str, task: impl Future<Output = T>) -> &'static str {

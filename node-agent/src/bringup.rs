@@ -14,7 +14,7 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 use weft_shared::Mac;
 use weft_shared::lease::LeaseKey;
-use weft_shared::netconf::{BackendConfig, NetworkConfig};
+use weft_shared::netconf::{BackendConfig, NetworkConfig, VxlanConfig};
 use weft_shared::subnet_env::{SubnetEnv, previous_lease};
 
 use crate::config::Config;
@@ -61,7 +61,8 @@ pub async fn bring_up(
 
     let mut told = String::new();
     let underlay = loop {
-        match find_underlay(config.underlay.clone()).await {
+        let found = find_underlay(config.underlay.clone()).await;
+        match found.and_then(|underlay| fits(&network, &underlay).map(|()| underlay)) {
             Ok(underlay) => break underlay,
             Err(problem) => {
                 let problem = problem.to_string();
@@ -268,6 +269,20 @@ async fn find_underlay(choice: UnderlayChoice) -> anyhow::Result<Underlay> {
         Ok(choose_underlay(&choice, &host)?)
     })
     .await?
+}
+
+/// Whether the overlay can stand on this underlay.
+fn fits(network: &NetworkConfig, underlay: &Underlay) -> anyhow::Result<()> {
+    let (overlay, iface, addr, mtu) = (network.v4.network, &underlay.iface, underlay.addr, underlay.mtu);
+    anyhow::ensure!(
+        !overlay.contains(addr.into()),
+        "underlay {iface} has {addr}, which lies in the overlay's Network {overlay}: expected an interface of the \
+         network between the nodes (--iface), or another Network"
+    );
+    if let BackendConfig::Vxlan(VxlanConfig { mtu: Some(wanted), .. }) = &network.backend {
+        anyhow::ensure!(*wanted <= mtu, "Backend.MTU = {wanted}: expected at most {mtu}, the MTU of {iface}");
+    }
+    Ok(())
 }
 
 fn host_network(kernel: &mut LinuxKernel, reach: Option<IpAddr>) -> Result<HostNetwork, KernelError> {

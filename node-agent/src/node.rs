@@ -182,6 +182,9 @@ impl Node {
         if let Some(error) = report.blind() {
             return Err(NotReady::Degraded(format!("the kernel to be brought in order: {error}")));
         }
+        if let Some(problem) = &report.underlay_problem {
+            return Err(NotReady::Degraded(format!("the underlay: {problem}")));
+        }
         if !report.usable {
             let first = report.pending.first().map(|p| format!("{}: {}", p.key, p.error));
             let what = first.unwrap_or_else(|| "the first pass".into());

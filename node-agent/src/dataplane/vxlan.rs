@@ -5,6 +5,7 @@
 //! 10.5.2.0 gives the peer's VTEP MAC; the forwarding entry of that MAC gives the peer's public IP. Nothing is ever
 //! resolved on the wire, so nothing has to answer.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
 use ipnetwork::IpNetwork;
@@ -64,6 +65,26 @@ impl VxlanPlane {
             Object::Fdb { dev: dev.clone(), mac: vtep, dst: public },
             Object::Route { dst: subnet, route },
         ]
+    }
+
+    /// A MAC leads to one node only. Two nodes have the same when a state directory was copied.
+    fn only_with_its_own_mac(
+        &self,
+        vteps: &mut BTreeMap<Mac, String>,
+        peer: &Lease,
+        entries: Vec<Object>,
+    ) -> Result<Vec<Object>, String> {
+        for entry in &entries {
+            let Object::Fdb { mac, .. } = entry else { continue };
+            let name = format!("{} ({})", peer.key, peer.attrs.public_ip);
+            if let Some(other) = vteps.get(mac).filter(|other| **other != name) {
+                return Err(format!(
+                    "VtepMAC = {mac}: {other} has the same; was /var/lib/weft copied? Remove it on one of them and restart weftd"
+                ));
+            }
+            vteps.insert(*mac, name);
+        }
+        Ok(entries)
     }
 
     fn peer_entries(&self, peer: &Lease) -> Result<Vec<Object>, String> {
@@ -133,8 +154,15 @@ impl Dataplane for VxlanPlane {
             .insert(Object::Sysctl { path: format!("net/ipv6/conf/{dev}/accept_ra"), value: "0".into() });
         let addr = IpNetwork::from(local.lease.v4.addr());
         wanted.desired.insert(Object::Addr { dev: dev.clone(), addr, scope: AddrScope::Global });
-        for peer in peers {
-            match self.peer_entries(peer) {
+        let mut vteps = BTreeMap::from([(self.vtep_mac, "this node".to_owned())]);
+        // Of two nodes with one MAC the older lease keeps it, on every node alike.
+        let mut by_age: Vec<&Lease> = peers.to_vec();
+        by_age.sort_by_key(|peer| (peer.create_revision, peer.key));
+        for peer in by_age {
+            match self
+                .peer_entries(peer)
+                .and_then(|entries| self.only_with_its_own_mac(&mut vteps, peer, entries))
+            {
                 Ok(entries) => wanted.serve(peer, entries),
                 Err(problem) => wanted.refuse(peer, problem),
             }
@@ -237,6 +265,32 @@ mod tests {
                 3,
                 "{value}: only the device, its sysctl and its address"
             );
+        }
+    }
+
+    #[test]
+    fn one_mac_leads_to_one_node() {
+        let value = |n: u8, mac: &str| {
+            format!(
+                r#"{{"PublicIP":"192.0.2.{n}","BackendType":"vxlan","BackendData":{{"VNI":7,"VtepMAC":"{mac}"}}}}"#
+            )
+        };
+        let older = peer("10.5.3.0-24", &value(3, "02:00:00:00:00:33"));
+        let younger = Lease { create_revision: 2, ..peer("10.5.2.0-24", &value(2, "02:00:00:00:00:33")) };
+        let like_ours = peer("10.5.4.0-24", &value(4, "02:00:00:00:00:01"));
+        for peers in [
+            [older.clone(), younger.clone(), like_ours.clone()],
+            [younger.clone(), like_ours.clone(), older.clone()],
+        ] {
+            let wanted = backend().desired(&local(), &peers);
+            let problem = |lease: &Lease| wanted.peers[&lease.key].problem.clone().unwrap_or_default();
+            assert_eq!(problem(&older), "");
+            assert!(
+                problem(&younger).contains("10.5.3.0-24 (192.0.2.3) has the same"),
+                "{}",
+                problem(&younger)
+            );
+            assert!(problem(&like_ours).contains("this node has the same"), "{}", problem(&like_ours));
         }
     }
 

@@ -88,7 +88,7 @@ pub(super) struct Loaded {
 
 #[derive(Debug, thiserror::Error)]
 pub enum RecordsError {
-    #[error("another weftd keeps its records in {0}: give each agent of a machine its own run directory")]
+    #[error("another weftd keeps its records in {0}: give each agent its own --run-dir")]
     InUse(PathBuf),
     #[error("records in {path}: {error}")]
     Io { path: PathBuf, error: io::Error },

@@ -31,7 +31,9 @@ impl FakeKernel {
             mtu: 1500,
             up: true,
         };
-        kernel.add_link(iface.parse().expect("name"), link, 0);
+        let iface: IfName = iface.parse().expect("name");
+        kernel.dump.addrs.push(found_addr(&iface, "192.0.2.1/24".parse().expect("net")));
+        kernel.add_link(iface, link, 0);
         kernel
     }
 

@@ -31,7 +31,6 @@ pub use pass::Memory;
 
 /// Announcements come in bursts: this long after the first a pass begins.
 const SETTLE: Duration = Duration::from_millis(5);
-const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 /// A node that has not seen its kernel for so long says so.
 const BLIND: Duration = Duration::from_secs(10);
 
@@ -81,6 +80,8 @@ pub struct Report {
     pub devices: BTreeMap<IfName, DeviceFacts>,
     pub veths: SeenVeths,
     pub underlay: Option<Underlay>,
+    /// Why nothing can leave by it.
+    pub underlay_problem: Option<String>,
     /// Gateways that each bridge carries.
     pub gateways: BTreeMap<IfName, Vec<Subnet>>,
 }
@@ -241,7 +242,7 @@ fn run(mut kernel: impl Kernel, shared: &Shared, publish: &watch::Sender<Report>
             (state.inputs.clone(), state.revision, state.requested)
         };
         let last = publish.borrow().clone();
-        let mut report = match pass::pass(&mut kernel, &mut memory, &inputs, revision) {
+        let mut report = match pass::pass(&mut kernel, &mut memory, &inputs, revision, Instant::now()) {
             Ok(Some(look)) => look.after(&last),
             // Nothing was looked at, which is not the same as seeing that nothing is there: the last look stands.
             Ok(None) => last.clone(),
@@ -249,20 +250,18 @@ fn run(mut kernel: impl Kernel, shared: &Shared, publish: &watch::Sender<Report>
         };
         report.generation = generation;
         complain(&last, &report);
-        due = Instant::now() + next_pass(&report, &memory, resync);
+        due = next_pass(&memory, resync);
         publish.send_replace(report);
     }
 }
 
-/// The sweep, or sooner when something failed.
-fn next_pass(report: &Report, memory: &Memory, resync: Duration) -> Duration {
-    if report.aborted.is_none() && report.pending.is_empty() {
-        // A tenth of jitter, from the only thing that differs between nodes and passes: the clock.
-        let jitter =
-            f64::from(std::time::UNIX_EPOCH.elapsed().map_or(0, |t| t.subsec_micros() % 1000)) / 10_000.0;
-        return resync.mul_f64(1.0 - jitter);
-    }
-    BACKOFF_FIRST.saturating_mul(1 << memory.failures().min(10)).min(resync)
+/// The sweep, or sooner when something that failed is due.
+fn next_pass(memory: &Memory, resync: Duration) -> Instant {
+    // A tenth of jitter, from the only thing that differs between nodes and passes: the clock.
+    let jitter =
+        f64::from(std::time::UNIX_EPOCH.elapsed().map_or(0, |t| t.subsec_micros() % 1000)) / 10_000.0;
+    let sweep = Instant::now() + resync.mul_f64(1.0 - jitter);
+    memory.retry_at().map_or(sweep, |retry| retry.min(sweep))
 }
 
 /// Says a trouble once, when it has come twice: a device that goes while it is being looked at is no trouble.
@@ -270,8 +269,14 @@ fn complain(last: &Report, report: &Report) {
     if let Some(error) = report.aborted.as_ref().filter(|_| last.aborted != report.aborted) {
         warn!(%error, "the kernel could not be looked at; will be tried again");
     }
+    if let Some(problem) =
+        report.underlay_problem.as_ref().filter(|_| last.underlay_problem != report.underlay_problem)
+    {
+        warn!(%problem, "the underlay is broken");
+    }
     for pending in &report.pending {
-        if pending.attempts == 2 {
+        let news = !last.pending.iter().any(|p| p.key == pending.key && p.attempts == pending.attempts);
+        if pending.attempts == 2 && news {
             warn!(object = %pending.key, error = %pending.error, "kernel object is not as it should be; will be tried again");
         }
     }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use tracing::{debug, info};
 
@@ -20,21 +21,45 @@ const ROUNDS: usize = 4;
 /// What the loop remembers between passes.
 #[derive(Debug, Default)]
 pub struct Memory {
-    /// Operations that failed last time, with how often they have.
-    failed: BTreeMap<Key, (KernelError, u32)>,
-    /// Passes in a row that could not be made at all.
+    /// Operations that failed when they were last tried.
+    failed: BTreeMap<Key, Failed>,
+    /// Passes in a row that could not be made at all, and when the next may.
     aborted: u32,
+    resume_at: Option<Instant>,
+    /// Revision of the inputs that the failures belong to: with others, everything is tried again.
+    revision: u64,
     /// Revision of the inputs that the last pass brought about completely.
     settled: Option<u64>,
     /// Routes of a flanneld that ran here before have been taken over.
     adopted: bool,
 }
 
+#[derive(Debug, Clone)]
+struct Failed {
+    error: KernelError,
+    attempts: u32,
+    retry_at: Instant,
+}
+
 impl Memory {
-    /// The longest series of failures.
-    pub(super) fn failures(&self) -> u32 {
-        self.failed.values().map(|(_, attempts)| *attempts).max().unwrap_or(0).max(self.aborted)
+    /// When something that failed is due again.
+    pub(super) fn retry_at(&self) -> Option<Instant> {
+        self.failed.values().map(|failed| failed.retry_at).chain(self.resume_at).min()
     }
+
+    /// What is not due yet. A failing operation is announced by the kernel as well, and those announcements must not
+    /// make it a busy loop.
+    fn deferred(&self, now: Instant) -> BTreeMap<Key, KernelError> {
+        let waiting = self.failed.iter().filter(|(_, failed)| now < failed.retry_at);
+        waiting.map(|(key, failed)| (key.clone(), failed.error.clone())).collect()
+    }
+}
+
+/// Doubles from a tenth of a second to ten.
+fn backoff(attempts: u32) -> Duration {
+    Duration::from_millis(100)
+        .saturating_mul(1 << attempts.saturating_sub(1).min(10))
+        .min(Duration::from_secs(10))
 }
 
 /// `None`: the node is not known yet, and nothing was touched.
@@ -43,17 +68,23 @@ pub(super) fn pass(
     memory: &mut Memory,
     inputs: &Inputs,
     revision: u64,
+    now: Instant,
 ) -> Result<Option<Report>, Aborted> {
     let Some(node) = &inputs.node else {
         return Ok(None);
     };
-    match look_and_mend(kernel, memory, inputs, node, revision) {
+    if memory.revision != revision {
+        memory.failed.clear();
+        memory.revision = revision;
+    }
+    match look_and_mend(kernel, memory, inputs, node, revision, now) {
         Ok(report) => {
-            memory.aborted = 0;
+            (memory.aborted, memory.resume_at) = (0, None);
             Ok(Some(report))
         }
         Err(aborted) => {
             memory.aborted += 1;
+            memory.resume_at = Some(now + backoff(memory.aborted));
             memory.settled = None;
             Err(aborted)
         }
@@ -66,10 +97,11 @@ fn look_and_mend(
     inputs: &Inputs,
     node: &NodeInputs,
     revision: u64,
+    now: Instant,
 ) -> Result<Report, Aborted> {
     let settled = memory.settled == Some(revision);
     let mut report = Report::default();
-    let mut failed = BTreeMap::new();
+    let mut failed = memory.deferred(now);
     for round in 0..ROUNDS {
         let dump = kernel.dump(node.backend.plane().device())?;
         let local = local_node(kernel, node, inputs, &dump)?;
@@ -81,9 +113,11 @@ fn look_and_mend(
         let ownership = ownership(node, inputs, memory);
         let observed = observe(&dump, &sysctls, &desired, &ownership);
         let ops = plan(&desired, &observed, inputs.has_snapshot);
-        // What failed a moment ago fails again: the next pass tries it, after a while.
+        let still_wrong: BTreeSet<Key> = ops.iter().map(Op::key).collect();
+        // What failed a moment ago fails again: a later pass tries it.
         let ops: Vec<Op> = ops.into_iter().filter(|op| !failed.contains_key(&op.key())).collect();
         if ops.is_empty() || round == ROUNDS - 1 {
+            failed.retain(|key, _| still_wrong.contains(key));
             for op in ops {
                 failed.entry(op.key()).or_insert(KernelError::Contested);
             }
@@ -99,7 +133,7 @@ fn look_and_mend(
             }
         }
     }
-    remember(memory, failed, &mut report, revision);
+    remember(memory, failed, &mut report, revision, now);
     memory.adopted |= inputs.has_snapshot;
     report.after_snapshot = inputs.has_snapshot;
     Ok(report)
@@ -162,6 +196,7 @@ fn finish(
     report.objects = desired.objects().filter(|(key, _)| !failed.contains_key(key)).count();
     report.usable = !failed.keys().any(|key| matches!(key, Key::Link(_) | Key::Sysctl(_) | Key::Addr(..)));
     report.underlay = Some(local.underlay.clone());
+    report.underlay_problem = underlay_problem(dump, &local.underlay);
     for (key, plan) in peers {
         let missing = plan.keys.iter().find_map(|key| failed.get(key).map(|error| format!("{key}: {error}")));
         report.peers.insert(*key, PeerReport { refused: plan.problem.clone(), missing });
@@ -188,12 +223,37 @@ fn finish(
     report.veths.veths = ours.map(|(name, l)| SeenVeth { name: name.clone(), ifindex: l.index }).collect();
 }
 
-fn remember(memory: &mut Memory, failed: BTreeMap<Key, KernelError>, report: &mut Report, revision: u64) {
+/// Why packets cannot leave by the underlay as it was chosen.
+fn underlay_problem(dump: &Dump, underlay: &Underlay) -> Option<String> {
+    let iface = &underlay.iface;
+    if dump.links.get(iface).is_none_or(|link| !link.link.up) {
+        return Some(format!("{iface} is down"));
+    }
+    let has_address =
+        dump.addrs.iter().any(|a| a.dev == *iface && a.addr.ip() == IpAddr::from(underlay.addr));
+    (!has_address).then(|| format!("{} is no longer on {iface}: restart weftd to choose anew", underlay.addr))
+}
+
+fn remember(
+    memory: &mut Memory,
+    failed: BTreeMap<Key, KernelError>,
+    report: &mut Report,
+    revision: u64,
+    now: Instant,
+) {
     let before = std::mem::take(&mut memory.failed);
     for (key, error) in failed {
-        let attempts = before.get(&key).map_or(0, |(_, attempts)| *attempts) + 1;
-        report.pending.push(Pending { key: key.clone(), error: error.clone(), attempts });
-        memory.failed.insert(key, (error, attempts));
+        let known = before.get(&key);
+        let failure = match known {
+            Some(waiting) if now < waiting.retry_at => waiting.clone(),
+            _ => {
+                let attempts = known.map_or(0, |failed| failed.attempts) + 1;
+                Failed { error, attempts, retry_at: now + backoff(attempts) }
+            }
+        };
+        let Failed { error, attempts, .. } = failure.clone();
+        report.pending.push(Pending { key: key.clone(), error, attempts });
+        memory.failed.insert(key, failure);
     }
     memory.settled = memory.failed.is_empty().then_some(revision);
 }

@@ -1,5 +1,7 @@
 //! Whole passes against a kernel in memory: what is reported, what stays pending, what counts as a repair.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use weft_shared::lease::Lease;
 use weft_shared::netconf::NetworkConfig;
 
@@ -36,6 +38,12 @@ fn inputs(config: &str, peers: &[(&str, &str)]) -> Inputs {
     Inputs { node: Some(node), peers, has_snapshot: true, pods: PodPorts::default() }
 }
 
+/// Later than every backoff so far.
+fn soon() -> Instant {
+    static MINUTES: AtomicU64 = AtomicU64::new(0);
+    Instant::now() + Duration::from_secs(60 * MINUTES.fetch_add(1, Ordering::Relaxed))
+}
+
 fn looked(outcome: Result<Option<Report>, Aborted>) -> Report {
     outcome.expect("the kernel answers").expect("the node is known")
 }
@@ -53,7 +61,7 @@ fn a_first_pass_makes_everything_and_a_second_nothing() {
     let mut inputs = inputs(VXLAN, &[PEER]);
     let need = BridgeNeed { subnets: vec!["10.5.1.0/24".parse().expect("net")], mtu: 1450 };
     inputs.pods.bridges.insert("cni0".parse().expect("name"), need);
-    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1));
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     assert_eq!((report.pending.len(), report.repairs), (0, 0));
     assert!(report.usable && report.after_snapshot);
     let bridge = &report.devices[&"cni0".parse().expect("name")];
@@ -65,7 +73,7 @@ fn a_first_pass_makes_everything_and_a_second_nothing() {
     assert!(!kernel.applied.is_empty());
 
     kernel.applied.clear();
-    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1));
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     assert_eq!((kernel.applied.len(), report.repairs), (0, 0));
 }
 
@@ -73,14 +81,14 @@ fn a_first_pass_makes_everything_and_a_second_nothing() {
 fn a_foreign_hand_is_a_repair_and_a_changed_input_is_not() {
     let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
     let inputs = inputs(VXLAN, &[PEER]);
-    looked(pass(&mut kernel, &mut memory, &inputs, 1));
+    looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     kernel.delete_link(&"flannel.1".parse().expect("name"));
-    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1));
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     assert_eq!(report.pending.len(), 0);
     assert!(report.repairs >= 4, "device, address and three entries came back: {}", report.repairs);
     let mut fewer = inputs.clone();
     fewer.peers.clear();
-    let report = looked(pass(&mut kernel, &mut memory, &fewer, 2));
+    let report = looked(pass(&mut kernel, &mut memory, &fewer, 2, soon()));
     assert_eq!(report.repairs, 0);
     assert!(kernel.dump.routes.is_empty() && kernel.dump.fdb.is_empty() && kernel.dump.neighs.is_empty());
 }
@@ -91,25 +99,25 @@ fn a_refused_operation_is_pending_and_tried_again() {
     let inputs = inputs(VXLAN, &[PEER]);
     // Device, sysctls and address succeed; the neighbour does not, in one pass.
     kernel.faults = [false, false, false, false, true].into();
-    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1));
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     assert_eq!(report.pending.len(), 1, "{:?}", report.pending);
     assert_eq!(report.pending[0].key.to_string(), "neighbour 10.5.2.0 dev flannel.1");
     assert!(report.usable, "one peer's trouble does not stop the node");
     let peer = report.peers.values().next().expect("one peer");
     assert!(peer.problem().is_some_and(|p| p.contains("neighbour 10.5.2.0")), "{peer:?}");
-    assert_eq!(memory.failures(), 1);
-    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1));
-    assert_eq!((report.pending.len(), memory.failures()), (0, 0));
+    assert!(memory.retry_at().is_some());
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert_eq!((report.pending.len(), memory.retry_at()), (0, None));
 }
 
 #[test]
 fn without_its_underlay_a_node_touches_nothing() {
     let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
     let inputs = inputs(VXLAN, &[PEER]);
-    looked(pass(&mut kernel, &mut memory, &inputs, 1));
+    looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     kernel.dump.links.remove(&"eth0".parse::<weft_shared::IfName>().expect("name"));
     let before = kernel.dump.clone();
-    let aborted = pass(&mut kernel, &mut memory, &inputs, 1).expect_err("no underlay");
+    let aborted = pass(&mut kernel, &mut memory, &inputs, 1, soon()).expect_err("no underlay");
     assert_eq!(aborted, Aborted::NoUnderlay("eth0".parse().expect("name")));
     assert_eq!(kernel.dump, before);
 }
@@ -134,12 +142,49 @@ fn flannels_host_gw_routes_are_taken_over_once_at_a_first_start() {
         kernel.on_link.insert("192.0.2.2".parse().expect("ip"));
         kernel.dump.routes = vec![stale.clone(), operators.clone()];
         inputs.node.as_mut().expect("node").first_start = first_start;
-        let report = looked(pass(&mut kernel, &mut memory, &inputs, 1));
+        let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
         assert_eq!(report.pending.len(), 0);
         assert_eq!(kernel.dump.routes.len(), left, "{:?}", kernel.dump.routes);
         assert!(kernel.dump.routes.contains(&operators), "another length is an operator's");
         kernel.dump.routes.push(stale.clone());
-        looked(pass(&mut kernel, &mut memory, &inputs, 1));
+        looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
         assert!(kernel.dump.routes.contains(&stale), "later ones are an operator's");
     }
+}
+
+#[test]
+fn what_keeps_failing_is_not_tried_at_every_announcement() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let inputs = inputs(VXLAN, &[PEER]);
+    let mut now = Instant::now();
+    let mut tried = 0;
+    for _ in 0..1000 {
+        kernel.faults = vec![true; 40].into();
+        let before = kernel.faults.len();
+        let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, now));
+        tried += usize::from(kernel.faults.len() < before);
+        assert!(!report.pending.is_empty());
+        now += Duration::from_millis(10);
+    }
+    assert!((5..=8).contains(&tried), "in ten seconds the waits double from 0.1 s: tried {tried} times");
+    let mut other = inputs.clone();
+    other.has_snapshot = false;
+    kernel.faults.clear();
+    let report = looked(pass(&mut kernel, &mut memory, &other, 2, now));
+    assert_eq!(report.pending, [], "other inputs are tried at once");
+}
+
+#[test]
+fn a_broken_underlay_is_named() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let inputs = inputs(VXLAN, &[PEER]);
+    let problem = |kernel: &mut FakeKernel, memory: &mut Memory| {
+        looked(pass(kernel, memory, &inputs, 1, soon())).underlay_problem.unwrap_or_default()
+    };
+    assert_eq!(problem(&mut kernel, &mut memory), "");
+    kernel.dump.addrs.retain(|a| a.dev.as_str() != "eth0");
+    assert!(problem(&mut kernel, &mut memory).contains("192.0.2.1 is no longer on eth0"));
+    kernel.dump.links.get_mut(&"eth0".parse::<weft_shared::IfName>().expect("name")).expect("eth0").link.up =
+        false;
+    assert_eq!(problem(&mut kernel, &mut memory), "eth0 is down");
 }

@@ -35,7 +35,7 @@ use crate::underlay::{
 
 const UNDERLAY_RETRY: Duration = Duration::from_secs(1);
 /// Updates of the watch under way: a snapshot is one.
-const UPDATES: usize = 256;
+const UPDATES: usize = 1024;
 
 /// Runs for as long as the agent does.
 pub async fn bring_up(
@@ -151,9 +151,15 @@ impl Upkeep {
         loop {
             tokio::select! {
                 update = updates.recv() => {
-                    let update = update.context("the watch over leases ended")?;
-                    handle.observe(&update);
-                    if self.table.apply(update) {
+                    let mut update = Some(update.context("the watch over leases ended")?);
+                    let mut changed = false;
+                    // Judging all leases costs as much for one change as for all that are waiting.
+                    while let Some(next) = update {
+                        handle.observe(&next);
+                        changed |= self.table.apply(next);
+                        update = updates.try_recv().ok();
+                    }
+                    if changed {
                         self.pass_on_peers();
                     }
                 }
@@ -225,7 +231,7 @@ impl Upkeep {
             mtu: self.backend.plane().pod_mtu(underlay.mtu),
             ip_masq: false,
         };
-        if self.written.as_ref() != Some(&env) {
+        if self.written.as_ref() != Some(&env) || !self.subnet_file.exists() {
             let file = self.subnet_file.display();
             if let Err(error) = env.write(&self.subnet_file) {
                 // The next pass comes with the next sweep, and tries again.
@@ -336,8 +342,7 @@ fn adoptable_mac(network: &NetworkConfig, underlay: &Underlay) -> Result<Option<
         return Ok(None);
     };
     let (links, _) = LinuxKernel::open()?.links_and_addrs()?;
-    let name = format!("flannel.{}", wanted.vni);
-    let found = links.iter().find(|(n, _)| n.as_str() == name).map(|(_, found)| &found.link);
+    let found = links.get(&wanted.device()).map(|found| &found.link);
     Ok(found.and_then(|link| match &link.kind {
         LinkKind::Vxlan(have) => {
             let same = (have.vni, have.port) == (wanted.vni, wanted.port)

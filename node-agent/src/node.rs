@@ -17,7 +17,7 @@ use crate::dataplane::Backend;
 use crate::host::Host;
 use crate::kernel::{KernelError, LinuxKernel, Monitor};
 use crate::lease::{LeaseState, LeaseStore, Store, StoreHealth};
-use crate::object::Key;
+use crate::object::{Key, LinkKind};
 use crate::pods::{DeviceFacts, Fabric, NotReady, PodNetwork, PodPorts};
 use crate::reconcile::{Handle, Pending, Report};
 use crate::status::{
@@ -280,6 +280,30 @@ impl Fabric for NodeFabric {
         let facts = self.0.facts();
         let report = self.0.reconcile.reports().borrow().clone();
         self.0.pod_network_from(&facts, &report)
+    }
+
+    async fn may_be_bridge(&self, name: &IfName) -> Result<(), Failure> {
+        let refuse = |expected: String| {
+            let details = format!("bridge = \"{name}\": expected {expected}");
+            Err(Failure::new(Code::BadConfiguration, "invalid network configuration").with_details(details))
+        };
+        if let Some(used) = self.0.ports.borrow().bridges.keys().find(|used| *used != name) {
+            return refuse(format!("\"{used}\", which this node's pods use since boot"));
+        }
+        let reserved = self.0.facts().stage.served().is_some_and(|served| {
+            served.underlay.iface == *name || served.backend.plane().device() == Some(name)
+        });
+        if reserved || name.as_str() == "lo" || name.as_str().starts_with("flannel") {
+            return refuse("a bridge of the pods' own, such as cni0".into());
+        }
+        let asked = name.clone();
+        match in_kernel(move |kernel| kernel.kind_of(&asked)).await {
+            Ok(None | Some(LinkKind::Bridge)) => Ok(()),
+            Ok(Some(kind)) => refuse(format!("a bridge or a free name; it is a {kind}")),
+            Err(error) => {
+                Err(Failure::new(Code::TryAgainLater, "the kernel does not answer").with_details(error))
+            }
+        }
     }
 
     async fn ensure_bridge(&self, name: &IfName) -> Result<DeviceFacts, Failure> {

@@ -50,6 +50,16 @@ pub enum LinkKind {
     Other(String),
 }
 
+impl fmt::Display for LinkKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vxlan(_) => f.write_str("VXLAN device"),
+            Self::Bridge => f.write_str("bridge"),
+            Self::Other(kind) => f.write_str(kind),
+        }
+    }
+}
+
 /// The attributes of a VXLAN device that only a new device can change.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Vxlan {

@@ -12,6 +12,9 @@ use weft_shared::{IfName, Mac, Subnet};
 pub trait Fabric: Send + Sync + 'static {
     fn pod_network(&self) -> Result<PodNetwork, NotReady>;
 
+    /// Whether pods may hang on a bridge of this name; asked before anything is recorded.
+    fn may_be_bridge(&self, name: &IfName) -> impl Future<Output = Result<(), Failure>> + Send;
+
     /// Makes the bridge real, with the gateways that [`PodPorts::bridges`] names for it (published before the call).
     fn ensure_bridge(&self, name: &IfName) -> impl Future<Output = Result<DeviceFacts, Failure>> + Send;
 

@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::json::{Case, Keys, brief};
 use crate::lease::LeaseKey;
 use crate::names::VXLAN_PORT;
-use crate::{BadValue, Subnet};
+use crate::{BadValue, IfName, Subnet};
 
 /// A checked configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,7 +41,7 @@ pub enum BackendConfig {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VxlanConfig {
-    /// 24 bits (RFC 7348).
+    /// 24 bits (RFC 7348), of which the device's name leaves seven digits.
     pub vni: u32,
     pub port: u16,
     /// Underlay MTU in bytes to assume instead of the interface's; the overlay's is 50 less.
@@ -185,6 +185,14 @@ impl BackendConfig {
 }
 
 impl VxlanConfig {
+    /// The largest VNI whose device name fits into 15 bytes.
+    const MAX_VNI: u32 = 9_999_999;
+
+    /// flannel's name for the device.
+    pub fn device(&self) -> IfName {
+        format!("flannel.{}", self.vni).parse().unwrap_or_else(|_| unreachable!("a VNI of at most 7 digits"))
+    }
+
     fn parse(keys: &Keys<'_>) -> Result<Self, ConfigError> {
         let bounded = |key: &str, range: std::ops::RangeInclusive<u32>| {
             let expected = format!("a whole number from {} to {}", range.start(), range.end());
@@ -199,7 +207,7 @@ impl VxlanConfig {
                 .into());
         }
         Ok(Self {
-            vni: bounded("VNI", 1..=0xff_ffff)?.unwrap_or(1),
+            vni: bounded("VNI", 1..=Self::MAX_VNI)?.unwrap_or(1),
             // flannel's 0 means the kernel's default.
             port: bounded("Port", 0..=65535)?.filter(|p| *p != 0).map_or(VXLAN_PORT, |p| p as u16),
             mtu: bounded("MTU", 0..=65535)?.filter(|m| *m != 0),
@@ -275,7 +283,7 @@ mod tests {
             (backend(r#"{"Type":"gre"}"#), r#"Backend.Type = "gre": expected "vxlan" or "host-gw""#),
             (
                 backend(r#"{"Type":"vxlan","VNI":16777216}"#),
-                "Backend.VNI = 16777216: expected a whole number from 1 to 16777215",
+                "Backend.VNI = 16777216: expected a whole number from 1 to 9999999",
             ),
             (backend(r#"{"Type":"vxlan","Port":70000}"#), "Backend.Port = 70000"),
             (

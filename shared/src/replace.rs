@@ -19,6 +19,9 @@ pub enum Survive {
 pub fn replace_file(path: &Path, content: &[u8], mode: u32, survive: Survive) -> io::Result<()> {
     // A writer's own, so that two of them never write into one.
     let temporary = path.with_extension(format!("tmp{}", std::process::id()));
+    if fs::symlink_metadata(path).is_ok_and(|m| !m.is_file() && !m.is_symlink()) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "is there and is no regular file"));
+    }
     let written = || {
         let mut file =
             OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&temporary)?;

@@ -24,17 +24,15 @@ const OVERHEAD: u32 = 50;
 pub struct VxlanPlane {
     config: VxlanConfig,
     device: IfName,
-    device_v6: IfName,
+    /// Missing when the VNI is too long for the name.
+    device_v6: Option<IfName>,
     vtep_mac: Mac,
 }
 
 impl VxlanPlane {
     pub fn new(config: VxlanConfig, vtep_mac: Mac) -> Self {
-        let named = |prefix: &str| {
-            let name = format!("{prefix}.{}", config.vni);
-            name.parse().unwrap_or_else(|_| unreachable!("a VNI has at most 8 digits"))
-        };
-        Self { device: named("flannel"), device_v6: named("flannel-v6"), config, vtep_mac }
+        let device_v6 = format!("flannel-v6.{}", config.vni).parse().ok();
+        Self { device: config.device(), device_v6, config, vtep_mac }
     }
 
     /// The device as it must be on this node.
@@ -90,7 +88,9 @@ impl VxlanPlane {
     fn peer_entries(&self, peer: &Lease) -> Result<Vec<Object>, String> {
         let mut entries = Vec::new();
         for subnet in peer.key.subnets() {
-            let dev = if subnet.is_ipv4() { &self.device } else { &self.device_v6 };
+            let dev = if subnet.is_ipv4() { Some(&self.device) } else { self.device_v6.as_ref() };
+            let dev =
+                dev.ok_or_else(|| format!("VNI {} leaves no name for an IPv6 device", self.config.vni))?;
             let data = peer.attrs.vxlan_data(subnet).ok_or_else(|| {
                 let example = r#"{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}"#;
                 format!("its BackendData for {subnet} must look like {example}")

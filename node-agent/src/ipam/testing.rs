@@ -82,6 +82,10 @@ impl Fabric for TestFabric {
         self.world().network.clone()
     }
 
+    async fn may_be_bridge(&self, _: &IfName) -> Result<(), Failure> {
+        Ok(())
+    }
+
     async fn ensure_bridge(&self, name: &IfName) -> Result<DeviceFacts, Failure> {
         // The seam's promise: the need is published before the call.
         let need = self.0.ports.borrow().bridges.get(name).cloned();

@@ -46,6 +46,7 @@ impl<F: Fabric> Ipam<F> {
         let network =
             self.fabric.pod_network().map_err(|e| try_again("no pod can be added yet", e.to_string()))?;
         let mtu = request::mtu(&reserve, &network)?;
+        self.fabric.may_be_bridge(&reserve.bridge.name).await?;
         let key = &reserve.attachment;
         let guard = self.claim(key).await?;
         let record = {

@@ -92,12 +92,13 @@ fn set_link(
         _ => None,
     };
     match existing {
-        Some(Link { kind: LinkKind::Other(kind), .. }) if link.kind == LinkKind::Bridge => {
-            return Err(KernelError::NotABridge { name: name.clone(), kind: kind.clone() });
+        // Somebody else's device, whatever it is. Only an overlay device of ours is deleted to be made anew.
+        Some(have) if link.kind == LinkKind::Bridge && have.kind != LinkKind::Bridge => {
+            return Err(KernelError::NotABridge { name: name.clone(), kind: have.kind.to_string() });
         }
         Some(have) if have.kind == link.kind => {
             let index = index_of(indices, name)?;
-            return socket.request(request(Message::SetLink(encode::change_link(index, link)), 0));
+            return socket.request(request(Message::SetLink(encode::change_link(index, link, have)), 0));
         }
         Some(_) => {
             let old = encode::link_by_index(index_of(indices, name)?);

@@ -45,10 +45,16 @@ pub(super) fn new_link(name: &IfName, link: &Link) -> LinkMessage {
 }
 
 /// `ip link set dev NAME mtu MTU [address MAC] up`
-pub(super) fn change_link(index: u32, link: &Link) -> LinkMessage {
+///
+/// Only what differs: a MAC that is written again flushes the device's neighbours, permanent ones included.
+pub(super) fn change_link(index: u32, link: &Link, have: &Link) -> LinkMessage {
     let mut message = up_or_down(index, link.up);
-    message.attributes.push(LinkAttribute::Mtu(link.mtu));
-    if let LinkMac::Exactly(mac) = link.mac {
+    if link.mtu != have.mtu {
+        message.attributes.push(LinkAttribute::Mtu(link.mtu));
+    }
+    if let LinkMac::Exactly(mac) = link.mac
+        && mac != have.mac.value()
+    {
         message.attributes.push(LinkAttribute::Address(mac.0.to_vec()));
     }
     message

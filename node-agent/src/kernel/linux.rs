@@ -14,7 +14,7 @@ use weft_shared::IfName;
 use super::apply::{self, Indices};
 use super::socket::{Request, RouteSocket};
 use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError, decode, encode, sysctl};
-use crate::object::{Op, Route};
+use crate::object::{LinkKind, Op, Route};
 
 #[derive(Debug)]
 pub struct LinuxKernel {
@@ -51,6 +51,17 @@ impl LinuxKernel {
     pub fn default_route(&mut self) -> Result<Option<u32>, KernelError> {
         let routes = self.routes(AddressFamily::Inet)?;
         Ok(routes.iter().filter_map(decode::route).find(|r| r.dst.len() == 0).map(|r| r.oif))
+    }
+
+    /// What kind of device has this name, if any has.
+    pub fn kind_of(&mut self, name: &IfName) -> Result<Option<LinkKind>, KernelError> {
+        match self.socket.get(encode::link_by_name(name)) {
+            Ok(Some(Message::NewLink(message))) => {
+                Ok(decode::link(&message).map(|(_, found, _)| found.link.kind))
+            }
+            Ok(_) | Err(KernelError::Refused(Errno(nix::libc::ENODEV))) => Ok(None),
+            Err(other) => Err(other),
+        }
     }
 
     /// Deletes a host-side veth if it carries our mark. `Ok(false)`: there is no such veth of ours.

@@ -5,6 +5,8 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use tracing::{debug, info};
+use weft_shared::Subnet;
+use weft_shared::lease::{Lease, LeaseKey};
 
 use super::observe::{Ownership, observe};
 use super::plan::plan;
@@ -105,9 +107,11 @@ fn look_and_mend(
     for round in 0..ROUNDS {
         let dump = kernel.dump(node.backend.plane().device())?;
         let local = local_node(kernel, node, inputs, &dump)?;
-        let wanted = node.backend.desired(&local, &inputs.peers);
-        let mut desired = wanted.desired;
-        desired.extend(pods::desired(&inputs.pods, node.underlay.public_ip));
+        let (peers, over_our_pods) = apart_from_pods(inputs);
+        let mut wanted = node.backend.desired(&local, &peers);
+        wanted.peers.extend(over_our_pods);
+        let mut desired = pods::desired(&inputs.pods, node.underlay.public_ip);
+        desired.extend(wanted.desired);
         desired.insert(Object::Sysctl { path: IP_FORWARD.into(), value: "1".into() });
         let sysctls = kernel.sysctls(&desired.sysctl_paths())?;
         let ownership = ownership(node, inputs, memory);
@@ -137,6 +141,17 @@ fn look_and_mend(
     memory.adopted |= inputs.has_snapshot;
     report.after_snapshot = inputs.has_snapshot;
     Ok(report)
+}
+
+/// Peers to serve, and those whose subnet pods of this node still live in: after another node has taken it, a route
+/// there would cut them off from their own node.
+fn apart_from_pods(inputs: &Inputs) -> (Vec<Lease>, Vec<(LeaseKey, PeerPlan)>) {
+    let ours: Vec<Subnet> = inputs.pods.bridges.values().flat_map(|need| need.subnets.clone()).collect();
+    let over = |lease: &Lease| lease.key.subnets().any(|theirs| ours.iter().any(|own| own.overlaps(theirs)));
+    let (over, apart): (Vec<Lease>, Vec<Lease>) = inputs.peers.iter().cloned().partition(over);
+    let problem = "pods of this node still have addresses in its subnet: recreate them";
+    let refuse = |lease: Lease| (lease.key, PeerPlan { keys: vec![], problem: Some(problem.into()) });
+    (apart, over.into_iter().map(refuse).collect())
 }
 
 /// A node carries its pods' packets between interfaces.
@@ -188,7 +203,7 @@ fn finish(
     report: &mut Report,
     dump: &Dump,
     desired: &Desired,
-    peers: &BTreeMap<weft_shared::lease::LeaseKey, PeerPlan>,
+    peers: &BTreeMap<LeaseKey, PeerPlan>,
     failed: &BTreeMap<Key, KernelError>,
     local: &LocalNode,
     pods: &PodPorts,

@@ -188,3 +188,25 @@ fn a_broken_underlay_is_named() {
         false;
     assert_eq!(problem(&mut kernel, &mut memory), "eth0 is down");
 }
+
+#[test]
+fn a_subnet_that_pods_still_live_in_is_never_routed_away() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let mut inputs = inputs(VXLAN, &[PEER]);
+    let need = BridgeNeed { subnets: vec!["10.5.2.0/24".parse().expect("net")], mtu: 1450 };
+    inputs.pods.bridges.insert("cni0".parse().expect("name"), need);
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert!(kernel.dump.routes.is_empty(), "{:?}", kernel.dump.routes);
+    let problem = report.peers.values().next().and_then(|peer| peer.problem()).unwrap_or_default();
+    assert!(problem.contains("pods of this node still have addresses"), "{problem}");
+}
+
+#[test]
+fn a_bridge_named_like_the_overlays_device_does_not_take_its_place() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let mut inputs = inputs(VXLAN, &[PEER]);
+    inputs.pods.bridges.insert("flannel.1".parse().expect("name"), BridgeNeed { subnets: vec![], mtu: 1450 });
+    looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    let device = &kernel.dump.links[&"flannel.1".parse::<weft_shared::IfName>().expect("name")];
+    assert!(matches!(device.link.kind, crate::object::LinkKind::Vxlan(_)), "{device:?}");
+}

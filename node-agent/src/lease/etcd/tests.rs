@@ -374,7 +374,7 @@ async fn a_server_that_hangs_is_given_up_and_found_again() {
 }
 
 #[tokio::test]
-async fn the_watch_resumes_when_the_server_comes_back() {
+async fn the_watch_begins_anew_when_the_server_comes_back() {
     let mut server = Server::stopped();
     let mut watching = Watching::start(server.store());
     watching.until_health("away", |health| health.problem.is_some()).await;
@@ -393,8 +393,8 @@ async fn the_watch_resumes_when_the_server_comes_back() {
     server.start().await;
     server.put("10.5.0.32-28", &value("192.0.2.2"), None).await;
     watching.until("what came after", |w| w.world.len() == 2).await;
-    assert_eq!(watching.snapshots, 1, "resumed, not begun anew");
-    watching.until_health("connected", |health| health.connected && health.relists == 0).await;
+    assert_eq!(watching.snapshots, 2, "what answers may be another store, past our revision");
+    watching.until_health("connected", |health| health.connected && health.relists == 1).await;
 }
 
 #[tokio::test]
@@ -439,6 +439,29 @@ async fn a_replaced_cluster_begins_anew() {
     watching.until("the new world", |w| w.snapshots == 2 && w.world.is_empty()).await;
     server.put("10.5.0.16-28", &value("192.0.2.1"), None).await;
     watching.until("its first lease", |w| w.world.len() == 1).await;
+}
+
+#[tokio::test]
+async fn a_replaced_store_that_has_overtaken_the_watch_begins_anew() {
+    let mut server = Server::started().await;
+    server.put("10.5.0.16-28", &value("192.0.2.1"), None).await;
+    let mut watching = Watching::start(server.store());
+    watching.until("the snapshot", |w| w.world.len() == 1).await;
+    server.stop();
+    watching.until_health("away", |health| !health.connected).await;
+    // The new store runs past the watch's revision on another port, so that the watch cannot look in between.
+    let port = server.client;
+    server.wipe();
+    server.client = TcpListener::bind("127.0.0.1:0").expect("port").local_addr().expect("address").port();
+    server.start().await;
+    for n in 1..=8 {
+        server.put(&format!("10.5.0.{}-28", n * 16), &value("192.0.2.9"), None).await;
+        server.delete(&format!("10.5.0.{}-28", n * 16)).await;
+    }
+    server.stop();
+    server.client = port;
+    server.start().await;
+    watching.until("the new world", |w| w.snapshots == 2 && w.world.is_empty()).await;
 }
 
 #[tokio::test]

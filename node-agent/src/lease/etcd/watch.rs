@@ -1,5 +1,5 @@
-//! The watch: a snapshot at revision R, every change from R+1 on; resumed when it breaks, begun anew with another
-//! snapshot when it cannot be resumed.
+//! The watch: a snapshot at revision R, every change from R+1 on; begun anew with another snapshot when the connection
+//! was lost or the history is another.
 
 use std::time::Duration;
 
@@ -41,6 +41,11 @@ pub(super) async fn run(
             }
             End::Broken(error) => {
                 health::disconnected(&watcher.health, store, &error);
+                // What answers next may be another store, restored or begun anew, that has come past our revision in
+                // the meantime: only a snapshot tells.
+                if watcher.place.take().is_some() {
+                    watcher.health.send_modify(|health| health.relists += 1);
+                }
                 if watcher.pause(backoff.wait()).await.is_err() {
                     return;
                 }
@@ -56,7 +61,7 @@ enum End {
     Due,
     /// It cannot be resumed.
     Relist(&'static str),
-    /// It can.
+    /// The connection is gone.
     Broken(StoreError),
 }
 

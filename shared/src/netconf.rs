@@ -124,6 +124,9 @@ impl Range {
             .ok()
             .filter(|n| n.is_ipv4() && n.len() > 0)
             .ok_or_else(|| keys.bad("Network", NETWORK))?;
+        if not_for_hosts().any(|special| special.overlaps(network)) {
+            return Err(keys.bad("Network", "a unicast network such as 10.5.0.0/16").into());
+        }
         let subnet_len = match keys.integer::<u64>("SubnetLen", "a whole number")?.filter(|len| *len != 0) {
             Some(len) if len > 30 => {
                 return Err(keys.bad("SubnetLen", "a prefix length of at most 30").into());
@@ -163,6 +166,14 @@ impl Range {
         }
         Ok(Self { network, subnet_len, min, max })
     }
+}
+
+/// This network, loopback, link-local, multicast, reserved (RFC 6890): the kernel neither routes nor assigns most of
+/// them, and a pod with such an address would be reached by nobody.
+fn not_for_hosts() -> impl Iterator<Item = Subnet> {
+    [([0, 0, 0, 0], 8), ([127, 0, 0, 0], 8), ([169, 254, 0, 0], 16), ([224, 0, 0, 0], 4), ([240, 0, 0, 0], 4)]
+        .into_iter()
+        .filter_map(|(addr, len)| Subnet::new(addr.into(), len))
 }
 
 impl BackendConfig {
@@ -249,6 +260,7 @@ mod tests {
     #[test]
     fn refusals_name_key_value_and_expectation() {
         let vxlan = |rest: &str| format!(r#"{{"Network":"10.3.0.0/16",{rest}"Backend":{{"Type":"vxlan"}}}}"#);
+        let network = |network: &str| format!(r#"{{"Network":"{network}","Backend":{{"Type":"vxlan"}}}}"#);
         let backend = |backend: &str| format!(r#"{{"Network":"10.3.0.0/16","Backend":{backend}}}"#);
         for (json, expected) in [
             ("nonsense".to_owned(), "not JSON"),
@@ -258,6 +270,15 @@ mod tests {
                 r#"{"Network":"fd00::/48","Backend":{"Type":"vxlan"}}"#.into(),
                 r#"Network = "fd00::/48": expected an IPv4 network"#,
             ),
+            (
+                network("127.5.0.0/16"),
+                r#"Network = "127.5.0.0/16": expected a unicast network such as 10.5.0.0/16"#,
+            ),
+            (network("169.254.0.0/16"), "expected a unicast network"),
+            (network("224.0.0.0/8"), "expected a unicast network"),
+            (network("255.255.0.0/16"), "expected a unicast network"),
+            (network("0.5.0.0/16"), "expected a unicast network"),
+            (network("126.0.0.0/7"), "expected a unicast network"),
             (
                 r#"{"Network":null,"Backend":{"Type":"vxlan"}}"#.into(),
                 "Network is missing: expected an IPv4 network",

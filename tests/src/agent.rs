@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Write as _;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -15,6 +16,8 @@ use crate::binaries::Binaries;
 use crate::netns::Netns;
 use crate::wait::{eventually, until_ok};
 
+/// Before the command line, in the log.
+const START_MARK: &str = "--- start: ";
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
 const LOG_TAIL_LINES: usize = 40;
 
@@ -59,7 +62,7 @@ impl Agent {
             bail!("the agent of {} runs already", self.netns.name());
         }
         let mut log = File::options().create(true).append(true).open(self.log_path())?;
-        writeln!(log, "--- start: weftd {} {}", self.fixed.join(" "), self.flags.join(" "))?;
+        writeln!(log, "{START_MARK}weftd {} {}", self.fixed.join(" "), self.flags.join(" "))?;
         // A session of its own: it outlives the terminal of `lab up`.
         let mut command = Command::new("setsid");
         command.arg(self.binaries.agent()).args(&self.fixed).args(&self.flags);
@@ -97,6 +100,17 @@ impl Agent {
             bail!("weftctl {args:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Whether somebody listens at its admin socket; asked of an agent that another process started.
+    pub fn is_listening(&self) -> bool {
+        UnixStream::connect(self.admin_socket()).is_ok()
+    }
+
+    /// The command line of its first start, for one who has not the flags.
+    pub fn command_line(&self) -> Option<String> {
+        let log = self.log();
+        Some(log.lines().next()?.strip_prefix(START_MARK)?.trim_end().to_owned())
     }
 
     pub fn cni_socket(&self) -> PathBuf {

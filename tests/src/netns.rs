@@ -65,7 +65,8 @@ impl Netns {
 
     /// Starts a process inside.
     pub fn spawn(&self, command: &mut Command) -> Result<Child> {
-        self.enter(|| command.spawn().with_context(|| format!("start {command:?}")))
+        // Not the whole command: its environment would come along.
+        self.enter(|| command.spawn().with_context(|| format!("start {:?}", command.get_program())))
     }
 
     /// Runs a process inside to its end, whatever that is.

@@ -105,6 +105,9 @@ fn up_status_ping_exec_down() -> Result<()> {
     assert!(lab.run("exec n1 ip route")?.contains("flannel.1"));
     assert!(lab.run("exec n1-a ip -o address")?.contains("eth0"));
     assert_eq!(lab.output("exec n1-a false")?.status.code(), Some(1), "the command's own exit code");
+    assert!(lab.run("exec n1 weftctl status")?.contains("n1"));
+    let unknown = lab.refuse("exec n1-a nosuchcmd")?;
+    assert!(unknown.contains("nosuchcmd") && !unknown.contains("PATH"), "{unknown}");
 
     assert!(lab.refuse("up")?.contains("scripts/lab down"));
     let refused = lab.refuse("exec n9 true")?;

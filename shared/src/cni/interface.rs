@@ -76,6 +76,11 @@ fn refuse_unsupported(keys: &Keys<'_>) -> Result<(), Failure> {
             keys.bad("isGateway", "true: the bridge always carries the subnet's gateway"),
         ));
     }
+    // flannel's plugin hands these on to `bridge`; here nothing is delegated.
+    if keys.get("delegate").is_some() {
+        let expected = "its keys (bridge, mtu, hairpinMode, isDefaultGateway) at the top level";
+        return Err(unsupported(keys.bad("delegate", expected)));
+    }
     let ipam = keys.object("ipam", "an object")?;
     if ipam.str("type", "\"weft\"")?.is_some_and(|kind| kind != "weft") {
         return Err(unsupported(
@@ -254,6 +259,10 @@ mod tests {
             (r#""enabledad":true"#, "enabledad = true"),
             (r#""forceAddress":true"#, "forceAddress = true"),
             (r#""isGateway":false,"isDefaultGateway":false"#, "isGateway = false"),
+            (
+                r#""delegate":{"hairpinMode":true,"isDefaultGateway":true}"#,
+                "delegate = {\"hairpinMode\":true,\"isDefaultGateway\":true}: expected its keys",
+            ),
             (r#""ipam":{"type":"host-local"}"#, "ipam.type = \"host-local\""),
             (r#""ipam":{"type":"weft","subnet":"10.0.0.0/24"}"#, "ipam.subnet = \"10.0.0.0/24\""),
             (r#""runtimeConfig":{"ipRanges":[[{"subnet":"10.0.0.0/24"}]]}"#, "runtimeConfig.ipRanges"),

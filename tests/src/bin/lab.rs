@@ -32,7 +32,7 @@ enum Command {
     Status,
     /// Every node pings every other, underlay and overlay apart, then every pod every other
     Ping,
-    /// Run a command in a node (n1) or in a pod (n1-a); $WEFT_SOCKET is its agent's, for `weftctl --socket`
+    /// Run a command in a node (n1) or in a pod (n1-a); `weftctl status` there asks its agent ($WEFT_SOCKET)
     Exec {
         target: String,
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
@@ -52,7 +52,7 @@ enum Command {
 
 fn main() {
     if let Err(error) = run(Arguments::parse().command) {
-        eprintln!("lab: {error:#}");
+        lab::out::complain(format!("lab: {error:#}"));
         exit(1);
     }
 }

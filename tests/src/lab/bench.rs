@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use super::BENCH_ROOT;
+use super::out::say;
 use crate::bed::Bed;
 use crate::cluster::{Backend, Cluster, Spec};
 use crate::netns::Netns;
@@ -23,13 +24,13 @@ struct Sample {
 
 /// Measures each backend in a lab of two nodes of its own and prints a table.
 pub fn run(rounds: usize, seconds: u64) -> Result<()> {
-    println!(
+    say(format!(
         "One TCP stream for {seconds} s and {ROUND_TRIPS} UDP round trips; nodes and pods in turns, {rounds} rounds, medians.\n"
-    );
-    println!(
+    ));
+    say(format!(
         "{:<8} {:>12} {:>12} {:>7}   {:>11} {:>11} {:>7}",
         "backend", "node Gbit/s", "pod Gbit/s", "ratio", "node RTT us", "pod RTT us", "ratio"
-    );
+    ));
     for backend in [Backend::Vxlan, Backend::HostGw] {
         let cluster = Cluster::start(Bed::create(Path::new(BENCH_ROOT))?, Spec::embedded(2, backend))?;
         let (near, far) = cluster.pod_pair()?;
@@ -40,7 +41,7 @@ pub fn run(rounds: usize, seconds: u64) -> Result<()> {
             pods.push(sample(&near.netns, &far.netns, far.address, seconds)?);
         }
         let (node, pod) = (median(&nodes)?, median(&pods)?);
-        println!(
+        say(format!(
             "{:<8} {:>12.2} {:>12.2} {:>7.2}   {:>11.1} {:>11.1} {:>7.2}",
             backend.kind(),
             node.bits_per_second / 1e9,
@@ -49,7 +50,7 @@ pub fn run(rounds: usize, seconds: u64) -> Result<()> {
             node.round_trip.as_secs_f64() * 1e6,
             pod.round_trip.as_secs_f64() * 1e6,
             pod.round_trip.as_secs_f64() / node.round_trip.as_secs_f64(),
-        );
+        ));
     }
     Ok(())
 }

@@ -3,10 +3,10 @@
 //! Everything is in one bed, `/run/weft-lab`, and in namespaces mounted there: nothing in the host's own network
 //! namespace, no sysctl, no firewall rule, no file elsewhere. `down` therefore needs no record of what `up` did, and
 //! works as well after an `up` that was killed.
-#![expect(clippy::print_stdout, reason = "the lab speaks to a person")]
 
 pub mod bench;
 pub mod matrix;
+pub mod out;
 pub mod state;
 
 use std::ffi::OsString;
@@ -22,6 +22,7 @@ use crate::binaries::require_tools;
 use crate::cluster::{Backend, Cluster, Spec, StoreKind};
 use crate::node::Node;
 use matrix::Matrix;
+use out::say;
 use state::State;
 
 const ROOT: &str = "/run/weft-lab";
@@ -41,13 +42,16 @@ pub fn up(nodes: u8, backend: Backend, store: StoreKind) -> Result<()> {
     if store == StoreKind::Etcd {
         require_tools(&[("etcd", "etcd-server"), ("etcdctl", "etcd-client")])?;
     }
-    println!("Starting {nodes} nodes, {} on a store of kind {} ...", backend.kind(), store.kind());
+    say(format!("Starting {nodes} nodes, {} on a store of kind {} ...", backend.kind(), store.kind()));
     let spec = match store {
         StoreKind::Embedded => Spec::embedded(nodes, backend),
         StoreKind::Etcd => Spec::etcd(nodes, backend),
     };
     let cluster = Cluster::start(Bed::create(Path::new(ROOT))?, spec)?;
-    println!("{nodes} agents are ready and know each other after {:.1} s.", started.elapsed().as_secs_f64());
+    say(format!(
+        "{nodes} agents are ready and know each other after {:.1} s.",
+        started.elapsed().as_secs_f64()
+    ));
 
     let mut state = State::new(nodes, backend, store, &cluster.binaries);
     for node in &cluster.nodes {
@@ -55,11 +59,11 @@ pub fn up(nodes: u8, backend: Backend, store: StoreKind) -> Result<()> {
             state.add_pod(node, &node.pod(name)?);
         }
     }
-    println!("{} pods are wired.\n", state.pods.len());
+    say(format!("{} pods are wired.\n", state.pods.len()));
     let matrix = Matrix::measure(&state.pod_netns(Path::new(ROOT)), PING_TRIES)?;
     state.save(Path::new(ROOT))?;
     cluster.keep();
-    println!("{matrix}\nUp in {:.1} s. Try:\n{}", started.elapsed().as_secs_f64(), suggestions(&state));
+    say(format!("{matrix}\nUp in {:.1} s. Try:\n{}", started.elapsed().as_secs_f64(), suggestions(&state)));
     if matrix.is_complete() {
         Ok(())
     } else {
@@ -70,33 +74,19 @@ pub fn up(nodes: u8, backend: Backend, store: StoreKind) -> Result<()> {
 /// What every agent says of itself.
 pub fn status() -> Result<()> {
     let (_, nodes) = open()?;
-    let mut silent = Vec::new();
-    for node in &nodes {
-        println!("--- {} ({})", node.name(), node.net.address);
-        match node.agent.ctl(&["status"]) {
-            Ok(text) => println!("{}", text.trim_end()),
-            Err(error) => {
-                println!("{error:#}\nlog: {}", node.agent.log_path().display());
-                silent.push(node.name().to_owned());
-            }
-        }
-    }
-    if silent.is_empty() { Ok(()) } else { bail!("no answer from the agent of {}", silent.join(", ")) }
+    all_answered(&ask(&nodes, &["status"]))
 }
 
 /// Every agent pings every other over underlay and overlay, then every pod every other.
 pub fn ping() -> Result<()> {
     let (state, nodes) = open()?;
-    for node in &nodes {
-        println!("--- from {}", node.name());
-        match node.agent.ctl(&["ping", "all"]) {
-            Ok(text) => println!("{}", text.trim_end()),
-            Err(error) => println!("{error:#}"),
-        }
-    }
+    let silent = ask(&nodes, &["ping", "all"]);
     let matrix = Matrix::measure(&state.pod_netns(Path::new(ROOT)), PING_TRIES)?;
-    println!("\n{matrix}");
-    if matrix.is_complete() { Ok(()) } else { bail!("not every pod reaches every other") }
+    say(format!("\n{matrix}"));
+    if !matrix.is_complete() {
+        bail!("not every pod reaches every other");
+    }
+    all_answered(&silent)
 }
 
 /// Runs a command in the namespace of a node or of a pod.
@@ -120,8 +110,46 @@ pub fn down() -> Result<()> {
         found |= Path::new(root).exists();
         teardown(Path::new(root))?;
     }
-    println!("{}", if found { "The lab is gone." } else { "There is no lab." });
+    say(if found { "The lab is gone." } else { "There is no lab." });
     Ok(())
+}
+
+/// Asks every agent and prints the answers. Returns the nodes whose agent gave none.
+fn ask<'a>(nodes: &'a [Node], question: &[&str]) -> Vec<&'a str> {
+    let mut silent = Vec::new();
+    for node in nodes {
+        say(format!("--- {} ({})", node.name(), node.net.address));
+        if !node.agent.is_listening() {
+            say(not_running(node));
+            silent.push(node.name());
+            continue;
+        }
+        match node.agent.ctl(question) {
+            Ok(text) => say(text.trim_end()),
+            Err(error) => {
+                say(format!("{error:#}\nlog: {}", node.agent.log_path().display()));
+                silent.push(node.name());
+            }
+        }
+    }
+    silent
+}
+
+fn all_answered(silent: &[&str]) -> Result<()> {
+    if silent.is_empty() { Ok(()) } else { bail!("no answer from the agent of {}", silent.join(", ")) }
+}
+
+/// No service manager watches the lab's agents: whoever ended one starts it again.
+fn not_running(node: &Node) -> String {
+    let (name, log) = (node.name(), node.agent.log_path());
+    let again = match node.agent.command_line() {
+        Some(line) => format!(
+            ", or start it again with:\n  scripts/lab exec {name} setsid -f {line} >>{} 2>&1",
+            log.display()
+        ),
+        None => String::new(),
+    };
+    format!("the agent of {name} is not running; scripts/lab down && scripts/lab up{again}")
 }
 
 /// The exit code that a shell would report for a command.
@@ -150,9 +178,10 @@ fn suggestions(state: &State) -> String {
         Backend::Vxlan => "scripts/lab exec n1 ip link delete flannel.1",
         Backend::HostGw => "scripts/lab exec n1 ip route flush proto 87",
     };
+    let between = if near.node == far.node { "pod to pod, on one node" } else { "pod to pod, across nodes" };
     [
         ("scripts/lab status".to_owned(), "what each agent says of itself"),
-        (format!("scripts/lab exec {} ping -c 3 {}", near.name, far.address), "pod to pod, across nodes"),
+        (format!("scripts/lab exec {} ping -c 3 {}", near.name, far.address), between),
         ("scripts/lab exec n1 ip route".to_owned(), "what the agent put into the kernel"),
         (heal.to_owned(), "break it; then `scripts/lab ping` and see it mended"),
         ("scripts/lab down".to_owned(), "remove everything"),
@@ -160,4 +189,52 @@ fn suggestions(state: &State) -> String {
     .iter()
     .map(|(command, why)| format!("  {command:<52} # {why}\n"))
     .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::binaries::Binaries;
+    use crate::underlay::NodeNumber;
+    use state::LabPod;
+
+    #[test]
+    fn the_suggested_ping_says_where_it_goes() {
+        let binaries = Binaries { dir: "/usr/bin".into() };
+        let mut state = State::new(1, Backend::Vxlan, StoreKind::Embedded, &binaries);
+        let pod = |name: &str, node: &str, last: u8| LabPod {
+            name: name.into(),
+            node: node.into(),
+            address: [10, 5, 1, last].into(),
+        };
+        state.pods = vec![pod("n1-a", "n1", 2), pod("n1-b", "n1", 3)];
+        assert!(suggestions(&state).contains("on one node") && !suggestions(&state).contains("across nodes"));
+        state.pods.push(pod("n2-a", "n2", 2));
+        assert!(suggestions(&state).contains("across nodes"));
+    }
+
+    #[test]
+    fn an_agent_that_is_not_running_is_named_with_the_way_to_start_it() -> Result<()> {
+        let bed = tempfile::tempdir()?;
+        let binaries = Binaries { dir: "/usr/bin".into() };
+        let node = Node::open(bed.path(), NodeNumber(2), &binaries)?;
+        let bare = not_running(&node);
+        assert!(
+            bare.ends_with("the agent of n2 is not running; scripts/lab down && scripts/lab up"),
+            "{bare}"
+        );
+        fs::write(node.agent.log_path(), "--- start: weftd --node-name=n2 \n{}\n--- start: weftd later\n")?;
+        let text = not_running(&node);
+        assert!(text.contains("scripts/lab exec n2 setsid -f weftd --node-name=n2 >>"), "{text}");
+
+        assert_eq!(ask(std::slice::from_ref(&node), &["status"]), ["n2"]);
+        let refused = all_answered(&["n2"]).expect_err("n2 is silent").to_string();
+        assert!(refused.contains("n2"), "{refused}");
+        fs::create_dir_all(node.agent.run_dir())?;
+        let _listener = std::os::unix::net::UnixListener::bind(node.agent.admin_socket())?;
+        assert!(node.agent.is_listening());
+        Ok(())
+    }
 }

@@ -114,7 +114,8 @@ impl Cli {
             }
             Verb::Peers => {
                 let status = status(socket)?;
-                let well = status.peers.iter().all(|peer| peer.programmed);
+                let known = render::peers_unknown(&status).is_none();
+                let well = known && status.peers.iter().all(|peer| peer.programmed);
                 let text = if self.json { json(&status.peers) } else { render::peers(&status) };
                 Ok(Answer { well, text })
             }

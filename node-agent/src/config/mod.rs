@@ -3,7 +3,7 @@
 //! Names, syntax and variables are flanneld's (main.go), and weft's own settings stand beside them. A unit file of
 //! flanneld's therefore starts weftd unchanged if it gives none of the options that this version lacks
 //! (`options::NOT_YET`: `--ip-masq` and `--kube-subnet-mgr`, which most manifests give, are among them): those are
-//! refused by name. Unlike flanneld's, a wrong option exits with status 2 and none is ignored.
+//! refused by name, unless they are off (`--ip-masq=false`), which is what weftd does. Unlike flanneld's, a wrong option exits with status 2 and none is ignored.
 
 mod help;
 mod options;

@@ -231,6 +231,7 @@ pub(super) const OPTIONS: &[Opt] = &[
 ];
 
 /// Options of flannel's that this version has not, each with what to do instead, if there is anything.
+/// [`is_off`] knows the values that ask for nothing.
 pub(super) const NOT_YET: &[(&str, &str)] = &[
     ("public-ipv6", ""),
     ("ip-masq", ""),
@@ -249,6 +250,33 @@ pub(super) const NOT_YET: &[(&str, &str)] = &[
     ("vmodule", "use --log-level"),
     ("log_backtrace_at", ""),
 ];
+
+/// Of [`NOT_YET`], the switches that may be off: weftd does nothing of the kind anyway.
+const OFF_SWITCHES: &[&str] = &[
+    "ip-masq",
+    "ip-masq-fully-random-disable",
+    "ip-blackhole-route",
+    "iptables-forward-rules",
+    "kube-subnet-mgr",
+    "set-node-network-unavailable",
+];
+
+/// The option of flannel's, absent here, of which `value` says that it is not wanted.
+pub(super) fn is_off(name: &str, value: &str) -> Option<&'static str> {
+    match name {
+        "healthz-port" => Some("healthz-port").filter(|_| value == "0"),
+        _ => OFF_SWITCHES.iter().find(|n| **n == name).copied().filter(|_| boolean(value) == Some(false)),
+    }
+}
+
+/// As strconv.ParseBool.
+pub(super) fn boolean(text: &str) -> Option<bool> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
+        _ => None,
+    }
+}
 
 pub(super) fn find(name: &str) -> Option<&'static Opt> {
     OPTIONS.iter().find(|o| o.name == name)

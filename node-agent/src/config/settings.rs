@@ -1,13 +1,14 @@
 //! What was given, and where: the command line in Go's flag syntax, then the variables for what it left out.
 //!
 //! Go's flag package is the reference (flag/flag.go, `parseOne`), with one difference on purpose: nothing is ever
-//! ignored. An option, variable or argument that means nothing here ends the start.
+//! ignored. An option, variable or argument that means nothing here ends the start, unless it only says that something
+//! which weftd has not is not wanted.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use super::UsageError;
-use super::options::{NOT_YET, OPTIONS, Opt, Origin, Shape, find};
+use super::options::{NOT_YET, OPTIONS, Opt, Origin, Shape, boolean, find, is_off};
 
 /// The values of all options, by name; the last one counts where an option takes one.
 #[derive(Debug, Default)]
@@ -58,7 +59,17 @@ impl Settings {
                 return Err(UsageError::Argument(arg));
             }
             let source = Source::Flag(name.to_owned());
-            let opt = find(name).ok_or_else(|| unknown(&source, name))?;
+            let Some(opt) = find(name) else {
+                // Of flannel's options that may be off, this alone is no switch and takes the next argument.
+                let value = match value {
+                    None if name == "healthz-port" => args.next(),
+                    value => value,
+                };
+                let off = value.as_ref().and_then(|value| is_off(name, value));
+                let (name, value) = off.zip(value).ok_or_else(|| unknown(&source, name))?;
+                settings.given.entry(name).or_default().push(Given { value, source });
+                continue;
+            };
             let value = match (value, opt.shape) {
                 (Some(value), _) => value,
                 (None, Shape::Switch) => "true".to_owned(),
@@ -84,6 +95,8 @@ impl Settings {
             match OPTIONS.iter().find(|o| o.variable() == variable) {
                 _ if value.is_empty() => {}
                 None if is_service_link(&variable) => {}
+                None if variable == Origin::Flannel.variable(&name)
+                    && (self.given.contains_key(name.as_str()) || is_off(&name, &value).is_some()) => {}
                 None => return Err(unknown(&source, &name)),
                 Some(opt) if self.given.contains_key(opt.name) => {}
                 Some(opt) => {
@@ -142,11 +155,7 @@ impl Settings {
 
     /// `--x`, `--x=true` and their like (strconv.ParseBool).
     pub(super) fn switch(&self, name: &str) -> Result<bool, UsageError> {
-        let value = self.parse(name, "true or false", |text| match text {
-            "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
-            "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
-            _ => None,
-        })?;
+        let value = self.parse(name, "true or false", boolean)?;
         Ok(value.unwrap_or(false))
     }
 

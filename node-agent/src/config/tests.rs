@@ -194,6 +194,47 @@ fn refusals_name_setting_value_and_expectation() {
 }
 
 #[test]
+fn what_weftd_has_not_may_be_off() {
+    let switches = [
+        "ip-masq",
+        "kube-subnet-mgr",
+        "ip-blackhole-route",
+        "iptables-forward-rules",
+        "ip-masq-fully-random-disable",
+        "set-node-network-unavailable",
+    ];
+    let refused = |args: &[&str], variables: &[(&str, &str)]| {
+        let error = run(args, variables).expect_err(&format!("{args:?} {variables:?}"));
+        assert!(matches!(error, UsageError::NotYet { .. }), "{error}");
+    };
+    for name in switches {
+        let variable = options::Origin::Flannel.variable(name);
+        for off in ["0", "f", "F", "false", "FALSE", "False"] {
+            config(&[&format!("--{name}={off}")], &[]);
+            config(&[], &[(&variable, off)]);
+        }
+        for on in ["true", "1", "no", "off"] {
+            refused(&[&format!("-{name}={on}")], &[]);
+            refused(&[], &[(&variable, on)]);
+        }
+        refused(&[&format!("--{name}")], &[]);
+        refused(&[&format!("--{name}=")], &[]);
+        refused(&[&format!("--{name}=false"), &format!("--{name}")], &[]);
+        // As everywhere, the command line wins.
+        config(&[&format!("--{name}=false")], &[(&variable, "true")]);
+    }
+    config(&["--healthz-port=0", "--resync=2"], &[]);
+    assert_eq!(config(&["-healthz-port", "0", "--resync=2"], &[]).resync, Duration::from_secs(2));
+    config(&[], &[("FLANNELD_HEALTHZ_PORT", "0")]);
+    refused(&["--healthz-port"], &[]);
+    refused(&["--healthz-port", "8080"], &[]);
+    refused(&["--healthz-port=false"], &[]);
+    refused(&["--healthz-ip=0"], &[]);
+    refused(&["--kubeconfig-file=false"], &[]);
+    refused(&[], &[("WEFTD_IP_MASQ", "false")]);
+}
+
+#[test]
 fn times_and_levels() {
     assert_eq!(config(&["--lease-ttl=10s"], &[]).renew_margin, Duration::from_secs(5));
     assert_eq!(config(&["--subnet-lease-renew-margin=1439"], &[]).renew_margin, Duration::from_secs(86_340));

@@ -25,6 +25,9 @@ pub enum ClientError {
     /// The agent understood and says no.
     #[error("{0}")]
     Refused(String),
+    /// The agent has not heard yet what was asked for.
+    #[error("{0}")]
+    NotKnown(String),
     #[error("weftd at {} gave an answer that this weftctl does not understand ({what}): are both of one version?", socket.display())]
     Foreign { socket: PathBuf, what: String },
 }

@@ -114,7 +114,8 @@ impl Cli {
             }
             Verb::Peers => {
                 let status = status(socket)?;
-                let well = status.peers.iter().all(|peer| peer.programmed);
+                let known = render::peers_unknown(&status).is_none();
+                let well = known && status.peers.iter().all(|peer| peer.programmed);
                 let text = if self.json { json(&status.peers) } else { render::peers(&status) };
                 Ok(Answer { well, text })
             }
@@ -124,7 +125,8 @@ impl Cli {
             }
             Verb::Ping { peer, count } => {
                 let path = format!("/ping?peer={}&count={count}", client::escape(peer));
-                let reports: Vec<PingReport> = client::request(socket, "POST", &path, PING_DEADLINE)?;
+                let reports: Vec<PingReport> = client::request(socket, "POST", &path, PING_DEADLINE)
+                    .map_err(|error| explain(error, socket))?;
                 let well = reports.iter().all(|report| report.reachable);
                 Ok(Answer { well, text: self.print(&reports, |r| render::ping(r)) })
             }
@@ -139,6 +141,18 @@ impl Cli {
 
     fn print<T: Serialize>(&self, value: &T, text: impl Fn(&T) -> String) -> String {
         if self.json { json(value) } else { text(value) }
+    }
+}
+
+/// A peer that is not found may be one that the agent could not hear of yet.
+fn explain(refused: ClientError, socket: &Path) -> ClientError {
+    let unknown = || status(socket).ok().as_ref().and_then(render::peers_unknown);
+    match refused {
+        ClientError::Refused(said) => match unknown() {
+            Some(why) => ClientError::NotKnown(why),
+            None => ClientError::Refused(said),
+        },
+        other => other,
     }
 }
 

@@ -134,7 +134,8 @@ fn describe_network(network: &NetworkStatus) -> String {
 
 pub(super) fn peers(status: &Status) -> String {
     if status.peers.is_empty() && status.refused.is_empty() {
-        return "no peers: no other node has a lease\n".to_owned();
+        return peers_unknown(status)
+            .map_or_else(|| "no peers: no other node has a lease\n".to_owned(), |why| format!("{why}\n"));
     }
     let mut table = Table::new(["#", "SUBNET", "PUBLIC IP", "BACKEND", "STATE"]);
     for (index, peer) in status.peers.iter().enumerate() {
@@ -153,6 +154,15 @@ pub(super) fn peers(status: &Status) -> String {
         table.row(["-".to_owned(), refused.key.clone(), String::new(), String::new(), state]);
     }
     table.print()
+}
+
+/// Why nothing can be said of peers, if that is so: those once known stay known while the store is away.
+pub(super) fn peers_unknown(status: &Status) -> Option<String> {
+    let silent = status.peers.is_empty() && status.refused.is_empty() && !status.store.connected;
+    silent.then(|| {
+        let problem = status.store.problem.as_deref().unwrap_or("no answer yet");
+        format!("not known until the store answers: {problem}")
+    })
 }
 
 pub(super) fn pods(list: &[AttachmentStatus]) -> String {

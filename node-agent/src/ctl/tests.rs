@@ -175,6 +175,30 @@ fn ping_names_what_it_cannot_find() {
 }
 
 #[test]
+fn peers_are_not_known_before_the_store_has_answered() {
+    let expected = "not known until the store answers: http://127.0.0.1:2379 does not answer: connection refused \
+                    (--etcd-endpoints)";
+    with_agent(sample::waiting, |socket| {
+        let peers = Answer { text: format!("{expected}\n"), well: false };
+        assert_eq!(ask(socket, &["peers"]).expect("answer"), peers);
+        for wanted in ["all", "10.5.2.0"] {
+            let error = ask(socket, &["ping", wanted]).expect_err("not known");
+            assert_eq!((error.to_string().as_str(), error.exit_status()), (expected, 1));
+        }
+    });
+    // Those that were known before it went away still are.
+    let away = || {
+        let mut status = sample::ready();
+        status.store.connected = false;
+        status
+    };
+    with_agent(away, |socket| {
+        assert!(ask(socket, &["peers"]).expect("answer").text.contains("10.5.2.0/24"));
+        assert_eq!(ask(socket, &["ping", "no-such"]).expect_err("no such peer").exit_status(), 2);
+    });
+}
+
+#[test]
 fn ping_shows_both_legs() {
     let leg = |target: &str, received: u32| Leg {
         target: target.parse().expect(target),

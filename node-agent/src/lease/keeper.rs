@@ -2,16 +2,19 @@
 //! store does ends the process; what is wrong is published and tried again.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 use weft_shared::lease::{Lease, LeaseKey};
 use weft_shared::netconf::NetworkConfig;
 
+use self::rivalry::Rivalry;
 use super::backoff::Backoff;
 use super::{AcquireRequest, LeaseStore, LeaseUpdate, OwnedLease, StoreError};
+
+mod rivalry;
 
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(10);
@@ -26,7 +29,7 @@ pub enum LeaseState {
     Acquiring {
         problem: Option<String>,
     },
-    /// `problem`: why the last renewal failed, while the lease still runs.
+    /// `problem`: why the last renewal failed, while the lease still runs; or that another node writes it too.
     Held {
         lease: OwnedLease,
         problem: Option<String>,
@@ -46,14 +49,24 @@ pub struct Keeper<S> {
     want: AcquireRequest,
     margin: Duration,
     state: watch::Sender<LeaseState>,
-    own_changed: Arc<Notify>,
+    own_key: Arc<watch::Sender<OwnKey>>,
 }
 
 /// What the rest of the agent has of it.
 #[derive(Debug, Clone)]
 pub struct KeeperHandle {
     pub state: watch::Receiver<LeaseState>,
-    own_changed: Arc<Notify>,
+    own_key: Arc<watch::Sender<OwnKey>>,
+}
+
+/// What the watch said last of the key that is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum OwnKey {
+    Ours,
+    /// Our public IP, and yet not what we wrote.
+    Rewritten,
+    /// Gone, somebody else's or unreadable.
+    Lost,
 }
 
 /// Reads the network configuration until there is a good one; `report` hears every failure, and `None` at the end.
@@ -70,7 +83,7 @@ pub async fn wait_for_config<S: LeaseStore>(
             }
             Err(error) => {
                 report(Some(&error));
-                let wait = trouble.wait(&error, "no network configuration yet");
+                let wait = trouble.wait(&error, "waiting for the network configuration");
                 sleep(wait).await;
             }
         }
@@ -110,15 +123,12 @@ impl LeaseState {
 }
 
 impl KeeperHandle {
-    /// Shows the keeper an update of the watch. One that says that our key is gone, or is not as we wrote it, makes it
-    /// look at once; the echo of its own writes does not.
+    /// Shows the keeper an update of the watch. One that says that our key is gone makes it look at once, one that says
+    /// that the key is not as we wrote it after a while; the echo of its own writes does not.
     pub fn observe(&self, update: &LeaseUpdate) {
-        let foreign = match &*self.state.borrow() {
-            LeaseState::Held { lease, .. } => differs(&lease.lease, update),
-            LeaseState::Acquiring { .. } | LeaseState::Lost { .. } => false,
-        };
-        if foreign {
-            self.own_changed.notify_one();
+        let seen = self.state.borrow().held().and_then(|held| own_key(&held.lease, update));
+        if let Some(seen) = seen {
+            self.own_key.send_replace(seen);
         }
     }
 }
@@ -127,20 +137,22 @@ impl<S: LeaseStore> Keeper<S> {
     /// `margin`: how long before its end a lease is renewed (flannel's `subnet-lease-renew-margin`).
     pub fn new(store: Arc<S>, want: AcquireRequest, margin: Duration) -> (Self, KeeperHandle) {
         let (state, receiver) = watch::channel(LeaseState::Acquiring { problem: None });
-        let own_changed = Arc::new(Notify::new());
-        let handle = KeeperHandle { state: receiver, own_changed: own_changed.clone() };
-        (Self { store, want, margin, state, own_changed }, handle)
+        let own_key = Arc::new(watch::Sender::new(OwnKey::Ours));
+        let handle = KeeperHandle { state: receiver, own_key: own_key.clone() };
+        (Self { store, want, margin, state, own_key }, handle)
     }
 
     /// Never ends. It may be dropped at any point: the lease then stays in the store until it expires, as flannel
     /// leaves it, so that a restarted agent finds it.
     pub async fn run(mut self) -> std::convert::Infallible {
+        let mut rivalry = Rivalry::new();
         loop {
+            self.own_key.send_replace(OwnKey::Ours);
             let held = self.acquire().await;
             info!(key = %held.lease.key, reservation = held.expires.is_none(), "lease held");
             self.want.previous = Some(held.lease.key);
-            self.publish_held(held.clone());
-            let (owner, problem) = self.hold(held.clone()).await;
+            self.publish_held(held.clone(), rivalry.problem(&held));
+            let (owner, problem) = self.hold(held.clone(), &mut rivalry).await;
             let key = held.lease.key;
             warn!(%key, owner, problem, "lease lost");
             self.state.send_replace(LeaseState::Lost { key, owner, problem });
@@ -163,10 +175,12 @@ impl<S: LeaseStore> Keeper<S> {
     }
 
     /// Renews until the lease is lost: to whom, or why.
-    async fn hold(&self, mut held: OwnedLease) -> (Option<String>, Option<String>) {
+    async fn hold(&self, mut held: OwnedLease, rivalry: &mut Rivalry) -> (Option<String>, Option<String>) {
         loop {
-            self.until_due(&held).await;
+            self.until_due(&held, rivalry).await;
             let mut trouble = Trouble::new(RETRY_MAX);
+            // Before the write: what is seen from now on may be an answer to it.
+            self.own_key.send_replace(OwnKey::Ours);
             held = loop {
                 match self.store.renew(&held, self.want.ttl).await {
                     Ok(renewed) => break renewed,
@@ -181,27 +195,49 @@ impl<S: LeaseStore> Keeper<S> {
                     }
                 }
             };
-            self.publish_held(held.clone());
+            self.publish_held(held.clone(), rivalry.problem(&held));
         }
     }
 
-    /// Until the lease is to be renewed, or somebody has touched it.
-    async fn until_due(&self, held: &OwnedLease) {
+    /// Until the lease is to be renewed, or taken back from whoever has touched it.
+    async fn until_due(&self, held: &OwnedLease, rivalry: &mut Rivalry) {
         let margin = if self.margin < self.want.ttl { self.margin } else { self.want.ttl / 3 };
+        let mut own_key = self.own_key.subscribe();
+        let mut take_back = None;
         loop {
-            let left = match remaining(held.expires) {
-                Some(left) if left <= margin => return,
-                Some(left) => (left - margin).min(LONGEST_SLEEP),
-                None => LONGEST_SLEEP,
-            };
-            if timeout(left, self.own_changed.notified()).await.is_ok() {
-                return;
+            let renewal = remaining(held.expires).map(|left| left.saturating_sub(margin));
+            let mut wait = renewal.map_or(LONGEST_SLEEP, |left| left.min(LONGEST_SLEEP));
+            let seen = *own_key.borrow_and_update();
+            match seen {
+                OwnKey::Lost => return,
+                OwnKey::Rewritten => {
+                    let at = *take_back.get_or_insert_with(|| Instant::now() + rivalry.wait());
+                    wait = wait.min(at.saturating_duration_since(Instant::now()));
+                    if wait.is_zero() {
+                        rivalry.declare(held);
+                        self.report(rivalry.problem(held));
+                        return;
+                    }
+                }
+                OwnKey::Ours => {
+                    if take_back.take().is_some() {
+                        rivalry.false_alarm();
+                    }
+                    if rivalry.is_over(Instant::now()) {
+                        self.report(None);
+                    }
+                    if wait.is_zero() {
+                        return;
+                    }
+                }
             }
+            // Either way the loop looks again.
+            let _ = timeout(wait, own_key.changed()).await;
         }
     }
 
-    fn publish_held(&self, lease: OwnedLease) {
-        self.state.send_replace(LeaseState::Held { lease, problem: None });
+    fn publish_held(&self, lease: OwnedLease, problem: Option<String>) {
+        self.state.send_replace(LeaseState::Held { lease, problem });
     }
 
     fn report(&self, problem: Option<String>) {
@@ -213,16 +249,21 @@ impl<S: LeaseStore> Keeper<S> {
     }
 }
 
-/// Whether `update` says of our key anything but what we wrote.
-fn differs(own: &Lease, update: &LeaseUpdate) -> bool {
+/// What `update` says of our key, if anything.
+fn own_key(own: &Lease, update: &LeaseUpdate) -> Option<OwnKey> {
+    let judge = |lease: &Lease| match &lease.attrs {
+        attrs if *attrs == own.attrs => OwnKey::Ours,
+        attrs if attrs.public_ip == own.attrs.public_ip => OwnKey::Rewritten,
+        _ => OwnKey::Lost,
+    };
     match update {
         LeaseUpdate::Snapshot { leases, .. } => {
-            leases.iter().find(|lease| lease.key == own.key).is_none_or(|lease| lease.attrs != own.attrs)
+            Some(leases.iter().find(|lease| lease.key == own.key).map_or(OwnKey::Lost, judge))
         }
-        LeaseUpdate::Upsert(lease) => lease.key == own.key && lease.attrs != own.attrs,
-        LeaseUpdate::Remove(key) => *key == own.key,
-        LeaseUpdate::Malformed(entry) => entry.key == own.key.to_string(),
-        LeaseUpdate::MalformedGone(_) => false,
+        LeaseUpdate::Upsert(lease) => (lease.key == own.key).then(|| judge(lease)),
+        LeaseUpdate::Remove(key) => (*key == own.key).then_some(OwnKey::Lost),
+        LeaseUpdate::Malformed(entry) => (entry.key == own.key.to_string()).then_some(OwnKey::Lost),
+        LeaseUpdate::MalformedGone(_) => None,
     }
 }
 

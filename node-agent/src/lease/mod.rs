@@ -122,7 +122,7 @@ pub enum StoreError {
     /// It answers, and refuses: credentials, permissions.
     #[error("{location} refused: {reason}")]
     Refused { location: String, reason: String },
-    /// `command` is what an operator would type to write one.
+    /// `key` is where it should be, with what may be wrong about that; `command` is what an operator would type.
     #[error("no network configuration at {key}; write one with: {command}")]
     NoConfig { key: String, command: String },
     #[error(transparent)]

@@ -51,7 +51,8 @@ fn overlay_broken(peer: &PeerStatus, network: Option<&NetworkStatus>, overlay: &
         ),
         ("host-gw", _) => format!(
             "{head}: the network between the nodes must forward packets with pod addresses (same layer 2 segment, no \
-             source/destination check), and both hosts must forward"
+             source/destination check), both hosts must forward, and a node without pods has no bridge yet and does not \
+             answer"
         ),
         _ => head,
     }
@@ -99,7 +100,17 @@ mod tests {
                     "UDP port 8472 (VXLAN, VNI 1) must be open",
                 ],
             ),
-            (1, 0, false, "host-gw", &["overlay broken", "forward packets with pod addresses"]),
+            (
+                1,
+                0,
+                false,
+                "host-gw",
+                &[
+                    "overlay broken",
+                    "forward packets with pod addresses",
+                    "a node without pods has no bridge yet",
+                ],
+            ),
             (0, 0, false, "vxlan", &["underlay broken: 192.168.9.2 does not answer (no route)"]),
         ];
         for (under, over, reachable, backend, parts) in cases {

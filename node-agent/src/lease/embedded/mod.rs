@@ -78,13 +78,9 @@ impl LeaseStore for EmbeddedStore {
     async fn network_config(&self) -> Result<NetworkConfig, StoreError> {
         let path = self.path.clone();
         let json = self.blocking(move || Database::open(&path)?.config()).await?;
-        let json = json.ok_or_else(|| {
-            let (path, example) = (self.path.display(), EXAMPLE.replace('"', "\\\""));
-            let statement = format!("INSERT OR REPLACE INTO config (id, json) VALUES (1, '{example}')");
-            StoreError::NoConfig {
-                key: format!("config in {path}"),
-                command: format!("sqlite3 {path} \"{statement}\""),
-            }
+        let json = json.ok_or_else(|| StoreError::NoConfig {
+            key: self.path.display().to_string(),
+            command: format!("weftd --net-config FILE, where FILE holds {EXAMPLE}"),
         })?;
         Ok(NetworkConfig::parse(&json)?)
     }

@@ -156,18 +156,17 @@ async fn only_a_good_configuration_is_written() {
 }
 
 #[tokio::test]
-async fn the_command_for_a_missing_configuration_works() {
+async fn a_missing_configuration_is_answered_with_the_option_that_writes_one() {
     let fixture = Temporary::new().await;
-    let Err(StoreError::NoConfig { command, .. }) = fixture.store().network_config().await else {
-        panic!("expected no configuration");
-    };
-    // The shell and sqlite3 have their say only about quoting; the statement is what they would pass on.
-    let output = std::process::Command::new("sh")
-        .args(["-c", &format!("sqlite3() {{ printf '%s' \"$2\"; }}; {command}")])
-        .output();
-    let output = output.expect("sh");
-    fixture.sql(&String::from_utf8(output.stdout).expect("utf-8"), []);
-    assert_eq!(fixture.store().network_config().await, NetworkConfig::parse(EXAMPLE).map_err(Into::into));
+    let error = fixture.store().network_config().await.expect_err("no configuration");
+    let path = fixture.path();
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "no network configuration at {}; write one with: weftd --net-config FILE, where FILE holds {EXAMPLE}",
+            path.display()
+        )
+    );
 }
 
 #[tokio::test]

@@ -86,7 +86,8 @@ impl LeaseStore for EtcdStore {
                 self.connection.etcdctl_options,
                 self.paths.config
             );
-            return Err(StoreError::NoConfig { key: self.paths.config.clone(), command });
+            let key = format!("{} (is --etcd-prefix right?)", self.paths.config);
+            return Err(StoreError::NoConfig { key, command });
         };
         Ok(NetworkConfig::parse(&String::from_utf8_lossy(kv.value()))?)
     }

@@ -256,7 +256,7 @@ async fn a_missing_configuration_is_answered_with_a_command_that_works() {
     let Err(StoreError::NoConfig { key, command }) = server.store().network_config().await else {
         panic!("expected no configuration");
     };
-    assert_eq!(key, format!("{PREFIX}/config"));
+    assert_eq!(key, format!("{PREFIX}/config (is --etcd-prefix right?)"));
     let output = Command::new("sh").args(["-c", &command]).output().expect("sh");
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(server.store().network_config().await, NetworkConfig::parse(EXAMPLE).map_err(Into::into));

@@ -9,7 +9,7 @@ use crate::lease::{EmbeddedStore, StoreHealth};
 
 /// A keeper over a store of its own, with the watch forwarded to it as the agent does.
 struct Node {
-    dir: TempDir,
+    dir: Arc<TempDir>,
     handle: KeeperHandle,
     /// What the keeper was shown last.
     shown: watch::Receiver<Option<LeaseUpdate>>,
@@ -29,7 +29,13 @@ impl Node {
         Self::start_on(dir, store, request, margin)
     }
 
-    fn start_on(dir: TempDir, store: EmbeddedStore, request: AcquireRequest, margin: Duration) -> Self {
+    fn start_on(
+        dir: impl Into<Arc<TempDir>>,
+        store: EmbeddedStore,
+        request: AcquireRequest,
+        margin: Duration,
+    ) -> Self {
+        let dir = dir.into();
         let (keeper, handle) = Keeper::new(Arc::new(store.clone()), request, margin);
         let (sender, mut updates) = tokio::sync::mpsc::channel(8);
         let (health, _) = watch::channel(StoreHealth::default());
@@ -152,6 +158,35 @@ async fn a_subnet_taken_by_another_is_left_to_it() {
 }
 
 #[tokio::test]
+async fn two_nodes_with_one_public_ip_take_turns_ever_more_slowly() {
+    let (dir, store) = Node::store();
+    let dir = Arc::new(dir);
+    let node = |mac: &str| {
+        let mut request = want(&small_pool(), "192.0.2.1", None);
+        request.attrs.backend_data = Some(serde_json::json!({"VtepMAC": mac}));
+        Node::start_on(dir.clone(), store.clone(), request, Duration::from_secs(60))
+    };
+    let mut a = node("06:00:00:00:00:0a");
+    let first = a.until_shown().await;
+    let start = Instant::now();
+    let mut b = node("06:00:00:00:00:0b");
+    let mut revision = b.until_held().await.mod_revision;
+    // a, b, a and b again: they wait half a second or more, and twice that the second time.
+    for turn in 0..4 {
+        let node = if turn % 2 == 0 { &mut a } else { &mut b };
+        let back = node.until("taken back", |s| s.held().is_some_and(|h| h.mod_revision > revision)).await;
+        let problem = back.problem().expect("it is said what is wrong");
+        assert!(problem.starts_with("another node publishes this node's public IP 192.0.2.1 "), "{problem}");
+        let held = back.held().expect("held");
+        assert_eq!(held.lease.key, first.lease.key);
+        assert_eq!(held.mod_revision, revision + 1, "nobody wrote in between");
+        revision = held.mod_revision;
+    }
+    assert!(start.elapsed() >= Duration::from_secs(3), "{:?}", start.elapsed());
+    assert!(b.handle.state.borrow().problem().is_some() && a.handle.state.borrow().problem().is_some());
+}
+
+#[tokio::test]
 async fn what_is_wrong_is_published_until_it_is_right() {
     let (dir, store) = Node::store();
     let tiny = config(r#"{"Network":"10.5.0.0/28","SubnetLen":30,"Backend":{"Type":"host-gw"}}"#);
@@ -213,7 +248,7 @@ async fn the_configuration_is_waited_for() {
 }
 
 #[test]
-fn only_what_is_not_our_own_writing_wakes_it() {
+fn what_an_update_says_of_our_key() {
     let lease = |key: &str, ip: &str| Lease {
         key: key.parse().expect(key),
         attrs: serde_json::from_str(&value(ip)).expect(ip),
@@ -223,15 +258,19 @@ fn only_what_is_not_our_own_writing_wakes_it() {
     let other = lease("10.5.0.32-28", "192.0.2.2");
     let snapshot =
         |leases: &[Lease]| LeaseUpdate::Snapshot { leases: leases.to_vec(), malformed: Vec::new() };
-    for (update, wakes) in [
-        (LeaseUpdate::Upsert(own.clone()), false),
-        (LeaseUpdate::Upsert(other.clone()), false),
-        (LeaseUpdate::Remove(other.key), false),
-        (snapshot(&[own.clone(), other.clone()]), false),
-        (LeaseUpdate::Upsert(lease("10.5.0.16-28", "192.0.2.9")), true),
-        (LeaseUpdate::Remove(own.key), true),
-        (snapshot(&[other]), true),
+    let mut rewritten = own.clone();
+    rewritten.attrs.backend_data = Some(serde_json::json!({"VNI": 1}));
+    for (update, says) in [
+        (LeaseUpdate::Upsert(own.clone()), Some(OwnKey::Ours)),
+        (LeaseUpdate::Upsert(other.clone()), None),
+        (LeaseUpdate::Remove(other.key), None),
+        (snapshot(&[own.clone(), other.clone()]), Some(OwnKey::Ours)),
+        (LeaseUpdate::Upsert(rewritten.clone()), Some(OwnKey::Rewritten)),
+        (snapshot(&[other.clone(), rewritten]), Some(OwnKey::Rewritten)),
+        (LeaseUpdate::Upsert(lease("10.5.0.16-28", "192.0.2.9")), Some(OwnKey::Lost)),
+        (LeaseUpdate::Remove(own.key), Some(OwnKey::Lost)),
+        (snapshot(&[other]), Some(OwnKey::Lost)),
     ] {
-        assert_eq!(differs(&own, &update), wakes, "{update:?}");
+        assert_eq!(own_key(&own, &update), says, "{update:?}");
     }
 }

@@ -248,6 +248,8 @@ fn every_deletion_and_every_alteration_is_seen_and_put_right() {
             (
                 "address with another scope",
                 Box::new(|| {
+                    // Another one stays: with its last address a device loses its routes, and that would be seen instead.
+                    ip("address replace 172.20.0.9/32 dev flannel.1");
                     ip("address del 10.5.1.0/32 dev flannel.1");
                     ip("address add 10.5.1.0/32 dev flannel.1 scope link");
                 }),

@@ -353,3 +353,33 @@ fn adoptable_mac(network: &NetworkConfig, underlay: &Underlay) -> Result<Option<
         _ => None,
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_overlay_that_cannot_stand_on_its_underlay_is_refused() {
+        let underlay = |addr: &str| Underlay {
+            iface: "eth0".parse().expect("name"),
+            index: 3,
+            addr: addr.parse().expect(addr),
+            mtu: 1500,
+            public_ip: addr.parse().expect(addr),
+            chosen_by: "a test".into(),
+        };
+        let config = |mtu: &str| {
+            let json = format!(r#"{{"Network":"10.5.0.0/16","Backend":{{"Type":"vxlan"{mtu}}}}}"#);
+            NetworkConfig::parse(&json).expect("valid")
+        };
+        assert!(fits(&config(""), &underlay("192.0.2.1")).is_ok());
+        assert!(fits(&config(r#","MTU":1500"#), &underlay("192.0.2.1")).is_ok());
+        for (mtu, addr, expected) in [
+            ("", "10.5.3.1", "eth0 has 10.5.3.1, which lies in the overlay's Network 10.5.0.0/16"),
+            (r#","MTU":1501"#, "192.0.2.1", "Backend.MTU = 1501: expected at most 1500, the MTU of eth0"),
+        ] {
+            let error = fits(&config(mtu), &underlay(addr)).expect_err(expected).to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}

@@ -380,6 +380,10 @@ fn bad_input_names_key_value_and_expectation() -> Result<()> {
         };
         refuse("mtu", json!("big"), 7)?;
         refuse("bridge", json!("a/b"), 7)?;
+        // The overlay's device, the underlay and the loopback: none is the pods' to take.
+        for device in ["flannel.1", "eth0", "lo"] {
+            refuse("bridge", json!(device), 7)?;
+        }
         refuse("cniVersion", json!("9.9.9"), 1)?;
         let mut call = sandbox.call.clone();
         call.config = json!("no object");

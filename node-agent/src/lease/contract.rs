@@ -9,7 +9,9 @@ use tokio::time::timeout;
 use weft_shared::lease::{LeaseAttrs, LeaseKey};
 use weft_shared::netconf::NetworkConfig;
 
-use super::{AcquireRequest, LeaseStore, LeaseUpdate, OwnedLease, StoreError, StoreHealth};
+use super::{
+    AcquireRequest, Departure, LeaseStore, LeaseUpdate, OwnedLease, StoreError, StoreHealth, StoredConfig,
+};
 
 /// Longest wait for anything that must happen.
 pub(super) const PATIENCE: Duration = Duration::from_secs(15);
@@ -36,7 +38,8 @@ macro_rules! contract {
             configuration, takes_a_subnet_in_range_and_keeps_it, previous_subnet, own_lease_that_no_longer_fits,
             contenders_never_overlap, renewal, renewal_never_overwrites_another_owner, reservation,
             watch_sends_a_snapshot_then_changes, watch_sees_a_lease_expire, watch_survives_malformed_entries,
-            watch_ends_with_its_receiver,
+            watch_ends_with_its_receiver, watch_tells_a_removal_by_hand_from_an_expiry,
+            watch_tells_of_the_configuration,
         );
     };
     (@ $fixture:ty: $($case:ident,)*) => {
@@ -89,6 +92,9 @@ pub(super) struct Watching {
     pub(super) world: BTreeMap<String, String>,
     pub(super) malformed: BTreeSet<String>,
     pub(super) snapshots: usize,
+    /// How leases departed, in order, when that was said.
+    pub(super) departed: Vec<(String, Departure)>,
+    pub(super) config: Option<StoredConfig>,
 }
 
 impl Watching {
@@ -103,6 +109,8 @@ impl Watching {
             world: BTreeMap::new(),
             malformed: BTreeSet::new(),
             snapshots: 0,
+            departed: Vec::new(),
+            config: None,
         }
     }
 
@@ -148,9 +156,10 @@ impl Watching {
                 self.malformed.remove(&lease.key.to_string());
                 self.world.insert(lease.key.to_string(), lease.attrs.public_ip.to_string());
             }
-            LeaseUpdate::Remove(key) => {
+            LeaseUpdate::Remove { key, how } => {
                 self.malformed.remove(&key.to_string());
                 self.world.remove(&key.to_string());
+                self.departed.push((key.to_string(), how));
             }
             LeaseUpdate::Malformed(entry) => {
                 self.malformed.insert(entry.key);
@@ -158,6 +167,7 @@ impl Watching {
             LeaseUpdate::MalformedGone(key) => {
                 self.malformed.remove(&key);
             }
+            LeaseUpdate::Config(config) => self.config = Some(config),
         }
     }
 }
@@ -389,4 +399,46 @@ pub(super) async fn watch_ends_with_its_receiver(fixture: &impl Fixture) {
     watching.updates.close();
     let ended = timeout(PATIENCE, &mut watching.task).await;
     ended.expect("the watch outlived its receiver").expect("no panic");
+}
+
+pub(super) async fn watch_tells_a_removal_by_hand_from_an_expiry(fixture: &impl Fixture) {
+    fixture.put("10.5.0.16-28", &value("192.0.2.1"), Some(DAY)).await;
+    fixture.put("10.5.0.32-28", &value("192.0.2.2"), Some(Duration::from_secs(2))).await;
+    fixture.put("10.5.0.48-28", &value("192.0.2.3"), None).await;
+    let mut watching = Watching::start(fixture.store());
+    watching.until("the snapshot", |w| w.world.len() == 3).await;
+    fixture.delete("10.5.0.16-28").await;
+    fixture.delete("10.5.0.48-28").await;
+    watching.until("all gone", |w| w.world.is_empty()).await;
+    watching.departed.sort_by(|a, b| a.0.cmp(&b.0));
+    let expected = [
+        ("10.5.0.16-28", Departure::ByHand),
+        ("10.5.0.32-28", Departure::Expired),
+        ("10.5.0.48-28", Departure::ByHand),
+    ];
+    assert_eq!(watching.departed, expected.map(|(key, how)| (key.to_owned(), how)));
+    assert_eq!(watching.snapshots, 1);
+}
+
+pub(super) async fn watch_tells_of_the_configuration(fixture: &impl Fixture) {
+    let mut watching = Watching::start(fixture.store());
+    watching.until("the snapshot", |w| w.snapshots == 1).await;
+    assert_eq!(watching.config, Some(StoredConfig::Missing), "said before the snapshot");
+    for (json, valid) in [
+        (r#"{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}"#, true),
+        (r#"{"Network":"10.5.0.0/16","SubnetLen":31,"Backend":{"Type":"host-gw"}}"#, false),
+        (r#"{"Network":"10.6.0.0/16","Backend":{"Type":"host-gw"}}"#, true),
+    ] {
+        let expected = match NetworkConfig::parse(json) {
+            Ok(config) => StoredConfig::Valid(config),
+            Err(error) => StoredConfig::Invalid(error),
+        };
+        assert_eq!(matches!(expected, StoredConfig::Valid(_)), valid, "{json}");
+        fixture.put_config(json).await;
+        watching.until(json, |w| w.config.as_ref() == Some(&expected)).await;
+    }
+    assert_eq!(watching.snapshots, 1);
+    let mut late = Watching::start(fixture.store());
+    late.until("the late watcher's snapshot", |w| w.snapshots == 1).await;
+    assert_eq!(late.config, watching.config);
 }

@@ -261,9 +261,9 @@ fn own_key(own: &Lease, update: &LeaseUpdate) -> Option<OwnKey> {
             Some(leases.iter().find(|lease| lease.key == own.key).map_or(OwnKey::Lost, judge))
         }
         LeaseUpdate::Upsert(lease) => (lease.key == own.key).then(|| judge(lease)),
-        LeaseUpdate::Remove(key) => (*key == own.key).then_some(OwnKey::Lost),
+        LeaseUpdate::Remove { key, .. } => (*key == own.key).then_some(OwnKey::Lost),
         LeaseUpdate::Malformed(entry) => (entry.key == own.key.to_string()).then_some(OwnKey::Lost),
-        LeaseUpdate::MalformedGone(_) => None,
+        LeaseUpdate::MalformedGone(_) | LeaseUpdate::Config(_) => None,
     }
 }
 

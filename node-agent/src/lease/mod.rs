@@ -91,11 +91,42 @@ pub enum LeaseUpdate {
         malformed: Vec<Malformed>,
     },
     Upsert(Lease),
-    Remove(LeaseKey),
+    Remove {
+        key: LeaseKey,
+        how: Departure,
+    },
     /// One entry that could not be read; whatever was known under that key is unchanged.
     Malformed(Malformed),
     /// An entry whose key is no lease key is gone.
     MalformedGone(String),
+    /// The network configuration as it is in the store now: before every snapshot, and whenever it changes.
+    Config(StoredConfig),
+}
+
+/// How a lease came to be gone. The store shows no difference: it is told by what became of the lease object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Departure {
+    /// Somebody removed the key while its lease was alive, or removed a reservation.
+    ByHand,
+    /// Its time ran out; or nobody can tell.
+    Expired,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoredConfig {
+    Valid(NetworkConfig),
+    Invalid(ConfigError),
+    Missing,
+}
+
+impl StoredConfig {
+    fn parse(value: Option<&[u8]>) -> Self {
+        let Some(value) = value else { return Self::Missing };
+        match NetworkConfig::parse(&String::from_utf8_lossy(value)) {
+            Ok(config) => Self::Valid(config),
+            Err(error) => Self::Invalid(error),
+        }
+    }
 }
 
 /// An entry below the leases' prefix that is no lease.

@@ -60,7 +60,7 @@ impl LeaseTable {
                 let former = self.leases.insert(lease.key, lease.clone());
                 former.as_ref() != Some(&lease) || readable_again
             }
-            LeaseUpdate::Remove(key) => {
+            LeaseUpdate::Remove { key, .. } => {
                 let malformed = self.malformed.remove(&key.to_string()).is_some();
                 self.leases.remove(&key).is_some() || malformed
             }
@@ -69,6 +69,7 @@ impl LeaseTable {
                 former.as_ref() != Some(&entry.reason)
             }
             LeaseUpdate::MalformedGone(key) => self.malformed.remove(&key).is_some(),
+            LeaseUpdate::Config(_) => false,
         };
         if changed {
             self.judged = OnceLock::new();

@@ -1,5 +1,6 @@
 //! The file: its schema, and the few statements there are. SQLite's types end here.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -30,6 +31,9 @@ pub(super) struct World {
     pub(super) revision: u64,
     pub(super) entries: Vec<Entry>,
     pub(super) malformed: Vec<Malformed>,
+    /// When each lease ends; a reservation does not.
+    pub(super) ends: BTreeMap<LeaseKey, SystemTime>,
+    pub(super) config: Option<String>,
     pub(super) next_expiry: Option<SystemTime>,
 }
 
@@ -92,15 +96,25 @@ impl Database {
             })
         })?;
         let rows = self.rows("SELECT * FROM leases ORDER BY key", [])?;
+        let config = self.config()?;
         self.batch("COMMIT")?;
-        let mut world =
-            World { identity, revision, entries: Vec::new(), malformed: Vec::new(), next_expiry: None };
+        let mut world = World {
+            identity,
+            revision,
+            entries: Vec::new(),
+            malformed: Vec::new(),
+            ends: BTreeMap::new(),
+            config,
+            next_expiry: None,
+        };
         for row in rows {
+            let end = row.expires;
             world.next_expiry = match (world.next_expiry, row.expires) {
                 (Some(a), Some(b)) => Some(a.min(b)),
                 (a, b) => a.or(b),
             };
             let (entry, malformed) = row.parse();
+            world.ends.extend(entry.as_ref().filter(|e| e.well_spelt).map(|e| e.key).zip(end));
             world.entries.extend(entry);
             world.malformed.extend(malformed);
         }

@@ -10,11 +10,12 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch as latest};
 use tokio::time::{Instant, sleep, timeout};
 use tracing::warn;
+use weft_shared::lease::LeaseKey;
 
 use super::super::backoff::{Backoff, jittered};
 use super::super::health;
 use super::super::selection::{Entry, key_named};
-use super::super::{LeaseStore, LeaseUpdate, StoreError, StoreHealth};
+use super::super::{Departure, LeaseStore, LeaseUpdate, StoreError, StoreHealth, StoredConfig};
 use super::EmbeddedStore;
 use super::database::{Database, World};
 
@@ -35,13 +36,15 @@ pub(super) async fn run(
                 backoff.reset();
                 health::connected(&health, store);
                 let replaced = known.as_ref().is_some_and(|known| !known.is_succeeded_by(&world));
-                let changes = match &known {
-                    Some(known) if !relist && !replaced => changes(known, &world),
-                    _ => {
-                        relist_at = Instant::now() + jittered(store.sweep);
-                        vec![world.snapshot()]
-                    }
-                };
+                let former = known.as_ref().filter(|_| !replaced);
+                let mut changes = former.map(|former| changes(former, &world)).unwrap_or_default();
+                if relist || former.is_none() {
+                    relist_at = Instant::now() + jittered(store.sweep);
+                    // How leases departed, the snapshot cannot say.
+                    changes.retain(|change| matches!(change, LeaseUpdate::Remove { .. }));
+                    changes.insert(0, world.stored_config());
+                    changes.push(world.snapshot());
+                }
                 if replaced {
                     warn!(store = %store.location(), "another file, watch begins anew with a snapshot");
                     health.send_modify(|health| health.relists += 1);
@@ -104,6 +107,15 @@ impl World {
         LeaseUpdate::Snapshot { leases, malformed: self.malformed.clone() }
     }
 
+    fn stored_config(&self) -> LeaseUpdate {
+        LeaseUpdate::Config(StoredConfig::parse(self.config.as_deref().map(str::as_bytes)))
+    }
+
+    /// How a lease departed that was there: by expiry if its time has come, else by somebody's hand.
+    fn departure(&self, key: &LeaseKey, now: SystemTime) -> Departure {
+        if self.ends.get(key).is_some_and(|end| *end <= now) { Departure::Expired } else { Departure::ByHand }
+    }
+
     /// Whether `later` is the same file's, and not an older copy of it.
     fn is_succeeded_by(&self, later: &World) -> bool {
         self.identity == later.identity && self.revision <= later.revision
@@ -116,7 +128,10 @@ fn changes(before: &World, world: &World) -> Vec<LeaseUpdate> {
         world.entries.iter().filter(|e| e.well_spelt).map(|e| (e.key, e.lease())).collect()
     };
     let (old, new) = (by_key(before), by_key(world));
-    let removed = old.keys().filter(|key| !new.contains_key(key)).map(|key| LeaseUpdate::Remove(*key));
+    let now = SystemTime::now();
+    let removed = old.keys().filter(|key| !new.contains_key(key));
+    let removed = removed.map(|key| LeaseUpdate::Remove { key: *key, how: before.departure(key, now) });
+    let config = (before.config != world.config).then(|| world.stored_config());
     let written = new
         .iter()
         .filter(|(key, lease)| old.get(key) != Some(lease))
@@ -125,7 +140,9 @@ fn changes(before: &World, world: &World) -> Vec<LeaseUpdate> {
     let gone = before.malformed.iter().filter(|entry| {
         key_named(&entry.key).is_err() && !world.malformed.iter().any(|other| other.key == entry.key)
     });
-    removed
+    config
+        .into_iter()
+        .chain(removed)
         .chain(written)
         .chain(malformed.cloned().map(LeaseUpdate::Malformed))
         .chain(gone.map(|entry| LeaseUpdate::MalformedGone(entry.key.clone())))

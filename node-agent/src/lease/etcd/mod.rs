@@ -6,13 +6,14 @@
 
 mod config;
 mod connection;
+mod departure;
 mod own;
 mod watch;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use etcd_client::{GetOptions, KeyValue};
+use etcd_client::{GetOptions, GetResponse, KeyValue, Txn, TxnOp, TxnOpResponse};
 use tokio::sync::{mpsc, watch as latest};
 use weft_shared::lease::LeaseKey;
 use weft_shared::netconf::{EXAMPLE, NetworkConfig};
@@ -21,7 +22,9 @@ pub use self::config::{BadTlsFile, ClientCert, EtcdConfig, Login, Secret};
 
 use self::connection::Connection;
 use super::selection::{Entry, Stored};
-use super::{AcquireRequest, LeaseStore, LeaseUpdate, Malformed, OwnedLease, StoreError, StoreHealth};
+use super::{
+    AcquireRequest, LeaseStore, LeaseUpdate, Malformed, OwnedLease, StoreError, StoreHealth, StoredConfig,
+};
 
 /// How often a healthy watch is checked against a fresh snapshot.
 const RELIST: Duration = Duration::from_secs(300);
@@ -48,25 +51,44 @@ impl EtcdStore {
 
     /// Everything below the leases' prefix, at one revision.
     async fn read(&self) -> Result<World, StoreError> {
+        let response = self.range(GetOptions::new().with_range(self.paths.end.clone())).await?;
+        let header = response.header();
+        let at = header.map_or((0, 0), |h| (h.cluster_id(), h.revision()));
+        Ok(self.paths.world(at, response.kvs()))
+    }
+
+    /// The same, with the configuration at that revision.
+    async fn read_with_config(&self) -> Result<(World, StoredConfig), StoreError> {
         let range = GetOptions::new().with_range(self.paths.end.clone());
-        let start = self.paths.subnets.clone();
+        let txn = Txn::new().and_then([
+            TxnOp::get(self.paths.subnets.clone(), Some(range)),
+            TxnOp::get(self.paths.config.clone(), None),
+        ]);
         let response = self.connection.call(|client| async move {
-            client.kv_client().max_decoding_message_size(MAX_MESSAGE).get(start, Some(range)).await
+            client.kv_client().max_decoding_message_size(MAX_MESSAGE).txn(txn).await
         });
         let response = response.await?;
         let header = response.header();
-        let mut world = World {
-            cluster: header.map_or(0, |h| h.cluster_id()),
-            revision: header.map_or(0, |h| h.revision()),
-            entries: Vec::new(),
-            malformed: Vec::new(),
+        let at = header.map_or((0, 0), |h| (h.cluster_id(), h.revision()));
+        let answers = response.op_responses();
+        let [Some(TxnOpResponse::Get(leases)), Some(TxnOpResponse::Get(config))] =
+            [answers.first(), answers.get(1)]
+        else {
+            let reason = "it answered a transaction of two reads with something else".into();
+            return Err(StoreError::Unavailable { location: self.location(), reason });
         };
-        for kv in response.kvs() {
-            let (entry, malformed) = self.paths.parse(kv);
-            world.entries.extend(entry);
-            world.malformed.extend(malformed);
-        }
-        Ok(world)
+        Ok((
+            self.paths.world(at, leases.kvs()),
+            StoredConfig::parse(config.kvs().first().map(KeyValue::value)),
+        ))
+    }
+
+    async fn range(&self, options: GetOptions) -> Result<GetResponse, StoreError> {
+        let start = self.paths.subnets.clone();
+        let response = self.connection.call(|client| async move {
+            client.kv_client().max_decoding_message_size(MAX_MESSAGE).get(start, Some(options)).await
+        });
+        response.await
     }
 }
 
@@ -147,6 +169,17 @@ impl Paths {
 
     fn name<'a>(&self, path: &'a str) -> &'a str {
         path.strip_prefix(&self.subnets).unwrap_or(path)
+    }
+
+    /// Everything that was read at (cluster, revision).
+    fn world(&self, (cluster, revision): (u64, i64), kvs: &[KeyValue]) -> World {
+        let mut world = World { cluster, revision, entries: Vec::new(), malformed: Vec::new() };
+        for kv in kvs {
+            let (entry, malformed) = self.parse(kv);
+            world.entries.extend(entry);
+            world.malformed.extend(malformed);
+        }
+        world
     }
 
     fn parse(&self, kv: &KeyValue) -> (Option<Entry>, Option<Malformed>) {

@@ -1,55 +1,47 @@
 //! The watch: a snapshot at revision R, every change from R+1 on; begun anew with another snapshot when the connection
 //! was lost or the history is another.
 
+use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::time::Duration;
 
-use etcd_client::{EventType, WatchOptions, WatchResponse, WatchStream};
+use etcd_client::{Client, Event, EventType, WatchOptions, WatchResponse, WatchStream};
 use tokio::sync::{mpsc, watch as latest};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::warn;
+use weft_shared::lease::LeaseKey;
 
 use super::super::backoff::{Backoff, jittered};
 use super::super::health;
-use super::super::selection::key_named;
-use super::super::{LeaseStore, LeaseUpdate, StoreError, StoreHealth};
+use super::super::selection::{Entry, key_named};
+use super::super::{Departure, LeaseStore, LeaseUpdate, StoreError, StoreHealth, StoredConfig};
 use super::connection::DEADLINE;
-use super::{EtcdStore, MAX_MESSAGE};
+use super::{EtcdStore, MAX_MESSAGE, World, departure};
 
 /// Leases that one relist interval is meant for: each node reads them all, so the interval grows with their number
 /// and the store's load stays that of a small cluster.
 const LEASES_PER_RELIST: u32 = 500;
+/// Our names for the two watches on one stream.
+const LEASES: i64 = 1;
+const CONFIG: i64 = 2;
 
 pub(super) async fn run(
     store: &EtcdStore,
     updates: mpsc::Sender<LeaseUpdate>,
     health: latest::Sender<StoreHealth>,
 ) {
-    let mut watcher = Watcher { store, updates, health, place: None };
+    let mut watcher = Watcher { store, updates, health, seen: None };
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
     loop {
         match watcher.once(&mut backoff).await {
             End::ReceiverGone => return,
-            End::Due => watcher.place = None,
-            End::Relist(why) => {
-                warn!(store = %store.location(), why, "watch begins anew with a snapshot");
-                watcher.place = None;
-                watcher.health.send_modify(|health| health.relists += 1);
-                // A store that keeps telling us to start over must not be hammered.
-                if watcher.pause(backoff.wait()).await.is_err() {
-                    return;
-                }
-            }
-            End::Broken(error) => {
-                health::disconnected(&watcher.health, store, &error);
-                // What answers next may be another store, restored or begun anew, that has come past our revision in
-                // the meantime: only a snapshot tells.
-                if watcher.place.take().is_some() {
-                    watcher.health.send_modify(|health| health.relists += 1);
-                }
-                if watcher.pause(backoff.wait()).await.is_err() {
-                    return;
-                }
-            }
+            End::Due => continue,
+            End::Relist(why) => warn!(store = %store.location(), why, "watch begins anew with a snapshot"),
+            End::Broken(error) => health::disconnected(&watcher.health, store, &error),
+        }
+        // A store that keeps telling us to start over must not be hammered.
+        if watcher.pause(backoff.wait()).await.is_err() {
+            return;
         }
     }
 }
@@ -65,63 +57,92 @@ enum End {
     Broken(StoreError),
 }
 
-/// Where in the store's history the receiver stands.
-#[derive(Debug, Clone, Copy)]
-struct Place {
+/// What the receiver has been told, and as of which point in which store's history.
+#[derive(Debug)]
+struct Seen {
     cluster: u64,
-    /// Everything up to here has been sent.
     revision: i64,
-    relist_at: Instant,
+    /// The lease object behind each key, which says how the key departed when it does.
+    leases: BTreeMap<LeaseKey, i64>,
 }
 
 struct Watcher<'a> {
     store: &'a EtcdStore,
     updates: mpsc::Sender<LeaseUpdate>,
     health: latest::Sender<StoreHealth>,
-    place: Option<Place>,
+    seen: Option<Seen>,
 }
 
 impl Watcher<'_> {
-    /// A snapshot if one is needed, then changes until something ends it.
+    /// A snapshot, then changes until something ends it. A broken watch is not resumed: what answers next may be
+    /// another store, restored or begun anew, that has come past our revision in the meantime; only a snapshot tells.
     async fn once(&mut self, backoff: &mut Backoff) -> End {
-        if self.place.is_none()
-            && let Err(end) = self.snapshot().await
-        {
-            return end;
-        }
-        match self.follow(backoff).await {
+        let relist_at = match self.snapshot().await {
+            Ok(relist_at) => relist_at,
+            Err(end) => return end,
+        };
+        let end = match self.follow(relist_at, backoff).await {
             Ok(never) => match never {},
             Err(end) => end,
+        };
+        if matches!(end, End::Relist(_) | End::Broken(_)) {
+            self.health.send_modify(|health| health.relists += 1);
         }
+        end
     }
 
-    async fn snapshot(&mut self) -> Result<(), End> {
-        let world = self.store.read().await.map_err(End::Broken)?;
+    /// Returns when the next one is due.
+    async fn snapshot(&mut self) -> Result<Instant, End> {
+        let (world, config) = self.store.read_with_config().await.map_err(End::Broken)?;
         let leases = u32::try_from(world.entries.len()).unwrap_or(u32::MAX);
         let interval = self.store.relist * (leases / LEASES_PER_RELIST).max(1);
-        let place = Place {
-            cluster: world.cluster,
-            revision: world.revision,
-            relist_at: Instant::now() + jittered(interval),
-        };
         for entry in &world.malformed {
             warn!(key = %entry.key, reason = %entry.reason, "entry is no lease, skipped");
         }
+        let departed = self.departed(&world).await;
+        let seen = Seen {
+            cluster: world.cluster,
+            revision: world.revision,
+            leases: world.entries.iter().filter(|e| e.well_spelt).map(|e| (e.key, e.lease_id)).collect(),
+        };
+        self.send(LeaseUpdate::Config(config)).await?;
+        for update in departed {
+            self.send(update).await?;
+        }
         self.send(world.into_update()).await?;
-        self.place = Some(place);
+        self.seen = Some(seen);
         health::connected(&self.health, self.store);
-        Ok(())
+        Ok(Instant::now() + jittered(interval))
     }
 
-    async fn follow(&mut self, backoff: &mut Backoff) -> Result<std::convert::Infallible, End> {
-        let Some(mut place) = self.place else { return Err(End::Relist("no snapshot")) };
+    /// Leases that were there when we last looked. Of those that another history has, nobody can tell.
+    async fn departed(&self, world: &World) -> Vec<LeaseUpdate> {
+        let Some(seen) = &self.seen else { return Vec::new() };
+        let there = |key: &LeaseKey| world.entries.iter().any(|entry| entry.well_spelt && entry.key == *key);
+        let gone: BTreeMap<_, _> =
+            seen.leases.iter().filter(|(key, _)| !there(key)).map(|(key, lease)| (*key, *lease)).collect();
+        if gone.is_empty() {
+            return Vec::new();
+        }
+        let same_history = seen.cluster == world.cluster
+            && seen.revision <= world.revision
+            && departure::remembers(self.store, seen.revision, &gone).await.unwrap_or(false);
+        let alive = departure::alive(self.store, gone.values().copied().filter(|_| same_history)).await;
+        let how = |lease| if same_history { departure::judge(lease, &alive) } else { Departure::Expired };
+        gone.into_iter().map(|(key, lease)| LeaseUpdate::Remove { key, how: how(lease) }).collect()
+    }
+
+    async fn follow(&mut self, relist_at: Instant, backoff: &mut Backoff) -> Result<Infallible, End> {
+        let Some(Seen { cluster, revision, .. }) = self.seen else { return Err(End::Relist("no snapshot")) };
         let live = self.store.connection.live().await.map_err(End::Broken)?;
         let followed = async {
-            let mut stream = self.open(live.client(), place.revision + 1).await?;
+            let mut stream = self.open(live.client(), revision + 1).await?;
+            // Each watch catches up by itself.
+            let mut all_reached = BTreeMap::from([(LEASES, revision), (CONFIG, revision)]);
             loop {
                 let response = tokio::select! {
                     () = self.updates.closed() => return Err(End::ReceiverGone),
-                    () = sleep_until(place.relist_at) => return Err(End::Due),
+                    () = sleep_until(relist_at) => return Err(End::Due),
                     response = stream.message() => response,
                 };
                 let response = match response {
@@ -129,16 +150,19 @@ impl Watcher<'_> {
                     Ok(None) => return Err(End::Broken(self.ended())),
                     Err(error) => return Err(End::Broken(self.store.connection.error(&error))),
                 };
-                self.check(&response, place)?;
+                let reached = all_reached.entry(response.watch_id()).or_insert(revision);
+                self.check(&response, cluster, *reached)?;
                 if response.created() {
                     backoff.reset();
                     health::connected(&self.health, self.store);
                 }
-                for update in self.changes(&response) {
+                for update in self.changes(&response).await {
                     self.send(update).await?;
                 }
-                place.revision = progress(&response).unwrap_or(place.revision).max(place.revision);
-                self.place = Some(place);
+                *reached = progress(&response).unwrap_or(*reached).max(*reached);
+                if let (Some(seen), Some(both)) = (&mut self.seen, all_reached.values().min()) {
+                    seen.revision = *both;
+                }
             }
         }
         .await;
@@ -148,14 +172,24 @@ impl Watcher<'_> {
         followed
     }
 
-    async fn open(&self, client: etcd_client::Client, from: i64) -> Result<WatchStream, End> {
-        let options = WatchOptions::new()
-            .with_range(self.store.paths.end.clone())
-            .with_start_revision(from)
-            .with_progress_notify();
+    /// Two watches on one stream, so that a login needs to read no more than the two things there are.
+    async fn open(&self, client: Client, from: i64) -> Result<WatchStream, End> {
+        let options = |id| {
+            WatchOptions::new()
+                .with_start_revision(from)
+                .with_progress_notify()
+                .with_prev_key()
+                .with_watch_id(id)
+        };
+        let paths = &self.store.paths;
+        let leases = options(LEASES).with_range(paths.end.clone());
         let mut client = client.watch_client().max_decoding_message_size(MAX_MESSAGE);
-        let opened = timeout(DEADLINE, client.watch(self.store.paths.subnets.clone(), Some(options))).await;
-        match opened {
+        let opened = timeout(DEADLINE, async {
+            let mut stream = client.watch(paths.subnets.clone(), Some(leases)).await?;
+            stream.watch(paths.config.clone(), Some(options(CONFIG))).await?;
+            Ok(stream)
+        });
+        match opened.await {
             Ok(Ok(stream)) => Ok(stream),
             Ok(Err(error)) => Err(End::Broken(self.store.connection.error(&error))),
             Err(_) => Err(End::Broken(self.store.connection.silent(DEADLINE))),
@@ -164,49 +198,69 @@ impl Watcher<'_> {
 
     /// Whether this is still the history that the snapshot belongs to. A watch from a revision that the store has not
     /// reached is accepted and silent, so a store that was replaced shows only in the header.
-    fn check(&self, response: &WatchResponse, place: Place) -> Result<(), End> {
+    fn check(&self, response: &WatchResponse, cluster: u64, reached: i64) -> Result<(), End> {
         if response.compact_revision() > 0 {
             return Err(End::Relist("the revision to resume from has been compacted"));
         }
         if response.canceled() {
-            let reason = format!("watch cancelled: {}", response.cancel_reason());
-            return Err(End::Broken(StoreError::Unavailable { location: self.store.location(), reason }));
+            let (location, why) = (self.store.location(), response.cancel_reason());
+            // Never begun: that is how a missing permission looks.
+            return Err(End::Broken(if response.created() {
+                StoreError::Refused { location, reason: why.to_owned() }
+            } else {
+                StoreError::Unavailable { location, reason: format!("watch cancelled: {why}") }
+            }));
         }
         match response.header() {
-            Some(header) if header.cluster_id() != place.cluster => {
-                Err(End::Relist("another cluster answers"))
-            }
-            Some(header) if header.revision() < place.revision => {
-                Err(End::Relist("the store's revision went back"))
-            }
+            Some(header) if header.cluster_id() != cluster => Err(End::Relist("another cluster answers")),
+            Some(header) if header.revision() < reached => Err(End::Relist("the store's revision went back")),
             _ => Ok(()),
         }
     }
 
-    fn changes(&self, response: &WatchResponse) -> Vec<LeaseUpdate> {
-        let paths = &self.store.paths;
+    async fn changes(&mut self, response: &WatchResponse) -> Vec<LeaseUpdate> {
+        let deleted = response.events().iter().filter(|event| event.event_type() == EventType::Delete);
+        let alive = departure::alive(self.store, deleted.filter_map(|e| Some(e.prev_kv()?.lease()))).await;
         let mut updates = Vec::new();
         for event in response.events() {
-            let Some(kv) = event.kv() else { continue };
-            if event.event_type() == EventType::Put {
-                let (entry, malformed) = paths.parse(kv);
-                match malformed {
-                    Some(malformed) => {
-                        warn!(key = %malformed.key, reason = %malformed.reason, "entry is no lease, skipped");
-                        updates.push(LeaseUpdate::Malformed(malformed));
-                    }
-                    None => updates.extend(entry.and_then(|e| e.lease()).map(LeaseUpdate::Upsert)),
-                }
-            } else {
-                let path = String::from_utf8_lossy(kv.key());
-                let name = paths.name(&path);
-                updates.push(match key_named(name) {
-                    Ok(key) => LeaseUpdate::Remove(key),
-                    Err(_) => LeaseUpdate::MalformedGone(name.to_owned()),
-                });
-            }
+            let how = || match event.prev_kv() {
+                Some(former) => departure::judge(former.lease(), &alive),
+                // Compacted meanwhile.
+                None => Departure::Expired,
+            };
+            updates.extend(self.change(event, how));
         }
         updates
+    }
+
+    fn change(&mut self, event: &Event, how: impl Fn() -> Departure) -> Option<LeaseUpdate> {
+        let (kv, paths) = (event.kv()?, &self.store.paths);
+        let present = event.event_type() == EventType::Put;
+        if kv.key() == paths.config.as_bytes() {
+            return Some(LeaseUpdate::Config(StoredConfig::parse(present.then_some(kv.value()))));
+        }
+        let leases = self.seen.as_mut().map(|seen| &mut seen.leases);
+        if present {
+            let (entry, malformed) = paths.parse(kv);
+            let entry = entry.filter(|entry| entry.well_spelt);
+            if let (Some(entry), Some(leases)) = (&entry, leases) {
+                leases.insert(entry.key, entry.lease_id);
+            }
+            if let Some(malformed) = malformed {
+                warn!(key = %malformed.key, reason = %malformed.reason, "entry is no lease, skipped");
+                return Some(LeaseUpdate::Malformed(malformed));
+            }
+            return entry.as_ref().and_then(Entry::lease).map(LeaseUpdate::Upsert);
+        }
+        let path = String::from_utf8_lossy(kv.key());
+        let name = paths.name(&path);
+        match key_named(name) {
+            Ok(key) => {
+                leases.map(|leases| leases.remove(&key));
+                Some(LeaseUpdate::Remove { key, how: how() })
+            }
+            Err(_) => Some(LeaseUpdate::MalformedGone(name.to_owned())),
+        }
     }
 
     async fn send(&self, update: LeaseUpdate) -> Result<(), End> {

@@ -5,7 +5,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::lease::contract::{DAY, PATIENCE, config, small_pool, value, want};
-use crate::lease::{EmbeddedStore, StoreHealth};
+use crate::lease::{Departure, EmbeddedStore, StoreHealth};
 
 /// A keeper over a store of its own, with the watch forwarded to it as the agent does.
 struct Node {
@@ -263,12 +263,12 @@ fn what_an_update_says_of_our_key() {
     for (update, says) in [
         (LeaseUpdate::Upsert(own.clone()), Some(OwnKey::Ours)),
         (LeaseUpdate::Upsert(other.clone()), None),
-        (LeaseUpdate::Remove(other.key), None),
+        (LeaseUpdate::Remove { key: other.key, how: Departure::ByHand }, None),
         (snapshot(&[own.clone(), other.clone()]), Some(OwnKey::Ours)),
         (LeaseUpdate::Upsert(rewritten.clone()), Some(OwnKey::Rewritten)),
         (snapshot(&[other.clone(), rewritten]), Some(OwnKey::Rewritten)),
         (LeaseUpdate::Upsert(lease("10.5.0.16-28", "192.0.2.9")), Some(OwnKey::Lost)),
-        (LeaseUpdate::Remove(own.key), Some(OwnKey::Lost)),
+        (LeaseUpdate::Remove { key: own.key, how: Departure::Expired }, Some(OwnKey::Lost)),
         (snapshot(&[other]), Some(OwnKey::Lost)),
     ] {
         assert_eq!(own_key(&own, &update), says, "{update:?}");

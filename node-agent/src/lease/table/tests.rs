@@ -2,6 +2,7 @@ use proptest::prelude::*;
 use weft_shared::lease::LeaseAttrs;
 
 use super::*;
+use crate::lease::Departure;
 
 fn config() -> NetworkConfig {
     NetworkConfig::parse(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#).expect("config")
@@ -27,6 +28,10 @@ fn snapshot(leases: &[Lease], malformed: &[Malformed]) -> LeaseUpdate {
     LeaseUpdate::Snapshot { leases: leases.to_vec(), malformed: malformed.to_vec() }
 }
 
+fn removed(lease: &Lease) -> LeaseUpdate {
+    LeaseUpdate::Remove { key: lease.key, how: Departure::ByHand }
+}
+
 fn peers(table: &LeaseTable) -> Vec<String> {
     table.peers().map(|lease| format!("{} {}", lease.key, lease.attrs.public_ip)).collect()
 }
@@ -44,8 +49,8 @@ fn updates_are_compared_by_value() {
     let moved = lease("10.5.1.0-24", "192.0.2.9", 1);
     assert!(table.apply(snapshot(&[moved, b], &[])), "same keys, another public IP");
     assert_eq!(peers(&table), ["10.5.1.0-24 192.0.2.9", "10.5.2.0-24 192.0.2.2"]);
-    assert!(table.apply(LeaseUpdate::Remove(a.key)));
-    assert!(!table.apply(LeaseUpdate::Remove(a.key)));
+    assert!(table.apply(removed(&a)));
+    assert!(!table.apply(removed(&a)));
     assert_eq!(peers(&table), ["10.5.2.0-24 192.0.2.2"]);
 }
 
@@ -143,7 +148,7 @@ fn an_unreadable_entry_is_named_and_empties_nothing() {
     assert!(table.apply(LeaseUpdate::Upsert(a)), "readable again");
     assert_eq!(table.refused(), []);
     table.apply(LeaseUpdate::Malformed(bad("10.5.1.0-24")));
-    assert!(table.apply(LeaseUpdate::Remove("10.5.1.0-24".parse().expect("key"))));
+    assert!(table.apply(removed(&lease("10.5.1.0-24", "192.0.2.1", 1))));
     assert_eq!((peers(&table).len(), table.refused().len()), (0, 0));
 }
 

@@ -16,8 +16,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use weft_shared::netconf::EXAMPLE;
 
-use crate::bringup::bring_up;
+use crate::bringup::{bring_up, snapshot_file};
 use crate::config::{Config, StoreConfig};
+use crate::durable::snapshot::save_changes;
 use crate::ipam::{self, Boottime, Ipam};
 use crate::kernel::{LinuxKernel, Monitor};
 use crate::lease::{EmbeddedStore, EtcdStore, LeaseStore, Store, StoreError, StoreHealth};
@@ -72,6 +73,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     tasks.spawn(ended("address management", ipam.run(stop.clone())));
     tasks.spawn(ended("pods' ports", pass_on_ports(node.clone(), stop.clone())));
     tasks.spawn(ended("seen veths", pass_on_seen(reconcile.clone(), seen_sender, stop.clone())));
+    let (file, store) = snapshot_file(&config);
+    let current = {
+        let node = node.clone();
+        move || node.serving(|serving| serving.snapshot(&store)).flatten()
+    };
+    tasks.spawn(ended("snapshot", save_changes(file, current, node.changes(), stop.clone())));
     let fatal = {
         let (node, config, stop) = (node.clone(), config.clone(), stop.clone());
         async move {

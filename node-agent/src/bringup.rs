@@ -1,37 +1,36 @@
-//! From nothing to a node that serves pods, and what keeps it one: configuration, underlay, VTEP MAC, lease, first
-//! pass, subnet.env, READY. Every step waits for as long as it takes and says what for; none ends the process.
+//! From nothing to a node that can be kept: configuration, underlay, VTEP MAC, then the lease keeper and the watch. Every
+//! step waits for as long as it takes and says what for; none ends the process. What keeps the node one from then on
+//! is [`crate::upkeep`].
 
 use std::io::Read;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::sleep;
 use tracing::{info, warn};
 use weft_shared::Mac;
 use weft_shared::lease::LeaseKey;
-use weft_shared::netconf::{BackendConfig, NetworkConfig, VxlanConfig};
-use weft_shared::subnet_env::{SubnetEnv, previous_lease};
+use weft_shared::netconf::{BackendConfig, NetworkConfig};
+use weft_shared::subnet_env::previous_lease;
 
-use crate::config::Config;
+use crate::config::{Config, StoreConfig};
 use crate::dataplane::Backend;
-use crate::durable::{Durable, DurableFile};
-use crate::kernel::{FoundAddr, KernelError, LinuxKernel, Neighbours};
+use crate::durable::DurableFile;
+use crate::durable::snapshot::{OwnSubnet, Recalled, Snapshot, SnapshotFile};
+use crate::kernel::{KernelError, LinuxKernel};
 use crate::lease::{
-    AcquireRequest, Keeper, KeeperHandle, LeaseState, LeaseStore, LeaseTable, LeaseUpdate, StoreError,
-    StoreHealth, wait_for_config,
+    AcquireRequest, Keeper, LeaseStore, LeaseTable, StoreError, StoreHealth, wait_for_config,
 };
-use crate::node::{Node, Served, Stage};
-use crate::notify::notify;
+use crate::netconf::needs_restart;
+use crate::node::{Node, Serving};
 use crate::object::LinkKind;
-use crate::reconcile::{NodeInputs, Report};
-use crate::underlay::{
-    HostAddr, HostIface, HostNetwork, ReachRoute, Underlay, UnderlayChoice, choose_underlay,
-};
+use crate::underlay::{Underlay, UnderlayChoice, find_underlay, fits};
+use crate::upkeep::{Files, Upkeep};
 
 const UNDERLAY_RETRY: Duration = Duration::from_secs(1);
 /// Updates of the watch under way: a snapshot is one.
@@ -43,11 +42,94 @@ pub async fn bring_up(
     config: Arc<Config>,
     health: watch::Sender<StoreHealth>,
 ) -> anyhow::Result<()> {
-    let store = node.store.location();
-    node.wait_for(None, format!("the network configuration from {store}"));
-    let network = wait_for_config(&*node.store, |problem| {
+    let Start { network, saved } = start(&node, &config, &health).await;
+    let underlay = wait_for_underlay(&node, &config.underlay, &network).await;
+
+    let file = DurableFile::in_dir(&config.state_dir);
+    let durable = file.load().with_context(|| format!("durable state in {}", config.state_dir.display()))?;
+    let first_start = durable.is_none();
+    let mut durable = durable.unwrap_or_default();
+    let vtep_mac = vtep_mac(&network, &underlay, durable.vtep_mac).await?;
+    let files = Files { durable: file, subnet_env: config.subnet_file.clone() };
+    let previous = durable.lease.or_else(|| left_in(&config.subnet_file));
+    durable.vtep_mac = Some(vtep_mac);
+    files.save(&durable);
+
+    let backend = Backend::new(&network, vtep_mac);
+    let want = AcquireRequest {
+        config: network.clone(),
+        attrs: backend.plane().lease_attrs(underlay.public_ip),
+        previous: saved.as_ref().map(|saved| saved.own.key).or(previous),
+        ttl: config.lease_ttl,
+    };
+    let (mut keeper, handle) = Keeper::new(node.store.clone(), want, config.renew_margin);
+    let mut peers = Vec::new();
+    let mut recalled = None;
+    if let Some(saved) = saved {
+        keeper = keeper.recalling(saved.own, saved.at);
+        peers = saved.snapshot.peers;
+        recalled = Some(Recalled { saved: saved.at });
+    }
+    node.serve(Serving {
+        config: network.clone(),
+        config_notice: None,
+        underlay,
+        underlay_problem: None,
+        backend,
+        lease: handle.state.borrow().clone(),
+        peers,
+        refused: Vec::new(),
+        has_snapshot: false,
+        recalled,
+        first_start,
+    });
+    let (sender, updates) = mpsc::channel(UPDATES);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move { match keeper.run().await {} });
+    let store = node.store.clone();
+    tasks.spawn(async move { store.watch(sender, health).await });
+    let upkeep = Upkeep::new(node, LeaseTable::new(network), handle, config.underlay.clone(), files, durable);
+    tokio::select! {
+        ended = upkeep.run(updates) => ended,
+        task = tasks.join_next() => anyhow::bail!("the lease keeper or the watch ended: {task:?}"),
+    }
+}
+
+/// The file that holds what the store told last, and what store that is.
+pub fn snapshot_file(config: &Config) -> (SnapshotFile, String) {
+    let store = match &config.store {
+        StoreConfig::Etcd(etcd) => format!("etcd, prefix {}", etcd.prefix),
+        StoreConfig::Embedded(embedded) => format!("embedded store {}", embedded.file.display()),
+    };
+    (SnapshotFile::in_dir(&config.state_dir), store)
+}
+
+/// What bringing up begins with.
+struct Start {
+    network: NetworkConfig,
+    /// The store did not tell it.
+    saved: Option<Saved>,
+}
+
+struct Saved {
+    snapshot: Snapshot,
+    own: OwnSubnet,
+    at: SystemTime,
+}
+
+/// The network configuration from the store; where that gives none and this node has been here before, the one it had.
+async fn start(node: &Node, config: &Config, health: &watch::Sender<StoreHealth>) -> Start {
+    let (file, identity) = snapshot_file(config);
+    let saved = file.load(&identity).and_then(|(snapshot, at)| {
+        let own = snapshot.own?;
+        Some(Saved { snapshot, own, at })
+    });
+    node.wait_for(None, format!("the network configuration from {}", node.store.location()));
+    let refused = Notify::new();
+    let from_store = wait_for_config(&*node.store, |problem| {
         if let Some(problem) = problem {
             node.wait_for(None, format!("the network configuration: {problem}"));
+            refused.notify_one();
         }
         // A store that says no answers.
         let silence =
@@ -56,16 +138,38 @@ pub async fn bring_up(
             health.connected = silence.is_none();
             health.problem = silence;
         });
-    })
-    .await;
+    });
+    let Some(saved) = saved else {
+        return Start { network: from_store.await, saved: None };
+    };
+    let network = tokio::select! {
+        biased;
+        network = from_store => network,
+        () = refused.notified() => {
+            let age = Recalled { saved: saved.at }.age(SystemTime::now()).as_secs();
+            warn!(saved_seconds_ago = age, own = %saved.own.key, peers = saved.snapshot.peers.len(),
+                "the store gives no configuration: going on with what it said last");
+            return Start { network: saved.snapshot.network.clone(), saved: Some(saved) };
+        }
+    };
+    let changes = needs_restart(&saved.snapshot.network, &network);
+    if !changes.is_empty() {
+        file.set_aside("other-network", &changes.join("; "));
+    }
+    Start { network, saved: None }
+}
 
+async fn wait_for_underlay(node: &Node, choice: &UnderlayChoice, network: &NetworkConfig) -> Underlay {
     let mut told = String::new();
-    let underlay = loop {
-        let found = find_underlay(config.underlay.clone()).await;
-        match found.and_then(|underlay| fits(&network, &underlay).map(|()| underlay)) {
-            Ok(underlay) => break underlay,
+    loop {
+        let found = find_underlay(choice.clone(), None).await.map_err(|e| format!("{e:#}"));
+        match found.and_then(|underlay| fits(network, &underlay).map(|()| underlay)) {
+            Ok(underlay) => {
+                info!(iface = %underlay.iface, address = %underlay.addr, public_ip = %underlay.public_ip,
+                    mtu = underlay.mtu, chosen_by = %underlay.chosen_by, "underlay");
+                return underlay;
+            }
             Err(problem) => {
-                let problem = problem.to_string();
                 node.wait_for(Some(network.clone()), problem.clone());
                 if told != problem {
                     warn!(%problem, "no underlay yet");
@@ -74,250 +178,11 @@ pub async fn bring_up(
                 sleep(UNDERLAY_RETRY).await;
             }
         }
-    };
-    info!(iface = %underlay.iface, address = %underlay.addr, public_ip = %underlay.public_ip, mtu = underlay.mtu,
-        chosen_by = %underlay.chosen_by, "underlay");
-
-    let file = DurableFile::in_dir(&config.state_dir);
-    let durable = file.load().with_context(|| format!("durable state in {}", config.state_dir.display()))?;
-    let first_start = durable.is_none();
-    let mut durable = durable.unwrap_or_default();
-    let vtep_mac = vtep_mac(&network, &underlay, durable.vtep_mac).await?;
-    durable.vtep_mac = Some(vtep_mac);
-    save(&file, &durable);
-
-    let backend = Backend::new(&network, vtep_mac);
-    let previous = durable.lease.or_else(|| left_in(&config.subnet_file));
-    let want = AcquireRequest {
-        config: network.clone(),
-        attrs: backend.plane().lease_attrs(underlay.public_ip),
-        previous,
-        ttl: config.lease_ttl,
-    };
-    let (keeper, handle) = Keeper::new(node.store.clone(), want, config.renew_margin);
-    node.facts().stage = Stage::Up(Box::new(Served {
-        config: network.clone(),
-        underlay: underlay.clone(),
-        backend: backend.clone(),
-        lease: handle.state.clone(),
-    }));
-    let (sender, updates) = mpsc::channel(UPDATES);
-    let mut tasks = JoinSet::new();
-    tasks.spawn(async move { match keeper.run().await {} });
-    let store = node.store.clone();
-    tasks.spawn(async move { store.watch(sender, health).await });
-    let upkeep = Upkeep {
-        table: LeaseTable::new(network.clone()),
-        node: node.clone(),
-        network,
-        backend,
-        underlay,
-        subnet_file: config.subnet_file.clone(),
-        file,
-        durable,
-        first_start,
-        written: None,
-        announced: false,
-    };
-    tokio::select! {
-        ended = upkeep.run(handle, updates) => ended,
-        task = tasks.join_next() => anyhow::bail!("the lease keeper or the watch ended: {task:?}"),
-    }
-}
-
-/// Keeps inputs, subnet.env and durable state in step with lease, peers and passes.
-struct Upkeep {
-    node: Arc<Node>,
-    table: LeaseTable,
-    network: NetworkConfig,
-    backend: Backend,
-    underlay: Underlay,
-    subnet_file: PathBuf,
-    file: DurableFile,
-    durable: Durable,
-    first_start: bool,
-    written: Option<SubnetEnv>,
-    announced: bool,
-}
-
-impl Upkeep {
-    async fn run(
-        mut self,
-        handle: KeeperHandle,
-        mut updates: mpsc::Receiver<LeaseUpdate>,
-    ) -> anyhow::Result<()> {
-        let mut lease = handle.state.clone();
-        let mut reports = self.node.reconcile.reports();
-        loop {
-            tokio::select! {
-                update = updates.recv() => {
-                    let mut update = Some(update.context("the watch over leases ended")?);
-                    let mut changed = false;
-                    // Judging all leases costs as much for one change as for all that are waiting.
-                    while let Some(next) = update {
-                        handle.observe(&next);
-                        changed |= self.table.apply(next);
-                        update = updates.try_recv().ok();
-                    }
-                    if changed {
-                        self.pass_on_peers();
-                    }
-                }
-                changed = lease.changed() => {
-                    changed.context("the lease keeper ended")?;
-                    let state = lease.borrow_and_update().clone();
-                    self.lease_changed(&state);
-                }
-                changed = reports.changed() => {
-                    changed.context("the reconciler ended")?;
-                    let report = reports.borrow_and_update().clone();
-                    self.report_changed(&report, &handle.state.borrow().clone());
-                }
-            }
-        }
-    }
-
-    fn lease_changed(&mut self, state: &LeaseState) {
-        let Some(held) = state.held() else { return };
-        self.table.set_own(Some(&held.lease));
-        self.pass_on_peers();
-        let inputs = NodeInputs {
-            config: self.network.clone(),
-            backend: self.backend.clone(),
-            lease: held.lease.key,
-            underlay: self.underlay.clone(),
-            first_start: self.first_start,
-        };
-        self.node.reconcile.update_if(|all| {
-            let changed = all.node.as_ref().is_none_or(|node| node.lease != inputs.lease);
-            all.node = Some(inputs);
-            changed
-        });
-        if self.durable.lease != Some(held.lease.key) {
-            self.durable.lease = Some(held.lease.key);
-            save(&self.file, &self.durable);
-        }
-    }
-
-    fn pass_on_peers(&self) {
-        let peers: Vec<_> = self.table.peers().cloned().collect();
-        let has_snapshot = self.table.has_snapshot();
-        {
-            let mut facts = self.node.facts();
-            facts.peers.clone_from(&peers);
-            facts.refused = self.table.refused();
-        }
-        self.node.reconcile.update_if(|inputs| {
-            let changed = inputs.peers != peers || inputs.has_snapshot != has_snapshot;
-            inputs.peers = peers;
-            inputs.has_snapshot = has_snapshot;
-            changed
-        });
-    }
-
-    /// subnet.env after the kernel is right, READY after subnet.env.
-    fn report_changed(&mut self, report: &Report, lease: &LeaseState) {
-        if let Some(monitor) = &self.node.monitor {
-            monitor.watch(self.neighbours(report));
-        }
-        let (Some(held), Some(underlay)) = (lease.held(), &report.underlay) else { return };
-        if !(report.usable && report.after_snapshot) {
-            return;
-        }
-        let env = SubnetEnv {
-            network: self.network.v4.network,
-            subnet: held.lease.key.v4,
-            ipv6: None,
-            mtu: self.backend.plane().pod_mtu(underlay.mtu),
-            ip_masq: false,
-        };
-        if self.written.as_ref() != Some(&env) || !self.subnet_file.exists() {
-            let file = self.subnet_file.display();
-            if let Err(error) = env.write(&self.subnet_file) {
-                // The next pass comes with the next sweep, and tries again.
-                warn!(%file, %error, "subnet file cannot be written");
-                return;
-            }
-            info!(%file, subnet = %env.subnet, mtu = env.mtu, "subnet file written");
-            self.written = Some(env);
-        }
-        if !std::mem::replace(&mut self.announced, true) {
-            info!("ready: pods can be added");
-            if let Err(error) = notify(std::env::var_os("NOTIFY_SOCKET").as_deref(), "READY=1") {
-                warn!(%error, "the service manager could not be told");
-            }
-        }
-    }
-
-    /// Without a device there are none to watch; before it exists, any might be on it.
-    fn neighbours(&self, report: &Report) -> Neighbours {
-        match self.backend.plane().device() {
-            None => Neighbours::None,
-            Some(device) => report.devices.get(device).map_or(Neighbours::All, |d| Neighbours::Of(d.ifindex)),
-        }
-    }
-}
-
-fn save(file: &DurableFile, durable: &Durable) {
-    if let Err(error) = file.save(durable) {
-        warn!(%error, "durable state cannot be written: a reboot may cost this node its subnet and its MAC");
     }
 }
 
 fn left_in(subnet_file: &Path) -> Option<LeaseKey> {
     previous_lease(&std::fs::read_to_string(subnet_file).ok()?)
-}
-
-/// What the kernel knows, handed to the choice.
-async fn find_underlay(choice: UnderlayChoice) -> anyhow::Result<Underlay> {
-    spawn_blocking(move || {
-        let host = host_network(&mut LinuxKernel::open()?, choice.can_reach.map(IpAddr::from))?;
-        Ok(choose_underlay(&choice, &host)?)
-    })
-    .await?
-}
-
-/// Whether the overlay can stand on this underlay.
-fn fits(network: &NetworkConfig, underlay: &Underlay) -> anyhow::Result<()> {
-    let (overlay, iface, addr, mtu) = (network.v4.network, &underlay.iface, underlay.addr, underlay.mtu);
-    anyhow::ensure!(
-        !overlay.contains(addr.into()),
-        "underlay {iface} has {addr}, which lies in the overlay's Network {overlay}: expected an interface of the \
-         network between the nodes (--iface), or another Network"
-    );
-    if let BackendConfig::Vxlan(VxlanConfig { mtu: Some(wanted), .. }) = &network.backend {
-        anyhow::ensure!(*wanted <= mtu, "Backend.MTU = {wanted}: expected at most {mtu}, the MTU of {iface}");
-    }
-    Ok(())
-}
-
-fn host_network(kernel: &mut LinuxKernel, reach: Option<IpAddr>) -> Result<HostNetwork, KernelError> {
-    let (links, addrs) = kernel.links_and_addrs()?;
-    let host_addr = |found: &FoundAddr| HostAddr {
-        addr: found.addr,
-        scope: found.scope,
-        deprecated: found.deprecated,
-        dynamic: found.dynamic,
-        temporary: found.temporary,
-    };
-    let ifaces = links.iter().map(|(name, found)| HostIface {
-        index: found.index,
-        name: name.clone(),
-        mtu: found.link.mtu,
-        up: found.link.up,
-        addrs: addrs.iter().filter(|a| a.dev == *name).map(host_addr).collect(),
-    });
-    let reach = match reach {
-        Some(ip) => kernel.route_to(ip)?.map(|(index, source)| ReachRoute {
-            index,
-            source: source.and_then(|ip| match ip {
-                IpAddr::V4(ip) => Some(ip),
-                IpAddr::V6(_) => None,
-            }),
-        }),
-        None => None,
-    };
-    Ok(HostNetwork { ifaces: ifaces.collect(), default_route: kernel.default_route()?, reach })
 }
 
 /// The MAC that peers have in their tables: that of a device which can be taken over as it is, else the one this node
@@ -352,34 +217,4 @@ fn adoptable_mac(network: &NetworkConfig, underlay: &Underlay) -> Result<Option<
         }
         _ => None,
     }))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_overlay_that_cannot_stand_on_its_underlay_is_refused() {
-        let underlay = |addr: &str| Underlay {
-            iface: "eth0".parse().expect("name"),
-            index: 3,
-            addr: addr.parse().expect(addr),
-            mtu: 1500,
-            public_ip: addr.parse().expect(addr),
-            chosen_by: "a test".into(),
-        };
-        let config = |mtu: &str| {
-            let json = format!(r#"{{"Network":"10.5.0.0/16","Backend":{{"Type":"vxlan"{mtu}}}}}"#);
-            NetworkConfig::parse(&json).expect("valid")
-        };
-        assert!(fits(&config(""), &underlay("192.0.2.1")).is_ok());
-        assert!(fits(&config(r#","MTU":1500"#), &underlay("192.0.2.1")).is_ok());
-        for (mtu, addr, expected) in [
-            ("", "10.5.3.1", "eth0 has 10.5.3.1, which lies in the overlay's Network 10.5.0.0/16"),
-            (r#","MTU":1501"#, "192.0.2.1", "Backend.MTU = 1501: expected at most 1500, the MTU of eth0"),
-        ] {
-            let error = fits(&config(mtu), &underlay(addr)).expect_err(expected).to_string();
-            assert!(error.contains(expected), "{error}");
-        }
-    }
 }

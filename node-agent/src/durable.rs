@@ -1,7 +1,9 @@
 //! What must survive a reboot: the subnet this node had and the MAC of its VTEP, so that it comes back as the same node.
 //!
 //! One small file, replaced at once. Losing it costs a new MAC and perhaps a new subnet, nothing else; an unreadable
-//! one is set aside by name and reported.
+//! one is set aside by name and reported. What the store last said lies beside it ([`snapshot`]).
+
+pub mod snapshot;
 
 use std::fs;
 use std::io;

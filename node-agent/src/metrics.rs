@@ -68,6 +68,16 @@ impl Collector for StatusCollector {
         )?;
         out.gauge("ready", "1 when the first ADD can succeed", flag(status.ready))?;
         out.gauge("store_connected", "1 when the lease store answers", flag(status.store.connected))?;
+        let recalled = flag(status.store.recalled_age.is_some());
+        out.gauge(
+            "state_from_disk",
+            "1 while network, lease and peers are what was saved on disk",
+            recalled,
+        )?;
+        if let Some(age) = status.store.recalled_age {
+            let help = "Time since that was saved on disk which stands in for the store's word";
+            out.put("state_from_disk_age", help, Some(Unit::Seconds), &ConstGauge::new(age))?;
+        }
         out.counter("store_relists", "Watches begun anew with a snapshot", status.store.relists)?;
         if let Some(lease) = &status.lease {
             out.gauge("lease_held", "1 when the node's subnet lease is held", flag(lease.state == "held"))?;
@@ -75,6 +85,21 @@ impl Collector for StatusCollector {
                 let help = "Time until the node's subnet lease expires";
                 out.put("lease_expiry", help, Some(Unit::Seconds), &ConstGauge::new(left))?;
             }
+        }
+        if let Some(network) = &status.network {
+            let kind = network.notice.as_ref().map(|notice| notice.kind.as_str());
+            let kinds = ["differs", "invalid", "missing"];
+            let values: Vec<_> =
+                kinds.iter().map(|k| ([("kind", (*k).to_owned())], flag(kind == Some(k)))).collect();
+            let help = "1 while the store's network configuration is not the one in force";
+            out.gauges("network_config_notice", help, &values)?;
+        }
+        if let Some(underlay) = &status.underlay {
+            out.gauge(
+                "underlay_usable",
+                "1 when packets can leave by the underlay",
+                flag(underlay.problem.is_none()),
+            )?;
         }
         let programmed = status.peers.iter().filter(|peer| peer.programmed).count();
         out.gauge("peers", "Peers with a lease that is used", status.peers.len() as u64)?;
@@ -117,6 +142,8 @@ fn pods(out: &mut Exposition<'_>, pods: &PodStatus) -> fmt::Result {
     out.gauge("pod_attachments", "Pods attached to this node", pods.attachments as u64)?;
     out.gauge("pod_addresses_used", "Addresses of the leased subnet in use", pods.addresses_used as u64)?;
     out.gauge("pod_addresses", "Addresses of the leased subnet", pods.addresses_total as u64)?;
+    let stranded = pods.stranded.iter().map(|stranded| stranded.pods as u64).sum();
+    out.gauge("pods_stranded", "Pods in a subnet that this node has no more", stranded)?;
     let counted = &pods.counters;
     out.counter("cni_adds", "ADDs that were committed", counted.adds)?;
     out.counter("cni_dels", "DELs that were answered, and attachments that GC removed", counted.dels)?;
@@ -154,6 +181,16 @@ impl Exposition<'_> {
         Ok(())
     }
 
+    /// One gauge with a value for each set of labels.
+    fn gauges(&mut self, name: &str, help: &str, values: &[(impl EncodeLabelSet, u64)]) -> fmt::Result {
+        let help = &format!("{help}.");
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (labels, value) in values {
+            ConstGauge::new(*value).encode(family.encode_family(labels)?)?;
+        }
+        Ok(())
+    }
+
     fn put(&mut self, name: &str, help: &str, unit: Option<Unit>, metric: &impl EncodeMetric) -> fmt::Result {
         // The full stop is what a Registry writes behind the help of its own metrics.
         let help = &format!("{help}.");
@@ -179,6 +216,10 @@ mod tests {
             "weft_ready 1",
             "weft_store_connected 1",
             "weft_store_relists_total 2",
+            "weft_state_from_disk 0",
+            "weft_network_config_notice{kind=\"differs\"} 0",
+            "weft_underlay_usable 1",
+            "weft_pods_stranded 0",
             "weft_lease_held 1",
             "# UNIT weft_lease_expiry_seconds seconds",
             "weft_lease_expiry_seconds 82800",
@@ -208,6 +249,21 @@ mod tests {
             "weft_agent_cpu_seconds_total 12.25",
             "weft_agent_uptime_seconds 7325",
             "# EOF",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line:?} is not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn what_stands_in_for_the_store_is_told() {
+        let text = Metrics::new(Arc::new(sample::with_notices)).render();
+        for line in [
+            "weft_state_from_disk 1",
+            "weft_state_from_disk_age_seconds 90",
+            "weft_network_config_notice{kind=\"invalid\"} 1",
+            "weft_network_config_notice{kind=\"differs\"} 0",
+            "weft_underlay_usable 0",
+            "weft_pods_stranded 3",
         ] {
             assert!(text.lines().any(|l| l == line), "{line:?} is not in\n{text}");
         }

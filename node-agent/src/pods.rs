@@ -63,6 +63,8 @@ pub struct PodPorts {
     /// Bridges that Reserve has named since boot, and the leased subnets whose gateway each carries: the one that new
     /// pods get, and those of pods that are still there.
     pub bridges: BTreeMap<IfName, BridgeNeed>,
+    /// The MACs that pods know these bridges by: one that has to be made anew gets the same.
+    pub bridge_macs: BTreeMap<IfName, Mac>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

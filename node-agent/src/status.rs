@@ -26,6 +26,21 @@ pub struct Status {
     pub host: HostStatus,
 }
 
+impl Status {
+    /// What somebody should know of a node that serves all the same.
+    pub fn notices(&self) -> Vec<String> {
+        let mut notices = Vec::new();
+        if let Some(age) = self.store.recalled_age {
+            notices.push(format!("network, lease and peers are from disk, saved {age} s ago"));
+        }
+        notices.extend(self.network.iter().filter_map(|n| n.notice.as_ref()).map(|n| n.text.clone()));
+        for StrandedStatus { subnet, pods, .. } in &self.pods.stranded {
+            notices.push(format!("{pods} pods live in {subnet}, which this node has no more"));
+        }
+        notices
+    }
+}
+
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct StoreStatus {
     /// `etcd` or `embedded`.
@@ -37,24 +52,42 @@ pub struct StoreStatus {
     pub one_machine_only: bool,
     /// Since start: how often the watch had to begin anew with a snapshot.
     pub relists: u64,
+    /// Seconds since that was saved on disk which stands in for the store's word; absent once the store has told.
+    #[serde(default)]
+    pub recalled_age: Option<u64>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct NetworkStatus {
     pub network: Subnet,
     pub subnet_len: u8,
+    /// First and last subnet that is leased.
+    #[serde(default)]
+    pub subnet_min: Option<IpAddr>,
+    #[serde(default)]
+    pub subnet_max: Option<IpAddr>,
     /// `vxlan` or `host-gw`.
     pub backend: String,
     /// UDP port of the tunnel, if the backend has one.
     pub port: Option<u16>,
     pub vni: Option<u32>,
+    /// What the store has instead, if that cannot be applied.
+    #[serde(default)]
+    pub notice: Option<ConfigNoticeStatus>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigNoticeStatus {
+    /// `differs`, `invalid` or `missing`.
+    pub kind: String,
+    pub text: String,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LeaseStatus {
     pub key: LeaseKey,
     pub public_ip: IpAddr,
-    /// `held`, `acquiring` or `lost`.
+    /// `held`, `recalled` (from disk, not confirmed by the store), `acquiring` or `lost`.
     pub state: String,
     /// Seconds; absent for a reservation, which does not expire.
     pub expires_in: Option<u64>,
@@ -69,6 +102,9 @@ pub struct UnderlayStatus {
     /// Which setting decided: `--iface eth0`, `default route`.
     #[serde(default)]
     pub chosen_by: String,
+    /// Why nothing can leave by it.
+    #[serde(default)]
+    pub problem: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -126,10 +162,21 @@ pub struct PodStatus {
     pub addresses_used: usize,
     pub addresses_total: usize,
     pub bridges: Vec<IfName>,
+    /// Pods that still live in a subnet which this node has no more.
+    #[serde(default)]
+    pub stranded: Vec<StrandedStatus>,
     #[serde(default)]
     pub list: Vec<AttachmentStatus>,
     #[serde(default)]
     pub counters: PodCounters,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StrandedStatus {
+    pub subnet: Subnet,
+    pub pods: usize,
+    /// The node that has it now, if any.
+    pub owner: Option<IpAddr>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -226,13 +273,17 @@ pub(crate) mod sample {
                 problem: None,
                 one_machine_only: false,
                 relists: 2,
+                recalled_age: None,
             },
             network: Some(NetworkStatus {
                 network: "10.5.0.0/16".parse().expect("network"),
                 subnet_len: 24,
+                subnet_min: "10.5.1.0".parse().ok(),
+                subnet_max: "10.5.255.0".parse().ok(),
                 backend: "vxlan".into(),
                 port: Some(8472),
                 vni: Some(1),
+                notice: None,
             }),
             lease: Some(LeaseStatus {
                 key: "10.5.1.0-24".parse().expect("key"),
@@ -246,6 +297,7 @@ pub(crate) mod sample {
                 address: "192.168.9.1".parse().expect("ip"),
                 mtu: 1500,
                 chosen_by: "default route".into(),
+                problem: None,
             }),
             dataplane: Some(DataplaneStatus {
                 device: Some("flannel.1".parse().expect("name")),
@@ -276,6 +328,7 @@ pub(crate) mod sample {
                 addresses_used: 2,
                 addresses_total: 253,
                 bridges: vec!["cni0".parse().expect("name")],
+                stranded: vec![],
                 list: vec![
                     attachment(
                         "0f3a9c51d27e4b68",
@@ -309,6 +362,23 @@ pub(crate) mod sample {
                 agent_cpu: 12.25,
             },
         }
+    }
+
+    /// A node that serves although not everything is as it was meant.
+    pub(crate) fn with_notices() -> Status {
+        let mut status = ready();
+        status.store.recalled_age = Some(90);
+        let text = "the last good one stays in force: network configuration: Network = 7";
+        let notice = ConfigNoticeStatus { kind: "invalid".into(), text: text.into() };
+        if let Some(network) = &mut status.network {
+            network.notice = Some(notice);
+        }
+        if let Some(underlay) = &mut status.underlay {
+            underlay.problem = Some("eth0 is down".into());
+        }
+        let (subnet, owner) = ("10.5.9.0/24".parse().expect("subnet"), "192.168.9.7".parse().ok());
+        status.pods.stranded = vec![StrandedStatus { subnet, pods: 3, owner }];
+        status
     }
 
     /// A node whose store does not answer.

@@ -1,6 +1,9 @@
 //! Which interface carries the underlay, and which of its addresses: flannel's rules (main.go, pkg/ipmatch, pkg/ip).
 //!
-//! Pure: the caller lists interfaces and looks routes up, here it is decided.
+//! Pure but for `look`: that lists interfaces and looks routes up, here it is decided.
+
+mod follow;
+mod look;
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
@@ -10,6 +13,9 @@ use regex::bytes::Regex;
 use weft_shared::IfName;
 
 use crate::object::AddrScope;
+
+pub use follow::{fits, follow_underlay};
+pub use look::find_underlay;
 
 /// How the operator wants the underlay's interface to be found; all empty means by the default route.
 #[derive(Debug, Clone, Default)]

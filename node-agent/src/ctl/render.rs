@@ -23,6 +23,9 @@ pub(super) fn status(status: &Status) -> String {
     store(&mut page, status);
     if let Some(network) = &status.network {
         page.line("network", describe_network(network));
+        if let Some(notice) = &network.notice {
+            page.line("", format!("CONFIGURATION {}: {}", notice.kind.to_uppercase(), notice.text));
+        }
     }
     if let Some(lease) = &status.lease {
         self::lease(&mut page, lease);
@@ -34,6 +37,9 @@ pub(super) fn status(status: &Status) -> String {
             format!(", by {}", underlay.chosen_by)
         };
         page.line("underlay", format!("{} {}, MTU {}{by}", underlay.iface, underlay.address, underlay.mtu));
+        if let Some(problem) = &underlay.problem {
+            page.line("", format!("BROKEN: {problem}"));
+        }
     }
     if let Some(dataplane) = &status.dataplane {
         self::dataplane(&mut page, dataplane);
@@ -44,6 +50,17 @@ pub(super) fn status(status: &Status) -> String {
     let on = if bridges.is_empty() { String::new() } else { format!(" on {}", bridges.join(", ")) };
     let addresses = format!("{} of {} addresses used", pods.addresses_used, pods.addresses_total);
     page.line("pods", format!("{}{on}, {addresses}", pods.attachments));
+    for stranded in &pods.stranded {
+        let owner =
+            stranded.owner.map_or("no longer this node's".to_owned(), |ip| format!("now held by {ip}"));
+        page.line(
+            "",
+            format!(
+                "{} in {}, {owner}: they talk on this node only; recreate them",
+                stranded.pods, stranded.subnet
+            ),
+        );
+    }
     let host = &status.host;
     page.line(
         "host",
@@ -69,6 +86,9 @@ fn store(page: &mut Page, status: &Status) {
     page.line("store", format!("{}: {state}", store.location));
     if let Some(problem) = &store.problem {
         page.line("", problem.clone());
+    }
+    if let Some(age) = store.recalled_age {
+        page.line("", format!("network, lease and peers are FROM DISK, saved {} ago", span(age)));
     }
     if store.one_machine_only {
         page.line("", "ONE MACHINE ONLY: nodes on other machines cannot join an embedded store".to_owned());

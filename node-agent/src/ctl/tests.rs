@@ -80,6 +80,21 @@ store      etcd at http://10.0.0.1:2379, prefix /coreos.com/network: NOT CONNECT
     });
 }
 
+#[test]
+fn status_says_what_is_not_as_it_was_meant() {
+    with_agent(sample::with_notices, |socket| {
+        let text = ask(socket, &["status"]).expect("answer").text;
+        for line in [
+            "           network, lease and peers are FROM DISK, saved 1 min 30 s ago",
+            "           CONFIGURATION INVALID: the last good one stays in force: network configuration: Network = 7",
+            "           BROKEN: eth0 is down",
+            "           3 in 10.5.9.0/24, now held by 192.168.9.7: they talk on this node only; recreate them",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line:?} is not in\n{text}");
+        }
+    });
+}
+
 fn embedded() -> Status {
     let mut status = sample::ready();
     status.store.one_machine_only = true;

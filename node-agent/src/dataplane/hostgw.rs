@@ -10,7 +10,7 @@ use weft_shared::names::ROUTE_PROTOCOL;
 use super::{Dataplane, LocalNode, Wanted};
 use crate::object::{Object, Route};
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostGw;
 
 impl HostGw {

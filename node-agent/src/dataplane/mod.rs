@@ -79,7 +79,7 @@ pub trait Dataplane {
 }
 
 /// The dataplane that the network configuration names.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Backend {
     Vxlan(VxlanPlane),
     HostGw(HostGw),

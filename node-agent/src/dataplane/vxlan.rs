@@ -20,7 +20,7 @@ use crate::object::{AddrScope, Link, LinkKind, LinkMac, Object, Route, Vxlan};
 /// Outer IPv4 header 20, UDP 8, VXLAN 8, inner Ethernet 14.
 const OVERHEAD: u32 = 50;
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VxlanPlane {
     config: VxlanConfig,
     device: IfName,

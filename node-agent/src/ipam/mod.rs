@@ -169,6 +169,13 @@ impl<F: Fabric> Ipam<F> {
             if let Ok(network) = self.fabric.pod_network() {
                 state.table.set_network(&network);
             }
+            // Or the next start would give a bridge its former MTU for a moment.
+            if state.table.is_unrecorded() {
+                match state.records.write_continuity(&state.table.continuity()) {
+                    Ok(()) => state.table.recorded(),
+                    Err(error) => warn!(%error, "subnet and MTU of the bridges are not recorded"),
+                }
+            }
             state.table.expire_held(now);
             let suspects = state.table.observe(&seen, now);
             self.publish(&state);
@@ -199,6 +206,7 @@ impl<F: Fabric> Ipam<F> {
             addresses_used,
             addresses_total,
             bridges: self.needs(&state).bridges.into_keys().collect(),
+            stranded: state.table.stranded(),
             list,
             counters: self.counters.snapshot(),
         }

@@ -70,11 +70,13 @@ pub(super) struct Continuity {
     pub(super) bridges: BTreeMap<IfName, BridgeUse>,
 }
 
-/// The subnet and the MTU that new pods on a bridge got last.
+/// The subnet and the MTU that new pods on a bridge got last, and its MAC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct BridgeUse {
     pub(super) subnet: Subnet,
     pub(super) mtu: u32,
+    #[serde(default)]
+    pub(super) mac: Option<Mac>,
 }
 
 /// Everything that an earlier agent of this boot left.

@@ -15,12 +15,13 @@ use std::net::IpAddr;
 use weft_shared::deadline;
 use weft_shared::names::{attachment_hash, host_ifname};
 use weft_shared::protocol::{Attachment, Commit, Reserve};
-use weft_shared::{IfName, Subnet};
+use weft_shared::{IfName, Mac, Subnet};
 
 use super::boottime::Boottime;
 use super::pool::{Pool, PoolError};
 use super::records::{BridgeUse, Continuity, Damaged, Held, Loaded, Record, Wired};
 use crate::pods::{BridgeNeed, PodNetwork, PodPorts, Port, SeenVeth, SeenVeths};
+use crate::status::StrandedStatus;
 
 /// One connection of the socket server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -96,6 +97,7 @@ pub(super) struct Table {
     damaged: BTreeMap<String, Damaged>,
     pools: BTreeMap<Subnet, Pool>,
     continuity: Continuity,
+    unrecorded: bool,
     /// The subnet that new pods get, once known.
     current: Option<Subnet>,
     open: BTreeSet<ConnId>,
@@ -133,8 +135,19 @@ impl Table {
         self.current = Some(network.subnet);
         self.pool(network.subnet);
         for used in self.continuity.bridges.values_mut() {
-            *used = BridgeUse { subnet: network.subnet, mtu: network.mtu };
+            let now = BridgeUse { subnet: network.subnet, mtu: network.mtu, ..*used };
+            self.unrecorded |= *used != now;
+            *used = now;
         }
+    }
+
+    /// Whether [`Table::continuity`] has changed by itself since it was written last.
+    pub(super) fn is_unrecorded(&self) -> bool {
+        self.unrecorded
+    }
+
+    pub(super) fn recorded(&mut self) {
+        self.unrecorded = false;
     }
 
     pub(super) fn standing(&self, key: &Attachment, now: Boottime) -> Standing {
@@ -368,9 +381,9 @@ impl Table {
         undo.chain(held).chain(strays).min()
     }
 
-    /// A bridge that was made real stays wanted.
-    pub(super) fn keep_bridge(&mut self, name: &IfName, network: &PodNetwork) -> bool {
-        let used = BridgeUse { subnet: network.subnet, mtu: network.mtu };
+    /// A bridge that was made real stays wanted, with the MAC that its pods know.
+    pub(super) fn keep_bridge(&mut self, name: &IfName, mac: Mac, network: &PodNetwork) -> bool {
+        let used = BridgeUse { subnet: network.subnet, mtu: network.mtu, mac: Some(mac) };
         self.continuity.bridges.insert(name.clone(), used) != Some(used)
     }
 
@@ -379,6 +392,7 @@ impl Table {
         let mut needs = PodPorts::default();
         for (name, used) in &self.continuity.bridges {
             needs.bridges.insert(name.clone(), BridgeNeed { subnets: vec![used.subnet], mtu: used.mtu });
+            needs.bridge_macs.extend(used.mac.map(|mac| (name.clone(), mac)));
         }
         for (key, Entry { record, phase }) in &self.entries {
             if matches!(phase, Phase::Aborted { .. }) {
@@ -419,6 +433,17 @@ impl Table {
 
     pub(super) fn get(&self, key: &Attachment) -> Option<&Entry> {
         self.entries.get(key)
+    }
+
+    /// Attachments in subnets that new pods do not get, by subnet.
+    pub(super) fn stranded(&self) -> Vec<StrandedStatus> {
+        let mut pods: BTreeMap<Subnet, usize> = BTreeMap::new();
+        let elsewhere = self.entries.values().map(|entry| entry.record.subnet);
+        for subnet in elsewhere.filter(|subnet| self.current.is_some_and(|current| current != *subnet)) {
+            *pods.entry(subnet).or_default() += 1;
+        }
+        let status = |(subnet, pods)| StrandedStatus { subnet, pods, owner: None };
+        pods.into_iter().map(status).collect()
     }
 
     /// Used and total addresses of the subnet that new pods get; of all records while there is none.

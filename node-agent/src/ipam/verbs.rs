@@ -190,7 +190,7 @@ impl<F: Fabric> Ipam<F> {
                     format!("{} was deleted while it was being added", shown(&reserve.attachment)),
                 ));
             }
-            if state.table.keep_bridge(&reserve.bridge.name, network) {
+            if state.table.keep_bridge(&reserve.bridge.name, bridge.mac, network) {
                 state.records.write_continuity(&state.table.continuity()).map_err(unwritten)?;
                 self.publish(&state);
             }

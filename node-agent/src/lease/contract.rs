@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
-use weft_shared::lease::{LeaseAttrs, LeaseKey};
+use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
 use weft_shared::netconf::NetworkConfig;
 
 use super::{
@@ -36,7 +36,8 @@ macro_rules! contract {
     ($fixture:ty) => {
         $crate::lease::contract::contract!(@ $fixture:
             configuration, takes_a_subnet_in_range_and_keeps_it, previous_subnet, own_lease_that_no_longer_fits,
-            contenders_never_overlap, renewal, renewal_never_overwrites_another_owner, reservation,
+            contenders_never_overlap, renewal, renewal_never_overwrites_another_owner,
+            another_value_under_the_same_key, reservation,
             watch_sends_a_snapshot_then_changes, watch_sees_a_lease_expire, watch_survives_malformed_entries,
             watch_ends_with_its_receiver, watch_tells_a_removal_by_hand_from_an_expiry,
             watch_tells_of_the_configuration,
@@ -311,6 +312,32 @@ pub(super) async fn renewal_never_overwrites_another_owner(fixture: &impl Fixtur
     let gone = StoreError::Lost { key: held.lease.key, owner: None };
     assert_eq!(store.renew(&held, DAY).await, Err(gone));
     assert_eq!(fixture.get(&key).await, None);
+}
+
+pub(super) async fn another_value_under_the_same_key(fixture: &impl Fixture) {
+    let (store, config) = (fixture.store(), small_pool());
+    let held = acquire(&store, &want(&config, "192.0.2.1", None)).await;
+    let key = held.lease.key.to_string();
+    let moved = store.rewrite(&held, &attrs("192.0.2.5"), DAY).await.expect("rewritten");
+    assert_eq!(moved.lease, Lease { attrs: attrs("192.0.2.5"), ..held.lease.clone() });
+    assert_eq!(fixture.get(&key).await, Some((value("192.0.2.5"), true)));
+    // The answer was lost, and it is asked again; then somebody writes our own lease.
+    let moved = store.rewrite(&held, &attrs("192.0.2.5"), DAY).await.expect("by the new value");
+    fixture.put(&key, r#"{"PublicIP":"192.0.2.5"}"#, Some(DAY)).await;
+    let moved = store.rewrite(&moved, &attrs("192.0.2.6"), DAY).await.expect("by the value that was held");
+    assert_eq!(store.renew(&moved, DAY).await.map(|renewed| renewed.lease), Ok(moved.lease.clone()));
+    // Another node's is left to it.
+    fixture.put(&key, &value("192.0.2.9"), Some(DAY)).await;
+    let lost = StoreError::Lost { key: held.lease.key, owner: Some("192.0.2.9".into()) };
+    assert_eq!(store.rewrite(&moved, &attrs("192.0.2.7"), DAY).await, Err(lost));
+    assert_eq!(fixture.get(&key).await, Some((value("192.0.2.9"), true)));
+
+    fixture.put("10.5.0.64-28", r#"{"PublicIP":"192.0.2.1"}"#, None).await;
+    let reserved = acquire(&store, &want(&config, "192.0.2.1", Some("10.5.0.64-28"))).await;
+    assert_eq!(reserved.expires, None);
+    let moved = store.rewrite(&reserved, &attrs("192.0.2.5"), DAY).await.expect("a reservation too");
+    assert_eq!(fixture.get("10.5.0.64-28").await, Some((value("192.0.2.5"), false)), "and it stays one");
+    assert_eq!(moved.expires, None);
 }
 
 pub(super) async fn reservation(fixture: &impl Fixture) {

@@ -1,18 +1,21 @@
 //! Keeps this node's lease, for ever: takes it, renews it in time, takes it again when it is lost. Nothing that a
 //! store does ends the process; what is wrong is published and tried again.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
-use weft_shared::lease::{Lease, LeaseKey};
+use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
 use weft_shared::netconf::NetworkConfig;
 
 use self::rivalry::Rivalry;
 use super::backoff::Backoff;
 use super::{AcquireRequest, LeaseStore, LeaseUpdate, OwnedLease, StoreError};
+use crate::durable::snapshot::OwnSubnet;
+use crate::netconf::{ConfigNotice, needs_restart};
 
 mod rivalry;
 
@@ -27,6 +30,12 @@ const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LeaseState {
     Acquiring {
+        problem: Option<String>,
+    },
+    /// Known from disk alone: the store has not confirmed it since the agent's start.
+    Recalled {
+        own: OwnSubnet,
+        saved: SystemTime,
         problem: Option<String>,
     },
     /// `problem`: why the last renewal failed, while the lease still runs; or that another node writes it too.
@@ -50,6 +59,7 @@ pub struct Keeper<S> {
     margin: Duration,
     state: watch::Sender<LeaseState>,
     own_key: Arc<watch::Sender<OwnKey>>,
+    attrs: watch::Receiver<LeaseAttrs>,
 }
 
 /// What the rest of the agent has of it.
@@ -57,6 +67,16 @@ pub struct Keeper<S> {
 pub struct KeeperHandle {
     pub state: watch::Receiver<LeaseState>,
     own_key: Arc<watch::Sender<OwnKey>>,
+    attrs: Arc<watch::Sender<LeaseAttrs>>,
+}
+
+/// Why there is no lease yet.
+#[derive(Debug, thiserror::Error)]
+enum Obstacle {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("{0}")]
+    Config(ConfigNotice),
 }
 
 /// What the watch said last of the key that is held.
@@ -95,6 +115,7 @@ impl LeaseState {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Acquiring { .. } => "acquiring",
+            Self::Recalled { .. } => "recalled",
             Self::Held { .. } => "held",
             Self::Lost { .. } => "lost",
         }
@@ -103,21 +124,35 @@ impl LeaseState {
     pub fn held(&self) -> Option<&OwnedLease> {
         match self {
             Self::Held { lease, .. } => Some(lease),
-            Self::Acquiring { .. } | Self::Lost { .. } => None,
+            Self::Acquiring { .. } | Self::Recalled { .. } | Self::Lost { .. } => None,
+        }
+    }
+
+    /// The subnet that the node lives in, held or not; a node that never had one has none.
+    pub fn key(&self) -> Option<LeaseKey> {
+        match self {
+            Self::Acquiring { .. } => None,
+            Self::Recalled { own, .. } => Some(own.key),
+            Self::Held { lease, .. } => Some(lease.lease.key),
+            Self::Lost { key, .. } => Some(*key),
         }
     }
 
     pub fn problem(&self) -> Option<&str> {
         match self {
-            Self::Acquiring { problem } | Self::Held { problem, .. } | Self::Lost { problem, .. } => {
-                problem.as_deref()
-            }
+            Self::Acquiring { problem }
+            | Self::Recalled { problem, .. }
+            | Self::Held { problem, .. }
+            | Self::Lost { problem, .. } => problem.as_deref(),
         }
     }
 
     fn problem_mut(&mut self) -> &mut Option<String> {
         match self {
-            Self::Acquiring { problem } | Self::Held { problem, .. } | Self::Lost { problem, .. } => problem,
+            Self::Acquiring { problem }
+            | Self::Recalled { problem, .. }
+            | Self::Held { problem, .. }
+            | Self::Lost { problem, .. } => problem,
         }
     }
 }
@@ -126,10 +161,20 @@ impl KeeperHandle {
     /// Shows the keeper an update of the watch. One that says that our key is gone makes it look at once, one that says
     /// that the key is not as we wrote it after a while; the echo of its own writes does not.
     pub fn observe(&self, update: &LeaseUpdate) {
-        let seen = self.state.borrow().held().and_then(|held| own_key(&held.lease, update));
+        let seen =
+            self.state.borrow().held().and_then(|held| own_key(&held.lease, &self.attrs.borrow(), update));
         if let Some(seen) = seen {
             self.own_key.send_replace(seen);
         }
+    }
+
+    /// What this node publishes from now on: the lease that is held is rewritten at once.
+    pub fn publish(&self, attrs: LeaseAttrs) {
+        self.attrs.send_if_modified(|published| {
+            let differs = *published != attrs;
+            *published = attrs;
+            differs
+        });
     }
 }
 
@@ -138,8 +183,16 @@ impl<S: LeaseStore> Keeper<S> {
     pub fn new(store: Arc<S>, want: AcquireRequest, margin: Duration) -> (Self, KeeperHandle) {
         let (state, receiver) = watch::channel(LeaseState::Acquiring { problem: None });
         let own_key = Arc::new(watch::Sender::new(OwnKey::Ours));
-        let handle = KeeperHandle { state: receiver, own_key: own_key.clone() };
-        (Self { store, want, margin, state, own_key }, handle)
+        let (attrs_sender, attrs) = watch::channel(want.attrs.clone());
+        let handle =
+            KeeperHandle { state: receiver, own_key: own_key.clone(), attrs: Arc::new(attrs_sender) };
+        (Self { store, want, margin, state, own_key, attrs }, handle)
+    }
+
+    /// What the node lives in until the store answers.
+    pub fn recalling(self, own: OwnSubnet, saved: SystemTime) -> Self {
+        self.state.send_replace(LeaseState::Recalled { own, saved, problem: None });
+        self
     }
 
     /// Never ends. It may be dropped at any point: the lease then stays in the store until it expires, as flannel
@@ -159,11 +212,13 @@ impl<S: LeaseStore> Keeper<S> {
         }
     }
 
-    /// The state stays what it was (acquiring or lost) until there is a lease; only the problem is kept current.
-    async fn acquire(&self) -> OwnedLease {
+    /// The state stays what it was (acquiring, recalled or lost) until there is a lease; only the problem is kept
+    /// current.
+    async fn acquire(&mut self) -> OwnedLease {
         let mut trouble = Trouble::new(RETRY_MAX);
         loop {
-            match self.store.acquire(&self.want).await {
+            self.want.attrs = self.attrs.borrow_and_update().clone();
+            match self.try_acquire().await {
                 Ok(owned) => return owned,
                 Err(error) => {
                     let wait = trouble.wait(&error, "no lease yet");
@@ -174,15 +229,35 @@ impl<S: LeaseStore> Keeper<S> {
         }
     }
 
+    /// By the range that is to be leased out of now (flannel reads it anew as well). A subnet of another network is
+    /// none that this node could use, and one of a network that nobody wants any more is not to be taken.
+    async fn try_acquire(&mut self) -> Result<OwnedLease, Obstacle> {
+        match self.store.network_config().await {
+            Ok(stored) => match needs_restart(&self.want.config, &stored) {
+                changes if changes.is_empty() => self.want.config = stored,
+                changes => return Err(Obstacle::Config(ConfigNotice::Differs(changes))),
+            },
+            // The last good one stays in force.
+            Err(StoreError::NoConfig { .. } | StoreError::BadConfig(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(self.store.acquire(&self.want).await?)
+    }
+
     /// Renews until the lease is lost: to whom, or why.
-    async fn hold(&self, mut held: OwnedLease, rivalry: &mut Rivalry) -> (Option<String>, Option<String>) {
+    async fn hold(
+        &mut self,
+        mut held: OwnedLease,
+        rivalry: &mut Rivalry,
+    ) -> (Option<String>, Option<String>) {
         loop {
             self.until_due(&held, rivalry).await;
             let mut trouble = Trouble::new(RETRY_MAX);
             // Before the write: what is seen from now on may be an answer to it.
             self.own_key.send_replace(OwnKey::Ours);
+            self.want.attrs = self.attrs.borrow_and_update().clone();
             held = loop {
-                match self.store.renew(&held, self.want.ttl).await {
+                match self.renew(&held).await {
                     Ok(renewed) => break renewed,
                     Err(StoreError::Lost { owner, .. }) => return (owner, None),
                     Err(error) => {
@@ -199,14 +274,29 @@ impl<S: LeaseStore> Keeper<S> {
         }
     }
 
-    /// Until the lease is to be renewed, or taken back from whoever has touched it.
+    /// Extends the lease, and makes it say what this node publishes now.
+    async fn renew(&self, held: &OwnedLease) -> Result<OwnedLease, StoreError> {
+        let (attrs, ttl) = (&self.want.attrs, self.want.ttl);
+        if *attrs == held.lease.attrs {
+            self.store.renew(held, ttl).await
+        } else {
+            info!(key = %held.lease.key, public_ip = %attrs.public_ip, "rewriting the lease");
+            self.store.rewrite(held, attrs, ttl).await
+        }
+    }
+
+    /// Until the lease is to be renewed or rewritten, or taken back from whoever has touched it.
     async fn until_due(&self, held: &OwnedLease, rivalry: &mut Rivalry) {
         let margin = if self.margin < self.want.ttl { self.margin } else { self.want.ttl / 3 };
         let mut own_key = self.own_key.subscribe();
+        let mut attrs = self.attrs.clone();
         let mut take_back = None;
         loop {
             let renewal = remaining(held.expires).map(|left| left.saturating_sub(margin));
             let mut wait = renewal.map_or(LONGEST_SLEEP, |left| left.min(LONGEST_SLEEP));
+            if *attrs.borrow_and_update() != held.lease.attrs {
+                return;
+            }
             let seen = *own_key.borrow_and_update();
             match seen {
                 OwnKey::Lost => return,
@@ -232,7 +322,14 @@ impl<S: LeaseStore> Keeper<S> {
                 }
             }
             // Either way the loop looks again.
-            let _ = timeout(wait, own_key.changed()).await;
+            let _ = timeout(wait, async {
+                tokio::select! {
+                    Ok(()) = own_key.changed() => {}
+                    Ok(()) = attrs.changed() => {}
+                    else => std::future::pending().await,
+                }
+            })
+            .await;
         }
     }
 
@@ -249,10 +346,10 @@ impl<S: LeaseStore> Keeper<S> {
     }
 }
 
-/// What `update` says of our key, if anything.
-fn own_key(own: &Lease, update: &LeaseUpdate) -> Option<OwnKey> {
+/// What `update` says of our key, if anything. `published` may be on its way there.
+fn own_key(own: &Lease, published: &LeaseAttrs, update: &LeaseUpdate) -> Option<OwnKey> {
     let judge = |lease: &Lease| match &lease.attrs {
-        attrs if *attrs == own.attrs => OwnKey::Ours,
+        attrs if *attrs == own.attrs || attrs == published => OwnKey::Ours,
         attrs if attrs.public_ip == own.attrs.public_ip => OwnKey::Rewritten,
         _ => OwnKey::Lost,
     };
@@ -282,7 +379,7 @@ impl Trouble {
         Self { backoff: Backoff::new(RETRY_MIN, longest), logged: None }
     }
 
-    fn wait(&mut self, error: &StoreError, what: &str) -> Duration {
+    fn wait(&mut self, error: &impl fmt::Display, what: &str) -> Duration {
         let text = error.to_string();
         if self.logged.as_ref() != Some(&text) {
             warn!(%error, "{what}, trying again");

@@ -53,6 +53,15 @@ pub trait LeaseStore: Send + Sync + 'static {
         ttl: Duration,
     ) -> impl Future<Output = Result<OwnedLease, StoreError>> + Send;
 
+    /// Extends the lease and gives it another value, such as a new public IP. As [`LeaseStore::renew`]: the key is still
+    /// ours by the value that was held, or by the new one.
+    fn rewrite(
+        &self,
+        held: &OwnedLease,
+        attrs: &LeaseAttrs,
+        ttl: Duration,
+    ) -> impl Future<Output = Result<OwnedLease, StoreError>> + Send;
+
     /// Sends a full snapshot, then every change, until the receiver is gone. A broken watch is resumed, or begun anew
     /// with another snapshot; nothing is ever sent that would read as an empty world because the store is away.
     fn watch(

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
+use weft_shared::lease::LeaseAttrs;
 use weft_shared::netconf::NetworkConfig;
 
 use super::{
@@ -56,6 +57,18 @@ impl LeaseStore for Store {
         match self {
             Self::Etcd(store) => store.renew(held, ttl).await,
             Self::Embedded(store) => store.renew(held, ttl).await,
+        }
+    }
+
+    async fn rewrite(
+        &self,
+        held: &OwnedLease,
+        attrs: &LeaseAttrs,
+        ttl: Duration,
+    ) -> Result<OwnedLease, StoreError> {
+        match self {
+            Self::Etcd(store) => store.rewrite(held, attrs, ttl).await,
+            Self::Embedded(store) => store.rewrite(held, attrs, ttl).await,
         }
     }
 

@@ -45,12 +45,12 @@ pub struct Inputs {
     pub pods: PodPorts,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeInputs {
     pub config: NetworkConfig,
     pub backend: Backend,
     pub lease: LeaseKey,
-    /// As chosen at start; index and MTU are looked up anew in every pass.
+    /// As chosen last; index and MTU are looked up anew in every pass.
     pub underlay: Underlay,
     /// Nothing durable was found: a flanneld may have run here before.
     pub first_start: bool,
@@ -82,6 +82,8 @@ pub struct Report {
     pub underlay: Option<Underlay>,
     /// Why nothing can leave by it.
     pub underlay_problem: Option<String>,
+    /// Its interface or its address is gone: another may have to be chosen.
+    pub underlay_lost: bool,
     /// Gateways that each bridge carries.
     pub gateways: BTreeMap<IfName, Vec<Subnet>>,
 }
@@ -94,19 +96,17 @@ impl Report {
         Self { passes, repairs, veths, at: Some(Instant::now()), ..self }
     }
 
-    /// What keeps the node from serving, if passes cannot be made: at once when the underlay is gone, after a while
-    /// when looks fail, as they do for a moment while many pods come and go.
+    /// What keeps the node from serving, if passes cannot be made: after a while only, for looks fail for a moment
+    /// while many pods come and go.
     pub fn blind(&self) -> Option<&Aborted> {
         let patient = self.at.is_some_and(|at| at.elapsed() < BLIND);
-        self.aborted.as_ref().filter(|aborted| !(patient && matches!(aborted, Aborted::Kernel(_))))
+        self.aborted.as_ref().filter(|_| !patient)
     }
 }
 
 /// Why a pass could not be made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Aborted {
-    #[error("underlay interface {0} is gone")]
-    NoUnderlay(IfName),
     #[error(transparent)]
     Kernel(#[from] KernelError),
 }

@@ -108,7 +108,8 @@ fn look_and_mend(
         let dump = kernel.dump(node.backend.plane().device())?;
         let local = local_node(kernel, node, inputs, &dump)?;
         let (peers, over_our_pods) = apart_from_pods(inputs);
-        let mut wanted = node.backend.desired(&local, &peers);
+        // Without an underlay pods keep their bridge, and nothing is taken away.
+        let mut wanted = local.as_ref().map(|local| node.backend.desired(local, &peers)).unwrap_or_default();
         wanted.peers.extend(over_our_pods);
         let mut desired = pods::desired(&inputs.pods, node.underlay.public_ip);
         desired.extend(wanted.desired);
@@ -116,7 +117,7 @@ fn look_and_mend(
         let sysctls = kernel.sysctls(&desired.sysctl_paths())?;
         let ownership = ownership(node, inputs, memory);
         let observed = observe(&dump, &sysctls, &desired, &ownership);
-        let ops = plan(&desired, &observed, inputs.has_snapshot);
+        let ops = plan(&desired, &observed, inputs.has_snapshot && local.is_some());
         let still_wrong: BTreeSet<Key> = ops.iter().map(Op::key).collect();
         // What failed a moment ago fails again: a later pass tries it.
         let ops: Vec<Op> = ops.into_iter().filter(|op| !failed.contains_key(&op.key())).collect();
@@ -125,7 +126,8 @@ fn look_and_mend(
             for op in ops {
                 failed.entry(op.key()).or_insert(KernelError::Contested);
             }
-            finish(&mut report, &dump, &desired, &wanted.peers, &failed, &local, &inputs.pods);
+            finish(&mut report, &dump, &desired, &wanted.peers, &failed, &inputs.pods);
+            look_at_underlay(&mut report, &dump, node, local);
             break;
         }
         for (op, result) in ops.iter().zip(kernel.apply(&ops)) {
@@ -168,15 +170,17 @@ fn ownership(node: &NodeInputs, inputs: &Inputs, memory: &Memory) -> Ownership {
     }
 }
 
-/// This node with the underlay as it is now.
+/// This node with the underlay as it is now; `None` while that has no interface.
 fn local_node(
     kernel: &mut impl Kernel,
     node: &NodeInputs,
     inputs: &Inputs,
     dump: &Dump,
-) -> Result<LocalNode, Aborted> {
+) -> Result<Option<LocalNode>, Aborted> {
     let iface = &node.underlay.iface;
-    let found = dump.links.get(iface).ok_or_else(|| Aborted::NoUnderlay(iface.clone()))?;
+    let Some(found) = dump.links.get(iface) else {
+        return Ok(None);
+    };
     let underlay = Underlay { index: found.index, mtu: found.link.mtu, ..node.underlay.clone() };
     let on_link = if node.backend.plane().asks_for_on_link() {
         let peers = inputs.peers.iter().flat_map(|p| p.key.subnets().filter_map(|s| p.attrs.public_addr(s)));
@@ -184,7 +188,7 @@ fn local_node(
     } else {
         BTreeSet::new()
     };
-    Ok(LocalNode { lease: node.lease, underlay, on_link })
+    Ok(Some(LocalNode { lease: node.lease, underlay, on_link }))
 }
 
 fn log(op: &Op, is_repair: bool, repairs: &mut u64) {
@@ -205,13 +209,10 @@ fn finish(
     desired: &Desired,
     peers: &BTreeMap<LeaseKey, PeerPlan>,
     failed: &BTreeMap<Key, KernelError>,
-    local: &LocalNode,
     pods: &PodPorts,
 ) {
     report.objects = desired.objects().filter(|(key, _)| !failed.contains_key(key)).count();
     report.usable = !failed.keys().any(|key| matches!(key, Key::Link(_) | Key::Sysctl(_) | Key::Addr(..)));
-    report.underlay = Some(local.underlay.clone());
-    report.underlay_problem = underlay_problem(dump, &local.underlay);
     for (key, plan) in peers {
         let missing = plan.keys.iter().find_map(|key| failed.get(key).map(|error| format!("{key}: {error}")));
         report.peers.insert(*key, PeerReport { refused: plan.problem.clone(), missing });
@@ -238,15 +239,18 @@ fn finish(
     report.veths.veths = ours.map(|(name, l)| SeenVeth { name: name.clone(), ifindex: l.index }).collect();
 }
 
-/// Why packets cannot leave by the underlay as it was chosen.
-fn underlay_problem(dump: &Dump, underlay: &Underlay) -> Option<String> {
-    let iface = &underlay.iface;
-    if dump.links.get(iface).is_none_or(|link| !link.link.up) {
-        return Some(format!("{iface} is down"));
-    }
-    let has_address =
-        dump.addrs.iter().any(|a| a.dev == *iface && a.addr.ip() == IpAddr::from(underlay.addr));
-    (!has_address).then(|| format!("{} is no longer on {iface}: restart weftd to choose anew", underlay.addr))
+/// Whether packets can leave by the underlay as it was chosen.
+fn look_at_underlay(report: &mut Report, dump: &Dump, node: &NodeInputs, local: Option<LocalNode>) {
+    let (iface, addr) = (&node.underlay.iface, node.underlay.addr);
+    let has_address = dump.addrs.iter().any(|a| a.dev == *iface && a.addr.ip() == IpAddr::from(addr));
+    report.underlay_problem = match dump.links.get(iface) {
+        None => Some(format!("interface {iface} is gone")),
+        Some(found) if !found.link.up => Some(format!("{iface} is down")),
+        Some(_) => (!has_address).then(|| format!("{addr} is no longer on {iface}")),
+    };
+    report.underlay_lost = local.is_none() || !has_address;
+    report.usable &= local.is_some();
+    report.underlay = local.map(|local| local.underlay);
 }
 
 fn remember(

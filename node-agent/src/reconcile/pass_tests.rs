@@ -111,15 +111,23 @@ fn a_refused_operation_is_pending_and_tried_again() {
 }
 
 #[test]
-fn without_its_underlay_a_node_touches_nothing() {
+fn without_its_underlay_a_node_keeps_its_bridge_and_takes_nothing_away() {
     let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
-    let inputs = inputs(VXLAN, &[PEER]);
+    let mut inputs = inputs(VXLAN, &[PEER]);
+    let bridge: weft_shared::IfName = "cni0".parse().expect("name");
+    let need = BridgeNeed { subnets: vec!["10.5.1.0/24".parse().expect("net")], mtu: 1450 };
+    inputs.pods.bridges.insert(bridge.clone(), need);
     looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     kernel.dump.links.remove(&"eth0".parse::<weft_shared::IfName>().expect("name"));
     let before = kernel.dump.clone();
-    let aborted = pass(&mut kernel, &mut memory, &inputs, 1, soon()).expect_err("no underlay");
-    assert_eq!(aborted, Aborted::NoUnderlay("eth0".parse().expect("name")));
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     assert_eq!(kernel.dump, before);
+    assert!(report.underlay_lost && !report.usable && report.underlay.is_none());
+    assert_eq!(report.underlay_problem.as_deref(), Some("interface eth0 is gone"));
+    kernel.delete_link(&bridge);
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert!(kernel.dump.links.contains_key(&bridge) && report.devices.contains_key(&bridge));
+    assert_eq!(kernel.dump.routes, before.routes, "peers are served again as soon as there is an underlay");
 }
 
 #[test]

@@ -7,11 +7,12 @@ use weft_shared::names::bridge_mac;
 use crate::object::{AddrScope, BridgePort, Desired, Link, LinkKind, LinkMac, Object};
 use crate::pods::PodPorts;
 
-/// `node` gives a bridge of this node its own MAC, the same at every start.
+/// `node` gives a new bridge of this node its own MAC, the same at every start.
 pub(super) fn desired(pods: &PodPorts, node: Ipv4Addr) -> Desired {
     let mut desired = Desired::default();
     for (name, need) in &pods.bridges {
-        let mac = LinkMac::AtCreation(bridge_mac(node, name));
+        let known = pods.bridge_macs.get(name).copied();
+        let mac = LinkMac::AtCreation(known.unwrap_or_else(|| bridge_mac(node, name)));
         let link = Link { kind: LinkKind::Bridge, mac, mtu: need.mtu, up: true };
         desired.insert(Object::Link { name: name.clone(), link });
         for subnet in &need.subnets {

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, watch as latest};
+use weft_shared::lease::LeaseAttrs;
 use weft_shared::netconf::{EXAMPLE, NetworkConfig};
 
 use self::database::Database;
@@ -93,6 +94,16 @@ impl LeaseStore for EmbeddedStore {
     async fn renew(&self, held: &OwnedLease, ttl: Duration) -> Result<OwnedLease, StoreError> {
         let held = held.clone();
         self.write(move |database| own::renew(database, &held, ttl)).await
+    }
+
+    async fn rewrite(
+        &self,
+        held: &OwnedLease,
+        attrs: &LeaseAttrs,
+        ttl: Duration,
+    ) -> Result<OwnedLease, StoreError> {
+        let (held, attrs) = (held.clone(), attrs.clone());
+        self.write(move |database| own::rewrite(database, &held, &attrs, ttl)).await
     }
 
     async fn watch(&self, updates: mpsc::Sender<LeaseUpdate>, health: latest::Sender<StoreHealth>) {

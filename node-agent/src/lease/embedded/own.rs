@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use weft_shared::lease::Lease;
+use weft_shared::lease::{Lease, LeaseAttrs};
 
 use super::super::backoff::random;
 use super::super::selection::{Action, Entry, select};
@@ -32,6 +32,20 @@ pub(super) fn renew(database: &Database, held: &OwnedLease, ttl: Duration) -> Re
         return Ok(owned(held.lease.clone(), &current, None));
     }
     write(database, held.lease.clone(), Some(ttl).filter(|_| !current.reserved))
+}
+
+pub(super) fn rewrite(
+    database: &Database,
+    held: &OwnedLease,
+    attrs: &LeaseAttrs,
+    ttl: Duration,
+) -> Result<OwnedLease, StoreError> {
+    let target = OwnedLease { lease: Lease { attrs: attrs.clone(), ..held.lease.clone() }, ..held.clone() };
+    let current = match current(database, held) {
+        Err(StoreError::Lost { .. }) => current(database, &target)?,
+        other => other?,
+    };
+    write(database, target.lease, Some(ttl).filter(|_| !current.reserved))
 }
 
 /// What is under our key now; an error when it is not ours any more.

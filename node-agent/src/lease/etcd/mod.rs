@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use etcd_client::{GetOptions, GetResponse, KeyValue, Txn, TxnOp, TxnOpResponse};
 use tokio::sync::{mpsc, watch as latest};
-use weft_shared::lease::LeaseKey;
+use weft_shared::lease::{LeaseAttrs, LeaseKey};
 use weft_shared::netconf::{EXAMPLE, NetworkConfig};
 
 pub use self::config::{BadTlsFile, ClientCert, EtcdConfig, Login, Secret};
@@ -120,6 +120,15 @@ impl LeaseStore for EtcdStore {
 
     async fn renew(&self, held: &OwnedLease, ttl: Duration) -> Result<OwnedLease, StoreError> {
         own::renew(self, held, ttl).await
+    }
+
+    async fn rewrite(
+        &self,
+        held: &OwnedLease,
+        attrs: &LeaseAttrs,
+        ttl: Duration,
+    ) -> Result<OwnedLease, StoreError> {
+        own::rewrite(self, held, attrs, ttl).await
     }
 
     async fn watch(&self, updates: mpsc::Sender<LeaseUpdate>, health: latest::Sender<StoreHealth>) {

@@ -89,6 +89,48 @@ pub(super) async fn renew(
     Err(StoreError::Contended(2))
 }
 
+/// Written over the revision that was seen last; where that has gone, once more over what is ours by its value.
+pub(super) async fn rewrite(
+    store: &EtcdStore,
+    held: &OwnedLease,
+    attrs: &LeaseAttrs,
+    ttl: Duration,
+) -> Result<OwnedLease, StoreError> {
+    let mut target =
+        OwnedLease { lease: Lease { attrs: attrs.clone(), ..held.lease.clone() }, ..held.clone() };
+    for _ in 0..2 {
+        let grant = match target.expires {
+            Some(_) => Some(Grant::new(store, ttl).await?),
+            None => None,
+        };
+        match put(store, &target, grant.as_ref()).await {
+            Ok(Some(written)) => {
+                if grant.is_some() {
+                    revoke_if_bare(store, target.lease_id).await;
+                }
+                return Ok(written);
+            }
+            // As in `acquire`: after silence the write may yet arrive.
+            Err(silence @ StoreError::Unavailable { .. }) => return Err(silence),
+            refused => {
+                revoke(store, grant.map_or(0, |grant| grant.id)).await;
+                refused?;
+            }
+        }
+        let current = match current(store, held).await {
+            Err(StoreError::Lost { .. }) => current(store, &target).await?,
+            other => other?,
+        };
+        target = OwnedLease {
+            lease: Lease { create_revision: current.create_revision, ..target.lease },
+            mod_revision: current.mod_revision,
+            lease_id: current.lease_id,
+            expires: if current.reserved { None } else { target.expires.or(Some(SystemTime::now())) },
+        };
+    }
+    Err(StoreError::Contended(2))
+}
+
 /// `None`: the race was lost.
 async fn attempt(
     store: &EtcdStore,

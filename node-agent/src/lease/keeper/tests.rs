@@ -157,6 +157,95 @@ async fn a_subnet_taken_by_another_is_left_to_it() {
     assert!(!new.lease.key.overlaps(&first.lease.key));
 }
 
+fn published(ip: &str) -> LeaseAttrs {
+    serde_json::from_str(&value(ip)).expect(ip)
+}
+
+#[tokio::test]
+async fn a_new_public_ip_is_written_at_once_under_the_same_subnet() {
+    let mut node = Node::start(DAY, Duration::from_secs(60));
+    let first = node.until_shown().await;
+    node.handle.publish(published("192.0.2.5"));
+    let state =
+        node.until("rewritten", |s| s.held().is_none_or(|h| h.lease.attrs.public_ip.octets()[3] == 5)).await;
+    let held = state.held().cloned().expect("never lost");
+    assert_eq!(held.lease, Lease { attrs: published("192.0.2.5"), ..first.lease.clone() });
+    // Somebody has written our lease since we saw it last: it is ours by the address before.
+    let mut foreign = published("192.0.2.5");
+    foreign.backend_data = Some(serde_json::json!({"VNI": 9}));
+    let foreign = serde_json::to_string(&foreign).expect("json");
+    node.sql(
+        "UPDATE leases SET value = ?2, mod_revision = mod_revision + 1 WHERE key = ?1",
+        &first.lease.key,
+        &foreign,
+    );
+    node.handle.publish(published("192.0.2.6"));
+    let state = node
+        .until("rewritten again", |s| s.held().is_none_or(|h| h.lease.attrs.public_ip.octets()[3] == 6))
+        .await;
+    assert_eq!(state.held().map(|held| held.lease.key), Some(first.lease.key));
+}
+
+#[tokio::test]
+async fn a_new_public_ip_overwrites_no_other_owner() {
+    let mut node = Node::start(DAY, Duration::from_secs(60));
+    let first = node.until_shown().await;
+    node.sql("UPDATE leases SET value = ?2 WHERE key = ?1", &first.lease.key, &value("192.0.2.9"));
+    node.handle.publish(published("192.0.2.5"));
+    let state =
+        node.until("another subnet", |s| s.held().is_some_and(|h| h.lease.key != first.lease.key)).await;
+    assert_eq!(state.held().map(|h| h.lease.attrs.public_ip), Some(published("192.0.2.5").public_ip));
+    let connection = rusqlite::Connection::open(node.dir.path().join("leases.db")).expect("open");
+    let theirs: String = connection
+        .query_row("SELECT value FROM leases WHERE key = ?1", [first.lease.key.to_string()], |row| row.get(0))
+        .expect("their lease");
+    assert!(theirs.contains("192.0.2.9"), "{theirs}");
+}
+
+#[tokio::test]
+async fn what_is_recalled_stands_until_the_store_confirms_it() {
+    let (dir, store) = Node::store();
+    let file = dir.path().join("leases.db");
+    std::fs::create_dir(&file).expect("a directory in its place");
+    let own = OwnSubnet {
+        key: "10.5.0.48-28".parse().expect("key"),
+        public_ip: "192.0.2.1".parse().expect("ip"),
+        expires: None,
+    };
+    let request = want(&small_pool(), "192.0.2.1", Some("10.5.0.48-28"));
+    let (keeper, handle) = Keeper::new(Arc::new(store), request, Duration::from_secs(60));
+    let keeper = keeper.recalling(own, SystemTime::UNIX_EPOCH);
+    let mut state = handle.state.clone();
+    let task = tokio::spawn(async move { match keeper.run().await {} });
+    let waited = timeout(PATIENCE, state.wait_for(|s| s.problem().is_some())).await;
+    let recalled = waited.expect("in trouble").expect("runs").clone();
+    assert_eq!((recalled.name(), recalled.key()), ("recalled", Some(own.key)));
+    std::fs::remove_dir(&file).expect("the store is back");
+    let waited = timeout(PATIENCE, state.wait_for(|s| s.held().is_some())).await;
+    assert_eq!(waited.expect("held").expect("runs").key(), Some(own.key));
+    task.abort();
+}
+
+#[tokio::test]
+async fn no_subnet_is_taken_of_another_network_and_the_range_of_the_moment_counts() {
+    let (dir, store) = Node::store();
+    store
+        .put_config(r#"{"Network":"10.6.0.0/24","SubnetLen":28,"Backend":{"Type":"host-gw"}}"#)
+        .await
+        .expect("put");
+    let mut node =
+        Node::start_on(dir, store.clone(), want(&small_pool(), "192.0.2.1", None), Duration::from_secs(60));
+    let state = node.until("refused", |state| state.problem().is_some()).await;
+    let problem = state.problem().expect("problem");
+    assert!(
+        state.held().is_none() && problem.contains("Network = 10.6.0.0/24, in force: 10.5.0.0/24"),
+        "{problem}"
+    );
+    let narrow = r#"{"Network":"10.5.0.0/24","SubnetLen":28,"SubnetMin":"10.5.0.192","SubnetMax":"10.5.0.192","Backend":{"Type":"host-gw"}}"#;
+    store.put_config(narrow).await.expect("put");
+    assert_eq!(node.until_held().await.lease.key.to_string(), "10.5.0.192-28");
+}
+
 #[tokio::test]
 async fn two_nodes_with_one_public_ip_take_turns_ever_more_slowly() {
     let (dir, store) = Node::store();
@@ -271,6 +360,6 @@ fn what_an_update_says_of_our_key() {
         (LeaseUpdate::Remove { key: own.key, how: Departure::Expired }, Some(OwnKey::Lost)),
         (snapshot(&[other]), Some(OwnKey::Lost)),
     ] {
-        assert_eq!(own_key(&own, &update), says, "{update:?}");
+        assert_eq!(own_key(&own, &own.attrs, &update), says, "{update:?}");
     }
 }

@@ -39,7 +39,11 @@ fn reading() -> Router<AdminState> {
 async fn readyz(State(state): State<AdminState>) -> (StatusCode, String) {
     let status = (state.status)();
     if status.ready {
-        return (StatusCode::OK, "weftd is ready\n".to_owned());
+        let mut text = "weftd is ready\n".to_owned();
+        for notice in status.notices() {
+            text.push_str(&format!("notice: {notice}\n"));
+        }
+        return (StatusCode::OK, text);
     }
     let mut text = "weftd is not ready yet\n".to_owned();
     for awaited in &status.waiting_for {

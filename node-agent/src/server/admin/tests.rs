@@ -59,6 +59,18 @@ async fn health_and_readiness() {
     let answer = ready.tcp("GET /readyz").await;
     assert!(code(&answer) == "200" && answer.ends_with("weftd is ready\n"), "{answer}");
 
+    let noticed = served(sample::with_notices).await;
+    let answer = noticed.tcp("GET /readyz").await;
+    assert_eq!(code(&answer), "200");
+    for line in [
+        "weftd is ready",
+        "notice: network, lease and peers are from disk, saved 90 s ago",
+        "notice: the last good one stays in force: network configuration: Network = 7",
+        "notice: 3 pods live in 10.5.9.0/24, which this node has no more",
+    ] {
+        assert!(answer.lines().any(|l| l == line), "{line:?} is not in {answer}");
+    }
+
     let waiting = served(sample::waiting).await;
     assert_eq!(code(&waiting.tcp("GET /healthz").await), "200");
     let answer = waiting.tcp("GET /readyz").await;

@@ -1,0 +1,114 @@
+//! What address management asks of the node: the answers come from state and reports, the deeds go through the
+//! reconciler or a netlink socket of their own.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::spawn_blocking;
+use weft_shared::IfName;
+use weft_shared::cni::Code;
+use weft_shared::protocol::Failure;
+
+use super::Node;
+use crate::kernel::{KernelError, LinuxKernel};
+use crate::object::{Key, LinkKind};
+use crate::pods::{DeviceFacts, Fabric, NotReady, PodNetwork};
+use crate::reconcile::Report;
+
+/// A bridge that is not there after so long is a failure of the ADD that asked for it.
+const BRIDGE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What address management asks of the node.
+#[derive(Debug, Clone)]
+pub struct NodeFabric(pub Arc<Node>);
+
+impl Fabric for NodeFabric {
+    fn pod_network(&self) -> Result<PodNetwork, NotReady> {
+        let reports = self.0.reconcile.reports();
+        self.0.pod_network(&self.0.stage(), &reports.borrow())
+    }
+
+    async fn may_be_bridge(&self, name: &IfName) -> Result<(), Failure> {
+        let refuse = |expected: String| {
+            let details = format!("bridge = \"{name}\": expected {expected}");
+            Err(Failure::new(Code::BadConfiguration, "invalid network configuration").with_details(details))
+        };
+        if let Some(used) = self.0.ports.borrow().bridges.keys().find(|used| *used != name) {
+            return refuse(format!("\"{used}\", which this node's pods use since boot"));
+        }
+        let reserved = self.0.serving(|serving| {
+            serving.underlay.iface == *name || serving.backend.plane().device() == Some(name)
+        });
+        if reserved == Some(true) || name.as_str() == "lo" || name.as_str().starts_with("flannel") {
+            return refuse("a bridge of the pods' own, such as cni0".into());
+        }
+        let asked = name.clone();
+        match in_kernel(move |kernel| kernel.kind_of(&asked)).await {
+            Ok(None | Some(LinkKind::Bridge)) => Ok(()),
+            Ok(Some(kind)) => refuse(format!("a bridge or a free name; it is a {kind}")),
+            Err(error) => {
+                Err(Failure::new(Code::TryAgainLater, "the kernel does not answer").with_details(error))
+            }
+        }
+    }
+
+    async fn ensure_bridge(&self, name: &IfName) -> Result<DeviceFacts, Failure> {
+        self.0.pass_on_ports();
+        let need = self.0.ports.borrow().bridges.get(name).map(|n| n.subnets.clone()).unwrap_or_default();
+        let in_place = |report: &Report| {
+            let carried = report.gateways.get(name);
+            let complete = need.iter().all(|subnet| carried.is_some_and(|c| c.contains(subnet)));
+            report.devices.get(name).copied().filter(|_| complete)
+        };
+        let known = in_place(&self.0.reconcile.reports().borrow());
+        if let Some(facts) = known {
+            return Ok(facts);
+        }
+        // A pass that was aborted says nothing about the bridge: many pods are coming and going.
+        let conclusive = async {
+            loop {
+                let report = self.0.reconcile.pass().await;
+                if report.aborted.is_none() || in_place(&report).is_some() {
+                    return report;
+                }
+            }
+        };
+        let (facts, why) = match tokio::time::timeout(BRIDGE_DEADLINE, conclusive).await {
+            Ok(report) => (in_place(&report), trouble(&report, name)),
+            Err(_) => (None, format!("the kernel did not answer in {} s", BRIDGE_DEADLINE.as_secs())),
+        };
+        facts.ok_or_else(|| {
+            Failure::new(Code::TryAgainLater, format!("bridge {name} is not in place yet")).with_details(why)
+        })
+    }
+
+    async fn delete_veth(&self, name: &IfName) -> Result<(), String> {
+        let name = name.clone();
+        in_kernel(move |kernel| kernel.delete_veth(&name).map(|_| ())).await
+    }
+
+    fn link_exists(&self, ifindex: u32) -> impl Future<Output = Result<bool, String>> + Send {
+        in_kernel(move |kernel| kernel.link_exists(ifindex))
+    }
+}
+
+/// What a report has against a bridge.
+fn trouble(report: &Report, bridge: &IfName) -> String {
+    let is_about = |key: &Key| matches!(key, Key::Link(dev) | Key::Addr(dev, _) if dev == bridge);
+    let about = report.pending.iter().find(|p| is_about(&p.key));
+    let pending = about.map(|p| format!("{}: {}", p.key, p.error));
+    pending
+        .or_else(|| report.aborted.as_ref().map(ToString::to_string))
+        .unwrap_or_else(|| "the pass did not get to it".into())
+}
+
+/// A blocking call on a socket of its own: deleting a link waits for the kernel's grace periods.
+async fn in_kernel<T: Send + 'static>(
+    call: impl FnOnce(&mut LinuxKernel) -> Result<T, KernelError> + Send + 'static,
+) -> Result<T, String> {
+    match spawn_blocking(move || call(&mut LinuxKernel::open()?)).await {
+        Ok(result) => result.map_err(|e| e.to_string()),
+        Err(panic) => Err(panic.to_string()),
+    }
+}

@@ -1,0 +1,143 @@
+//! Status: everything that is known of the node, in one document.
+
+use std::net::IpAddr;
+use std::sync::PoisonError;
+use std::time::SystemTime;
+
+use weft_shared::netconf::{BackendConfig, NetworkConfig};
+
+use super::{Node, Serving};
+use crate::durable::snapshot::seconds;
+use crate::kernel::Monitor;
+use crate::lease::{LeaseState, LeaseStore};
+use crate::reconcile::{Pending, Report};
+use crate::status::{
+    ConfigNoticeStatus, DataplaneStatus, LeaseStatus, NetworkStatus, PeerStatus, PendingObject, PodStatus,
+    Status, StoreStatus, UnderlayStatus,
+};
+
+impl Node {
+    /// `pods` comes from address management.
+    pub fn status(&self, mut pods: PodStatus) -> Status {
+        let stage = self.stage();
+        let report = self.reconcile.reports().borrow().clone();
+        let health = self.health.borrow().clone();
+        let network = self.pod_network(&stage, &report);
+        let serving = stage.serving();
+        let now = SystemTime::now();
+        if let Some(serving) = serving {
+            serving.name_owners(&mut pods);
+        }
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            node: self.name.clone(),
+            ready: network.is_ok(),
+            waiting_for: network.err().map(|e| e.to_string()).into_iter().collect(),
+            store: StoreStatus {
+                kind: self.store.kind().into(),
+                location: self.store.location(),
+                connected: health.connected,
+                problem: health.problem,
+                one_machine_only: self.store.one_machine_only(),
+                relists: health.relists,
+                recalled_age: serving.and_then(|s| s.recalled).map(|r| r.age(now).as_secs()),
+            },
+            network: stage.config().map(|config| network_status(config, serving)),
+            lease: serving.and_then(|serving| serving.lease_status(now)),
+            underlay: serving.map(|serving| serving.underlay_status(&report)),
+            dataplane: serving.map(|serving| DataplaneStatus {
+                device: serving.backend.plane().device().cloned(),
+                mtu: serving.pod_mtu(&report),
+                objects: report.objects,
+                pending: report.pending.iter().map(PendingObject::from).collect(),
+                passes: report.passes,
+                repairs: report.repairs,
+                last_error: report.aborted.as_ref().map(ToString::to_string),
+                last_pass_ago: report.at.map(|at| at.elapsed().as_secs_f64()),
+                monitor: self.monitor.is_some(),
+                monitor_overruns: self.monitor.as_ref().map_or(0, Monitor::overruns),
+            }),
+            peers: serving.map(|serving| serving.peer_status(&report)).unwrap_or_default(),
+            refused: serving.map(|serving| serving.refused.clone()).unwrap_or_default(),
+            pods,
+            host: self.host.lock().unwrap_or_else(PoisonError::into_inner).status(),
+        }
+    }
+}
+
+impl Serving {
+    fn lease_status(&self, now: SystemTime) -> Option<LeaseStatus> {
+        let expires = match &self.lease {
+            LeaseState::Held { lease, .. } => lease.expires.map(seconds),
+            LeaseState::Recalled { own, .. } => own.expires,
+            LeaseState::Lost { .. } | LeaseState::Acquiring { .. } => None,
+        };
+        Some(LeaseStatus {
+            key: self.lease.key()?,
+            public_ip: IpAddr::from(self.underlay.public_ip),
+            state: self.lease.name().into(),
+            expires_in: expires.map(|at| at.saturating_sub(seconds(now))),
+            problem: self.lease.problem().map(Into::into),
+        })
+    }
+
+    fn underlay_status(&self, report: &Report) -> UnderlayStatus {
+        let problem = self.underlay_problem.as_ref().or(report.underlay_problem.as_ref());
+        UnderlayStatus {
+            iface: self.underlay.iface.clone(),
+            address: self.underlay.addr.into(),
+            mtu: report.underlay.as_ref().map_or(self.underlay.mtu, |now| now.mtu),
+            chosen_by: self.underlay.chosen_by.clone(),
+            problem: problem.cloned(),
+        }
+    }
+
+    fn peer_status(&self, report: &Report) -> Vec<PeerStatus> {
+        let status = |lease: &weft_shared::lease::Lease| {
+            let known = report.peers.get(&lease.key);
+            let problem = known.and_then(|peer| peer.problem()).map(Into::into);
+            PeerStatus {
+                key: lease.key,
+                public_ip: lease.attrs.public_ip.into(),
+                backend: lease.attrs.backend_type.clone(),
+                programmed: known.is_some() && problem.is_none(),
+                problem,
+                overlay_probe: self.backend.plane().probe(&lease.key),
+            }
+        };
+        self.peers.iter().map(status).collect()
+    }
+
+    /// Who has the subnets that pods of this node are left in.
+    fn name_owners(&self, pods: &mut PodStatus) {
+        for stranded in &mut pods.stranded {
+            let owner =
+                self.peers.iter().find(|lease| lease.key.subnets().any(|s| s.overlaps(stranded.subnet)));
+            stranded.owner = owner.map(|lease| lease.attrs.public_ip.into());
+        }
+    }
+}
+
+impl From<&Pending> for PendingObject {
+    fn from(pending: &Pending) -> Self {
+        Self { object: pending.key.to_string(), error: pending.error.to_string(), attempts: pending.attempts }
+    }
+}
+
+fn network_status(config: &NetworkConfig, serving: Option<&Serving>) -> NetworkStatus {
+    let (port, vni) = match &config.backend {
+        BackendConfig::Vxlan(vxlan) => (Some(vxlan.port), Some(vxlan.vni)),
+        BackendConfig::HostGw => (None, None),
+    };
+    let notice = serving.and_then(|serving| serving.config_notice.as_ref());
+    NetworkStatus {
+        network: config.v4.network,
+        subnet_len: config.v4.subnet_len,
+        subnet_min: Some(config.v4.min),
+        subnet_max: Some(config.v4.max),
+        backend: config.backend.kind().into(),
+        port,
+        vni,
+        notice: notice.map(|n| ConfigNoticeStatus { kind: n.kind().into(), text: n.to_string() }),
+    }
+}

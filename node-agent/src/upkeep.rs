@@ -1,0 +1,256 @@
+//! What keeps a node that has been brought up: the one writer of its state.
+//!
+//! Lease, peers, configuration and underlay change while the agent runs; each change goes into the state, and what
+//! follows from it follows by itself. subnet.env, durable state and READY come after the kernel is right.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use anyhow::Context;
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+use weft_shared::subnet_env::SubnetEnv;
+
+use crate::durable::{Durable, DurableFile};
+use crate::kernel::Neighbours;
+use crate::lease::{KeeperHandle, LeaseState, LeaseTable, LeaseUpdate, StoredConfig};
+use crate::netconf::{ConfigNotice, needs_restart};
+use crate::node::{Node, Serving};
+use crate::notify::notify;
+use crate::reconcile::Report;
+use crate::underlay::{UnderlayChoice, find_underlay, fits};
+
+#[derive(Debug)]
+pub struct Upkeep {
+    node: Arc<Node>,
+    table: LeaseTable,
+    keeper: KeeperHandle,
+    choice: UnderlayChoice,
+    files: Files,
+    durable: Durable,
+    written: Option<SubnetEnv>,
+    announced: bool,
+}
+
+/// Where the node leaves what others read, itself among them.
+#[derive(Debug)]
+pub struct Files {
+    pub durable: DurableFile,
+    pub subnet_env: PathBuf,
+}
+
+impl Files {
+    pub fn save(&self, durable: &Durable) {
+        if let Err(error) = self.durable.save(durable) {
+            warn!(%error, "durable state cannot be written: a reboot may cost this node its subnet and its MAC");
+        }
+    }
+}
+
+impl Upkeep {
+    pub fn new(
+        node: Arc<Node>,
+        table: LeaseTable,
+        keeper: KeeperHandle,
+        choice: UnderlayChoice,
+        files: Files,
+        durable: Durable,
+    ) -> Self {
+        Self { node, table, keeper, choice, files, durable, written: None, announced: false }
+    }
+
+    /// Ends only with what feeds it.
+    pub async fn run(mut self, mut updates: mpsc::Receiver<LeaseUpdate>) -> anyhow::Result<()> {
+        let mut lease = self.keeper.state.clone();
+        let mut reports = self.node.reconcile.reports();
+        loop {
+            tokio::select! {
+                update = updates.recv() => {
+                    let mut update = Some(update.context("the watch over leases ended")?);
+                    let mut changed = false;
+                    // Judging all leases costs as much for one change as for all that are waiting.
+                    while let Some(next) = update {
+                        changed |= self.take_in(next);
+                        update = updates.try_recv().ok();
+                    }
+                    if changed {
+                        self.peers_changed();
+                    }
+                }
+                changed = lease.changed() => {
+                    changed.context("the lease keeper ended")?;
+                    let state = lease.borrow_and_update().clone();
+                    self.lease_changed(state);
+                }
+                changed = reports.changed() => {
+                    changed.context("the reconciler ended")?;
+                    let report = reports.borrow_and_update().clone();
+                    self.look_after_underlay(&report).await;
+                    self.report_changed(&report);
+                }
+            }
+        }
+    }
+
+    /// Whether peers may be different now.
+    fn take_in(&mut self, update: LeaseUpdate) -> bool {
+        self.keeper.observe(&update);
+        if let LeaseUpdate::Config(stored) = &update {
+            self.config_changed(stored);
+        }
+        self.table.apply(update)
+    }
+
+    fn lease_changed(&mut self, state: LeaseState) {
+        let held = state.held().map(|held| held.lease.clone());
+        if let Some(own) = &held {
+            self.table.set_own(Some(own));
+        }
+        self.node.update(|serving| serving.lease = state);
+        let Some(own) = held else { return };
+        self.peers_changed();
+        if self.durable.lease != Some(own.key) {
+            self.durable.lease = Some(own.key);
+            self.files.save(&self.durable);
+        }
+    }
+
+    /// Until the store has told, what is known from disk stands.
+    fn peers_changed(&self) {
+        if !self.table.has_snapshot() {
+            return;
+        }
+        self.node.update(|serving| {
+            serving.peers = self.table.peers().cloned().collect();
+            serving.refused = self.table.refused();
+            serving.has_snapshot = true;
+            if serving.recalled.take().is_some() {
+                info!(peers = serving.peers.len(), "the store has told: no longer on what was saved");
+            }
+        });
+    }
+
+    /// What can change under a running node is applied, anything else is said and nothing torn down.
+    fn config_changed(&self, stored: &StoredConfig) {
+        self.node.update(|serving| {
+            let notice = match stored {
+                StoredConfig::Valid(config) => match needs_restart(&serving.config, config) {
+                    changes if changes.is_empty() => {
+                        if serving.config != *config {
+                            let range = &config.v4;
+                            info!(first = %range.min, last = %range.max, "range of leased subnets changed");
+                            serving.config.clone_from(config);
+                        }
+                        None
+                    }
+                    changes => Some(ConfigNotice::Differs(changes)),
+                },
+                StoredConfig::Invalid(error) => Some(ConfigNotice::Invalid(error.to_string())),
+                StoredConfig::Missing => {
+                    Some(ConfigNotice::Missing("the store has no network configuration".into()))
+                }
+            };
+            if serving.config_notice != notice {
+                match &notice {
+                    Some(notice) => warn!(%notice, "network configuration"),
+                    None => info!("the store's network configuration is the one in force"),
+                }
+            }
+            serving.config_notice = notice;
+        });
+    }
+
+    /// Keeps the underlay while it is there, and chooses anew when it is not: peers hear of it through the lease.
+    async fn look_after_underlay(&self, report: &Report) {
+        let Some((current, known_problem)) =
+            self.node.serving(|serving| (serving.underlay.clone(), serving.underlay_problem.clone()))
+        else {
+            return;
+        };
+        if !report.underlay_lost {
+            let seen = report.underlay.clone().filter(|seen| {
+                (&seen.iface, seen.addr, seen.public_ip) == (&current.iface, current.addr, current.public_ip)
+            });
+            // An interface that was removed and is back has another index.
+            if known_problem.is_some() || seen.as_ref().is_some_and(|seen| *seen != current) {
+                self.node.update(|serving| {
+                    serving.underlay_problem = None;
+                    serving.underlay = seen.unwrap_or(current);
+                });
+            }
+            return;
+        }
+        let found = find_underlay(self.choice.clone(), Some(current.clone())).await;
+        let found = found.map_err(|e| format!("{e:#}")).and_then(|new| {
+            let fit = self.node.serving(|serving| fits(&serving.config, &new));
+            fit.unwrap_or(Ok(())).map(|()| new)
+        });
+        match found {
+            Ok(new) => {
+                if new != current {
+                    info!(iface = %new.iface, address = %new.addr, public_ip = %new.public_ip, mtu = new.mtu,
+                        chosen_by = %new.chosen_by, "underlay changed");
+                }
+                self.node.update(|serving| {
+                    self.keeper.publish(serving.backend.plane().lease_attrs(new.public_ip));
+                    serving.underlay = new;
+                    serving.underlay_problem = None;
+                });
+                // It may be as it was before the pass that missed it.
+                self.node.reconcile.wake();
+            }
+            Err(problem) if known_problem.as_ref() == Some(&problem) => {}
+            Err(problem) => {
+                warn!(%problem, "the underlay is gone");
+                self.node.update(|serving| serving.underlay_problem = Some(problem));
+            }
+        }
+    }
+
+    /// subnet.env after the kernel is right, READY after subnet.env.
+    fn report_changed(&mut self, report: &Report) {
+        if let Some(monitor) = &self.node.monitor {
+            let device = self.node.serving(|serving| serving.backend.plane().device().cloned()).flatten();
+            // Without a device there are none to watch; before it exists, any might be on it.
+            monitor.watch(match device {
+                None => Neighbours::None,
+                Some(device) => {
+                    report.devices.get(&device).map_or(Neighbours::All, |d| Neighbours::Of(d.ifindex))
+                }
+            });
+        }
+        let Some(env) = self.node.serving(|serving| subnet_env(serving, report)).flatten() else {
+            return;
+        };
+        let file = &self.files.subnet_env;
+        if self.written.as_ref() != Some(&env) || !file.exists() {
+            if let Err(error) = env.write(file) {
+                // The next pass comes with the next sweep, and tries again.
+                warn!(file = %file.display(), %error, "subnet file cannot be written");
+                return;
+            }
+            info!(file = %file.display(), subnet = %env.subnet, mtu = env.mtu, "subnet file written");
+            self.written = Some(env);
+        }
+        if !std::mem::replace(&mut self.announced, true) {
+            info!("ready: pods can be added");
+            if let Err(error) = notify(std::env::var_os("NOTIFY_SOCKET").as_deref(), "READY=1") {
+                warn!(%error, "the service manager could not be told");
+            }
+        }
+    }
+}
+
+/// What flannel's plugin and docker are told; nothing while no pod could be added.
+fn subnet_env(serving: &Serving, report: &Report) -> Option<SubnetEnv> {
+    let in_place = report.usable && serving.peers_in_place(report) && report.underlay.is_some();
+    let key = serving.key_for_pods(SystemTime::now()).ok().filter(|_| in_place)?;
+    Some(SubnetEnv {
+        network: serving.config.v4.network,
+        subnet: key.v4,
+        ipv6: None,
+        mtu: serving.pod_mtu(report),
+        ip_masq: false,
+    })
+}

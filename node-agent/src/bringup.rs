@@ -2,6 +2,7 @@
 //! step waits for as long as it takes and says what for; none ends the process. What keeps the node one from then on
 //! is [`crate::upkeep`].
 
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::net::IpAddr;
 use std::path::Path;
@@ -78,6 +79,7 @@ pub async fn bring_up(
         backend,
         lease: handle.state.borrow().clone(),
         peers,
+        expired: BTreeMap::new(),
         refused: Vec::new(),
         has_snapshot: false,
         recalled,
@@ -88,7 +90,8 @@ pub async fn bring_up(
     tasks.spawn(async move { match keeper.run().await {} });
     let store = node.store.clone();
     tasks.spawn(async move { store.watch(sender, health).await });
-    let upkeep = Upkeep::new(node, LeaseTable::new(network), handle, config.underlay.clone(), files, durable);
+    let table = LeaseTable::new(network, config.expired_peer_grace);
+    let upkeep = Upkeep::new(node, table, handle, config.underlay.clone(), files, durable);
     tokio::select! {
         ended = upkeep.run(updates) => ended,
         task = tasks.join_next() => anyhow::bail!("the lease keeper or the watch ended: {task:?}"),

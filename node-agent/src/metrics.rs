@@ -104,6 +104,8 @@ impl Collector for StatusCollector {
         let programmed = status.peers.iter().filter(|peer| peer.programmed).count();
         out.gauge("peers", "Peers with a lease that is used", status.peers.len() as u64)?;
         out.gauge("peers_programmed", "Peers whose every object is in the kernel", programmed as u64)?;
+        let expired = status.peers.iter().filter(|peer| peer.grace_left.is_some()).count();
+        out.gauge("peers_expired", "Peers that are used although their lease has expired", expired as u64)?;
         out.gauge("leases_refused", "Entries of the store that are not used", status.refused.len() as u64)?;
         if let Some(dataplane) = &status.dataplane {
             let pending = dataplane.pending.len() as u64;
@@ -225,6 +227,7 @@ mod tests {
             "weft_lease_expiry_seconds 82800",
             "weft_peers 2",
             "weft_peers_programmed 1",
+            "weft_peers_expired 1",
             "weft_leases_refused 1",
             "weft_objects 9",
             "weft_objects_pending 1",

@@ -146,6 +146,9 @@ pub struct PeerStatus {
     pub programmed: bool,
     /// Why not, or why the dataplane cannot serve it.
     pub problem: Option<String>,
+    /// Seconds until its objects go, when its lease has expired.
+    #[serde(default)]
+    pub grace_left: Option<u64>,
     /// The address that answers an overlay ping.
     pub overlay_probe: IpAddr,
 }
@@ -247,6 +250,7 @@ pub(crate) mod sample {
             backend: "vxlan".into(),
             programmed: problem.is_none(),
             problem: problem.map(Into::into),
+            grace_left: problem.is_none().then_some(575),
             overlay_probe: key.split('-').next().and_then(|addr| addr.parse().ok()).expect(key),
         };
         let attachment = |container_id: &str, pod: Option<&str>, address: &str, veth: &str, state: &str| {

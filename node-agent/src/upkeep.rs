@@ -5,10 +5,11 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use anyhow::Context;
 use tokio::sync::mpsc;
+use tokio::time::sleep_until;
 use tracing::{info, warn};
 use weft_shared::subnet_env::SubnetEnv;
 
@@ -78,6 +79,11 @@ impl Upkeep {
                         self.peers_changed();
                     }
                 }
+                () = reached(self.table.next_end()) => {
+                    if self.table.pass_time(Instant::now()) {
+                        self.peers_changed();
+                    }
+                }
                 changed = lease.changed() => {
                     changed.context("the lease keeper ended")?;
                     let state = lease.borrow_and_update().clone();
@@ -99,7 +105,7 @@ impl Upkeep {
         if let LeaseUpdate::Config(stored) = &update {
             self.config_changed(stored);
         }
-        self.table.apply(update)
+        self.table.apply(update, Instant::now())
     }
 
     fn lease_changed(&mut self, state: LeaseState) {
@@ -123,6 +129,7 @@ impl Upkeep {
         }
         self.node.update(|serving| {
             serving.peers = self.table.peers().cloned().collect();
+            serving.expired.clone_from(self.table.expired());
             serving.refused = self.table.refused();
             serving.has_snapshot = true;
             if serving.recalled.take().is_some() {
@@ -239,6 +246,14 @@ impl Upkeep {
                 warn!(%error, "the service manager could not be told");
             }
         }
+    }
+}
+
+/// Never, when there is no such moment.
+async fn reached(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -44,6 +44,8 @@ pub struct Config {
     pub lease_ttl: Duration,
     /// Always shorter than `lease_ttl`.
     pub renew_margin: Duration,
+    /// How long a peer is used whose lease has expired.
+    pub expired_peer_grace: Duration,
     /// Period of the sweep over the kernel.
     pub resync: Duration,
     pub netlink_monitor: bool,
@@ -159,6 +161,11 @@ impl Config {
             subnet_file: settings.required("subnet-file", "an absolute path", absolute)?,
             lease_ttl,
             renew_margin,
+            expired_peer_grace: settings.required(
+                "expired-peer-grace",
+                "a duration from 0 to 168h such as 10m",
+                |text| duration(text).filter(|d| *d <= Duration::from_secs(7 * 86_400)),
+            )?,
             resync: settings.required("resync", "seconds, from 0.1 to 3600", |text| {
                 duration(text)
                     .filter(|d| (Duration::from_millis(100)..=Duration::from_secs(3600)).contains(d))

@@ -198,6 +198,13 @@ pub(super) const OPTIONS: &[Opt] = &[
         "24h",
         "how long a lease lasts unless renewed, such as 24h or 90s",
     ),
+    own(
+        "expired-peer-grace",
+        Lease,
+        Value("DURATION"),
+        "10m",
+        "how long a peer whose lease expired stays in use, unless another takes its subnet or address; 0 for not at all",
+    ),
     own("node-name", Agent, Value("NAME"), "", "name in logs and status (default: the host's name)"),
     own(
         "resync",

@@ -35,6 +35,7 @@ fn without_any_setting_it_is_flanneld() {
     );
     assert_eq!(config.subnet_file, Path::new("/run/flannel/subnet.env"));
     assert_eq!(config.lease_ttl, Duration::from_secs(86400));
+    assert_eq!(config.expired_peer_grace, Duration::from_secs(600));
     assert_eq!(config.renew_margin, Duration::from_secs(3600));
     assert_eq!(config.resync, Duration::from_secs(10));
     assert!(config.netlink_monitor && config.underlay.is_open());
@@ -117,6 +118,12 @@ fn refusals_name_setting_value_and_expectation() {
             "which must be less than --lease-ttl (3600 s)",
         ),
         (&["--lease-ttl=1s"], &[], "--lease-ttl = \"1s\": expected a duration of 2s or more"),
+        (
+            &["--expired-peer-grace=8d"],
+            &[],
+            "--expired-peer-grace = \"8d\": expected a duration from 0 to 168h such as 10m",
+        ),
+        (&[], &[("WEFTD_EXPIRED_PEER_GRACE", "169h")], "WEFTD_EXPIRED_PEER_GRACE = \"169h\": expected"),
         (&["--public-ip=fd00::1"], &[], "--public-ip = \"fd00::1\": expected an IPv4 address"),
         (&["--iface-can-reach=0.0.0.0"], &[], "--iface-can-reach"),
         (&["--iface=fd00::1"], &[], "--iface = \"fd00::1\": expected"),
@@ -239,6 +246,7 @@ fn times_and_levels() {
     assert_eq!(config(&["--lease-ttl=10s"], &[]).renew_margin, Duration::from_secs(5));
     assert_eq!(config(&["--subnet-lease-renew-margin=1439"], &[]).renew_margin, Duration::from_secs(86_340));
     assert_eq!(config(&["--lease-ttl=1h30m"], &[]).lease_ttl, Duration::from_secs(5400));
+    assert_eq!(config(&["--expired-peer-grace=0"], &[]).expired_peer_grace, Duration::ZERO);
     assert_eq!(config(&["--resync=500ms"], &[]).resync, Duration::from_millis(500));
     assert_eq!(config(&["--resync=0.5"], &[]).resync, Duration::from_millis(500));
     for (v, level) in [("0", Level::INFO), ("2", Level::INFO), ("4", Level::DEBUG), ("10", Level::TRACE)] {

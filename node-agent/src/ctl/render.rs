@@ -141,6 +141,9 @@ fn peer_summary(page: &mut Page, status: &Status) {
         let problem = peer.problem.as_deref().unwrap_or("not programmed yet");
         page.line("", format!("{} via {}: {problem}", peer.key, peer.public_ip));
     }
+    for (peer, left) in status.peers.iter().filter_map(|peer| Some((peer, peer.grace_left?))) {
+        page.line("", format!("{} via {}: {}", peer.key, peer.public_ip, expired(left)));
+    }
     for refused in &status.refused {
         page.line("", format!("REFUSED {}: {}", refused.key, refused.reason));
     }
@@ -160,12 +163,15 @@ pub(super) fn peers(status: &Status) -> String {
     let mut table = Table::new(["#", "SUBNET", "PUBLIC IP", "BACKEND", "STATE"]);
     for (index, peer) in status.peers.iter().enumerate() {
         let subnets: Vec<String> = peer.key.subnets().map(|s| s.to_string()).collect();
-        let state = match (&peer.problem, peer.programmed) {
+        let mut state = match (&peer.problem, peer.programmed) {
             (None, true) => "programmed".to_owned(),
             (None, false) => "NOT PROGRAMMED".to_owned(),
             (Some(problem), true) => format!("programmed: {problem}"),
             (Some(problem), false) => format!("NOT PROGRAMMED: {problem}"),
         };
+        if let Some(left) = peer.grace_left {
+            let _ = write!(state, "; {}", expired(left));
+        }
         let (number, ip) = ((index + 1).to_string(), peer.public_ip.to_string());
         table.row([number, subnets.join(" + "), ip, peer.backend.clone(), state]);
     }
@@ -174,6 +180,10 @@ pub(super) fn peers(status: &Status) -> String {
         table.row(["-".to_owned(), refused.key.clone(), String::new(), String::new(), state]);
     }
     table.print()
+}
+
+fn expired(left: u64) -> String {
+    format!("expired, {} left", span(left))
 }
 
 /// Why nothing can be said of peers, if that is so: those once known stay known while the store is away.

@@ -52,6 +52,7 @@ dataplane  flannel.1, pod MTU 1450, 9 objects right, 1 pending, 3 repairs
            PENDING route 10.5.3.0/24: no such device (tried 4 times)
 peers      1 of 2 programmed
            10.5.3.0-24 via 192.168.9.3: no such device
+           10.5.2.0-24 via 192.168.9.2: expired, 9 min 35 s left
            REFUSED 10.9.1.0-24: outside Network 10.5.0.0/16
 pods       2 on cni0, 2 of 253 addresses used
 host       node-a, Debian GNU/Linux 12, Linux 6.18.0, up 1 d 1 h
@@ -128,7 +129,7 @@ fn peers_are_a_table() {
         assert_eq!(
             answer.text,
             "#  SUBNET       PUBLIC IP    BACKEND  STATE
-1  10.5.2.0/24  192.168.9.2  vxlan    programmed
+1  10.5.2.0/24  192.168.9.2  vxlan    programmed; expired, 9 min 35 s left
 2  10.5.3.0/24  192.168.9.3  vxlan    NOT PROGRAMMED: no such device
 -  10.9.1.0-24                        REFUSED: outside Network 10.5.0.0/16
 "

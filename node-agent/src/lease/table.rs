@@ -1,18 +1,24 @@
-//! What the agent believes of the cluster: every lease of the store, and which of them can be used.
+//! What the agent believes of the cluster: every lease of the store, those that have lately expired, and which of them
+//! can be used.
 //!
 //! Updates are applied by value, so a lease whose attributes changed while nobody watched is seen. Whether a lease is
 //! usable is judged over all of them at once: the verdict depends on what is in the store, never on the order of
 //! arrival. Judging is O(n log n), done when somebody asks after a change.
+//!
+//! A lease that expired says that its node lost the store, not that it lost its pods: the peer stays in use for a while,
+//! unless somebody living has taken its subnet, its public IP or its VTEP MAC. A lease removed by hand goes at once. Time
+//! is passed in; [`LeaseTable::next_end`] says when to look again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
-use weft_shared::Subnet;
 use weft_shared::lease::{Lease, LeaseKey};
 use weft_shared::netconf::{NetworkConfig, Range};
+use weft_shared::{Mac, Subnet};
 
-use super::{LeaseUpdate, Malformed};
+use super::{Departure, LeaseUpdate, Malformed};
 use crate::status::RefusedLease;
 
 #[derive(Debug)]
@@ -20,23 +26,36 @@ pub struct LeaseTable {
     config: NetworkConfig,
     own: Option<Lease>,
     leases: BTreeMap<LeaseKey, Lease>,
+    /// How long an expired lease stays in use.
+    grace: Duration,
+    expired: BTreeMap<LeaseKey, Expired>,
     malformed: BTreeMap<String, String>,
     has_snapshot: bool,
     judged: OnceLock<Judged>,
 }
 
+#[derive(Debug)]
+struct Expired {
+    lease: Lease,
+    until: Instant,
+}
+
 #[derive(Debug, Default)]
 struct Judged {
     peers: Vec<Lease>,
+    /// Of the peers, those that have expired.
+    expired: BTreeMap<LeaseKey, Instant>,
     refused: Vec<RefusedLease>,
 }
 
 impl LeaseTable {
-    pub fn new(config: NetworkConfig) -> Self {
+    pub fn new(config: NetworkConfig, grace: Duration) -> Self {
         Self {
             config,
             own: None,
             leases: BTreeMap::new(),
+            grace,
+            expired: BTreeMap::new(),
             malformed: BTreeMap::new(),
             has_snapshot: false,
             judged: OnceLock::new(),
@@ -48,21 +67,25 @@ impl LeaseTable {
         if self.own.as_ref() != own {
             self.own = own.cloned();
             self.judged = OnceLock::new();
+            if let Some(own) = own {
+                self.take_over(own);
+            }
         }
     }
 
     /// Whether anything is different now.
-    pub fn apply(&mut self, update: LeaseUpdate) -> bool {
+    pub fn apply(&mut self, update: LeaseUpdate, now: Instant) -> bool {
         let changed = match update {
-            LeaseUpdate::Snapshot { leases, malformed } => self.replace(leases, malformed),
+            LeaseUpdate::Snapshot { leases, malformed } => self.replace(leases, malformed, now),
             LeaseUpdate::Upsert(lease) => {
                 let readable_again = self.malformed.remove(&lease.key.to_string()).is_some();
+                let back = self.take_over(&lease);
                 let former = self.leases.insert(lease.key, lease.clone());
-                former.as_ref() != Some(&lease) || readable_again
+                former.as_ref() != Some(&lease) || readable_again || back
             }
-            LeaseUpdate::Remove { key, .. } => {
+            LeaseUpdate::Remove { key, how } => {
                 let malformed = self.malformed.remove(&key.to_string()).is_some();
-                self.leases.remove(&key).is_some() || malformed
+                self.depart(key, how, now) || malformed
             }
             LeaseUpdate::Malformed(entry) => {
                 let former = self.malformed.insert(entry.key, entry.reason.clone());
@@ -77,7 +100,28 @@ impl LeaseTable {
         changed
     }
 
-    /// The usable leases of the other nodes, by key. Without IPv6 in the network a lease's IPv6 half is left out.
+    /// Ends the grace of those whose time has come; whether there were any.
+    pub fn pass_time(&mut self, now: Instant) -> bool {
+        let before = self.expired.len();
+        self.expired.retain(|_, expired| expired.until > now);
+        let changed = self.expired.len() != before;
+        if changed {
+            self.judged = OnceLock::new();
+        }
+        changed
+    }
+
+    /// When an expired lease next goes out of use.
+    pub fn next_end(&self) -> Option<Instant> {
+        self.expired.values().map(|expired| expired.until).min()
+    }
+
+    /// The leases that are used although they have expired, and until when.
+    pub fn expired(&self) -> &BTreeMap<LeaseKey, Instant> {
+        &self.judged().expired
+    }
+
+    /// The usable leases of the other nodes, by key, expired ones among them. Without IPv6 in the network a lease's IPv6 half is left out.
     pub fn peers(&self) -> impl Iterator<Item = &Lease> {
         self.judged().peers.iter()
     }
@@ -92,7 +136,36 @@ impl LeaseTable {
         self.has_snapshot
     }
 
-    fn replace(&mut self, leases: Vec<Lease>, malformed: Vec<Malformed>) -> bool {
+    fn depart(&mut self, key: LeaseKey, how: Departure, now: Instant) -> bool {
+        match (self.leases.remove(&key), how) {
+            (Some(lease), Departure::Expired) => {
+                self.keep_for_a_while(lease, now);
+                true
+            }
+            (lease, how) => {
+                lease.is_some() | (how == Departure::ByHand && self.expired.remove(&key).is_some())
+            }
+        }
+    }
+
+    fn keep_for_a_while(&mut self, lease: Lease, now: Instant) {
+        if !self.grace.is_zero() && self.fault(&lease).is_none() {
+            self.expired.insert(lease.key, Expired { lease, until: now + self.grace });
+        }
+    }
+
+    /// Expired leases give way to a living one, for good; whether any did.
+    fn take_over(&mut self, living: &Lease) -> bool {
+        if self.expired.is_empty() || self.fault(living).is_some() {
+            return false;
+        }
+        let taken: BTreeSet<Claim> = claims(&self.in_our_families(living)).collect();
+        let before = self.expired.len();
+        self.expired.retain(|_, expired| !claims(&expired.lease).any(|claim| taken.contains(&claim)));
+        self.expired.len() != before
+    }
+
+    fn replace(&mut self, leases: Vec<Lease>, malformed: Vec<Malformed>, now: Instant) -> bool {
         let mut leases: BTreeMap<_, _> = leases.into_iter().map(|lease| (lease.key, lease)).collect();
         // A key whose value became unreadable is there still: what was known of it stays.
         for entry in &malformed {
@@ -104,9 +177,21 @@ impl LeaseTable {
         let malformed: BTreeMap<_, _> = malformed.into_iter().map(|m| (m.key, m.reason)).collect();
         let changed = !self.has_snapshot || self.leases != leases || self.malformed != malformed;
         self.has_snapshot = true;
-        self.leases = leases;
         self.malformed = malformed;
-        changed
+        // Whoever removed what is missing was not seen: it counts as expired.
+        for (key, lease) in std::mem::replace(&mut self.leases, leases) {
+            if !self.leases.contains_key(&key) {
+                self.keep_for_a_while(lease, now);
+            }
+        }
+        let before = self.expired.len();
+        if before > 0 {
+            let living = self.leases.values().filter(|lease| self.fault(lease).is_none());
+            let taken: BTreeSet<Claim> =
+                living.flat_map(|lease| claims(&self.in_our_families(lease)).collect::<Vec<_>>()).collect();
+            self.expired.retain(|_, expired| !claims(&expired.lease).any(|claim| taken.contains(&claim)));
+        }
+        changed || self.expired.len() != before
     }
 
     fn judged(&self) -> &Judged {
@@ -126,7 +211,11 @@ impl LeaseTable {
         // Sane leases have the network's own length, so to overlap is to be equal in one family.
         sane.sort_by_key(|(key, lease)| (lease.create_revision, **key));
         let mut holders: BTreeMap<Subnet, &LeaseKey> = BTreeMap::new();
+        let mut claimed: BTreeSet<Claim> = BTreeSet::new();
         for (key, lease) in sane {
+            if !self.expired.is_empty() {
+                claimed.extend(claims(&lease));
+            }
             let elder = lease.key.subnets().find_map(|subnet| holders.get(&subnet));
             if let Some(elder) = elder {
                 judged.refuse(key, format!("overlaps {elder}, which is older: expected a subnet of its own"));
@@ -139,11 +228,27 @@ impl LeaseTable {
                 None => judged.peers.push(lease),
             }
         }
+        self.add_expired(&mut judged, claimed);
         judged.peers.sort_by_key(|lease| lease.key);
         let unreadable = self.malformed.iter().map(|(key, reason)| (key.clone(), reason.clone()));
         judged.refused.extend(unreadable.map(|(key, reason)| RefusedLease { key, reason }));
         judged.refused.sort_by(|a, b| (&a.key, &a.reason).cmp(&(&b.key, &b.reason)));
         judged
+    }
+
+    /// Those whose place nobody living has taken; among themselves, the elder first.
+    fn add_expired(&self, judged: &mut Judged, mut claimed: BTreeSet<Claim>) {
+        claimed.extend(self.own.iter().flat_map(claims));
+        let mut expired: Vec<&Expired> = self.expired.values().collect();
+        expired.sort_by_key(|expired| (expired.lease.create_revision, expired.lease.key));
+        for Expired { lease, until } in expired {
+            let lease = self.in_our_families(lease);
+            if !claims(&lease).any(|claim| claimed.contains(&claim)) {
+                claimed.extend(claims(&lease));
+                judged.expired.insert(lease.key, *until);
+                judged.peers.push(lease);
+            }
+        }
     }
 
     fn in_our_families(&self, lease: &Lease) -> Lease {
@@ -177,6 +282,20 @@ impl LeaseTable {
             None
         }
     }
+}
+
+/// What only one node can have. Sane leases have the network's own length, so that subnets overlap when they are equal.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Claim {
+    Subnet(Subnet),
+    PublicIp(Ipv4Addr),
+    Vtep(Mac),
+}
+
+fn claims(lease: &Lease) -> impl Iterator<Item = Claim> {
+    let vtep = lease.attrs.vxlan_data(lease.key.v4).map(|data| Claim::Vtep(data.vtep_mac));
+    let (key, public_ip) = (lease.key, Claim::PublicIp(lease.attrs.public_ip));
+    key.subnets().collect::<Vec<_>>().into_iter().map(Claim::Subnet).chain([public_ip]).chain(vtep)
 }
 
 enum Clash {

@@ -3,7 +3,8 @@
 //! Bring-up and upkeep write it ([`super::Node::update`]); what the reconciler is to bring about, what a pod gets and
 //! what status says all follow from it and from the last report of the kernel. Nobody keeps a second copy.
 
-use std::time::SystemTime;
+use std::collections::BTreeMap;
+use std::time::{Instant, SystemTime};
 
 use weft_shared::Subnet;
 use weft_shared::lease::{Lease, LeaseKey};
@@ -39,6 +40,8 @@ pub struct Serving {
     pub backend: Backend,
     pub lease: LeaseState,
     pub peers: Vec<Lease>,
+    /// Of the peers, those whose lease has expired, and until when they are used all the same.
+    pub expired: BTreeMap<LeaseKey, Instant>,
     pub refused: Vec<RefusedLease>,
     /// The store has told everything since the agent's start: what nobody wants may be removed.
     pub has_snapshot: bool,
@@ -204,6 +207,7 @@ mod tests {
             underlay_problem: None,
             lease,
             peers: vec![],
+            expired: BTreeMap::new(),
             refused: vec![],
             has_snapshot: false,
             recalled: None,

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::PoisonError;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use weft_shared::netconf::{BackendConfig, NetworkConfig};
 
@@ -93,6 +93,7 @@ impl Serving {
     }
 
     fn peer_status(&self, report: &Report) -> Vec<PeerStatus> {
+        let left = |until: Instant| until.saturating_duration_since(Instant::now()).as_secs();
         let status = |lease: &weft_shared::lease::Lease| {
             let known = report.peers.get(&lease.key);
             let problem = known.and_then(|peer| peer.problem()).map(Into::into);
@@ -102,6 +103,7 @@ impl Serving {
                 backend: lease.attrs.backend_type.clone(),
                 programmed: known.is_some() && problem.is_none(),
                 problem,
+                grace_left: self.expired.get(&lease.key).map(|until| left(*until)),
                 overlay_probe: self.backend.plane().probe(&lease.key),
             }
         };

@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 use weft_shared::lease::LeaseKey;
 
+use super::super::selection::Entry;
 use super::super::{Departure, StoreError};
 use super::EtcdStore;
 
@@ -42,22 +43,18 @@ pub(super) fn judge(lease: i64, alive: &BTreeSet<i64>) -> Departure {
     if lease == 0 || alive.contains(&lease) { Departure::ByHand } else { Departure::Expired }
 }
 
-/// Whether the store's history at `revision` is the one in which each of `keys` was under the lease named: another
-/// store, or an older copy of this one, knows lease objects that say nothing of ours.
+/// Whether the store's history at `revision` is the one that `entries` were seen in: another store, or an older copy of
+/// this one, has lease objects that say nothing of ours.
 pub(super) async fn remembers(
     store: &EtcdStore,
     revision: i64,
-    keys: &BTreeMap<LeaseKey, i64>,
+    entries: &BTreeMap<LeaseKey, Entry>,
 ) -> Result<bool, StoreError> {
-    let range =
-        GetOptions::new().with_range(store.paths.end.clone()).with_revision(revision).with_keys_only();
+    let range = GetOptions::new().with_range(store.paths.end.clone()).with_revision(revision);
     let found = store.range(range).await?;
-    let found: BTreeMap<LeaseKey, i64> = found
-        .kvs()
-        .iter()
-        .filter_map(|kv| Some((store.paths.name(kv.key_str().ok()?).parse().ok()?, kv.lease())))
-        .collect();
-    Ok(keys.iter().all(|(key, lease)| found.get(key) == Some(lease)))
+    let found = found.kvs().iter().filter_map(|kv| store.paths.parse(kv).0).filter(|entry| entry.well_spelt);
+    let found: BTreeMap<LeaseKey, Entry> = found.map(|entry| (entry.key, entry)).collect();
+    Ok(entries.iter().all(|(key, entry)| found.get(key) == Some(entry)))
 }
 
 async fn is_alive(store: &EtcdStore, id: i64) -> Result<bool, StoreError> {

@@ -7,6 +7,7 @@ use std::time::Instant;
 use tempfile::TempDir;
 use tokio::time::timeout;
 
+use super::super::Departure;
 use super::*;
 use crate::lease::contract::{self, DAY, Fixture, PATIENCE, Watching, acquire, small_pool, value, want};
 
@@ -75,6 +76,37 @@ impl Server {
             child.kill().expect("kill etcd");
             child.wait().expect("reap etcd");
         }
+    }
+
+    /// Stops it where watches look for it and starts it on another port, so that none can look in between. Returns the
+    /// port to come back on.
+    async fn restart_elsewhere(&mut self) -> u16 {
+        self.stop();
+        let port = self.client;
+        self.client = TcpListener::bind("127.0.0.1:0").expect("port").local_addr().expect("address").port();
+        self.start().await;
+        port
+    }
+
+    async fn restart_at(&mut self, port: u16) {
+        self.stop();
+        self.client = port;
+        self.start().await;
+    }
+
+    /// Puts the data directory back to what `etcdctl snapshot save` wrote. The server must be stopped.
+    fn restore(&self, snapshot: &Path) {
+        self.wipe();
+        let peer = format!("http://127.0.0.1:{}", self.peer);
+        self.etcdctl(&[
+            "snapshot",
+            "restore",
+            &snapshot.display().to_string(),
+            "--name=s1",
+            &format!("--data-dir={}", self.dir.path().join("data").display()),
+            &format!("--initial-cluster=s1={peer}"),
+            &format!("--initial-advertise-peer-urls={peer}"),
+        ]);
     }
 
     fn wipe(&self) {
@@ -406,21 +438,96 @@ async fn a_compacted_watch_begins_anew() {
     watching.until("the snapshot", |w| w.world.len() == 2).await;
     server.stop();
     watching.until_health("away", |health| !health.connected).await;
-    // While the watch is away: one removed, one changed, and the history gone. It comes back on another port, so that
-    // the watch cannot look in between.
-    let (data, port) = (server.dir.path().to_owned(), server.client);
-    server.client = TcpListener::bind("127.0.0.1:0").expect("port").local_addr().expect("address").port();
-    server.start().await;
+    // While the watch is away: one removed, one changed, and the history gone.
+    let port = server.restart_elsewhere().await;
     server.delete("10.5.0.16-28").await;
     server.put("10.5.0.32-28", &value("192.0.2.7"), None).await;
     server.etcdctl(&["compact", &server.revision()]);
-    server.stop();
-    server.client = port;
-    assert!(data.exists());
-    server.start().await;
+    server.restart_at(port).await;
     watching.until("the second snapshot", |w| w.snapshots == 2).await;
     assert_eq!(watching.ips(), [("10.5.0.32-28", "192.0.2.7")]);
     watching.until_health("relisted", |health| health.relists == 1).await;
+    // Without the history nobody can say that it was a hand.
+    assert_eq!(watching.departed, [("10.5.0.16-28".to_owned(), Departure::Expired)]);
+}
+
+#[tokio::test]
+async fn what_departed_behind_the_watchs_back_is_told_apart() {
+    let mut server = Server::started().await;
+    server.put("10.5.0.16-28", &value("192.0.2.1"), Some(DAY)).await;
+    server.put("10.5.0.32-28", &value("192.0.2.2"), Some(Duration::from_secs(1))).await;
+    server.put("10.5.0.48-28", &value("192.0.2.3"), None).await;
+    let mut watching = Watching::start(server.store());
+    watching.until("the snapshot", |w| w.world.len() == 3).await;
+    server.stop();
+    watching.until_health("away", |health| !health.connected).await;
+    let port = server.restart_elsewhere().await;
+    server.delete("10.5.0.16-28").await;
+    server.delete("10.5.0.48-28").await;
+    let deadline = Instant::now() + PATIENCE;
+    while server.get("10.5.0.32-28").await.is_some() {
+        assert!(Instant::now() < deadline, "it never expired");
+    }
+    server.restart_at(port).await;
+    watching.until("the second snapshot", |w| w.snapshots == 2).await;
+    let expected = [
+        ("10.5.0.16-28", Departure::ByHand),
+        ("10.5.0.32-28", Departure::Expired),
+        ("10.5.0.48-28", Departure::ByHand),
+    ];
+    assert_eq!(watching.departed, expected.map(|(key, how)| (key.to_owned(), how)));
+}
+
+#[tokio::test]
+async fn a_store_restored_from_an_older_snapshot_removes_nobody_by_hand() {
+    for overtaken in [false, true] {
+        let mut server = Server::started().await;
+        server.put("10.5.0.16-28", &value("192.0.2.1"), Some(DAY)).await;
+        // Its lease object is in the snapshot and lives; its key is not.
+        let grant = server.etcdctl(&["lease", "grant", "86400"]);
+        let id = grant.split(' ').nth(1).expect(&grant).to_owned();
+        let saved = server.dir.path().join("saved");
+        server.etcdctl(&["snapshot", "save", &saved.display().to_string()]);
+        server.etcdctl(&["put", &Server::path("10.5.0.32-28"), &value("192.0.2.2"), "--lease", &id]);
+        server.etcdctl(&["put", "/elsewhere", "x"]);
+        let mut watching = Watching::start(server.store());
+        watching.until("the snapshot", |w| w.world.len() == 2).await;
+        server.stop();
+        watching.until_health("away", |health| !health.connected).await;
+        server.restore(&saved);
+        let port = server.restart_elsewhere().await;
+        for n in 0..if overtaken { 5 } else { 0 } {
+            server.etcdctl(&["put", "/elsewhere", &n.to_string()]);
+        }
+        server.restart_at(port).await;
+        watching.until("the older world", |w| w.snapshots == 2).await;
+        assert_eq!(watching.ips(), [("10.5.0.16-28", "192.0.2.1")]);
+        assert_eq!(watching.departed, [("10.5.0.32-28".to_owned(), Departure::Expired)], "{overtaken}");
+    }
+}
+
+#[tokio::test]
+async fn many_departures_are_told_apart_in_bounded_time() {
+    let server = Server::started().await;
+    let store = server.store();
+    let client = store.connection.live().await.expect("connected").client();
+    for n in 0..300_i64 {
+        let id = client.lease_client().grant(86_400, None).await.expect("grant").id();
+        let path = Server::path(&format!("10.{}.{}.0-24", 6 + n / 200, n % 200));
+        let options = etcd_client::PutOptions::new().with_lease(id);
+        client.kv_client().put(path, value("192.0.2.1"), Some(options)).await.expect("put");
+    }
+    let mut watching = Watching::start(store);
+    watching.until("all of them", |w| w.world.len() == 300).await;
+    // One revision, so one batch.
+    server.etcdctl(&["del", &Server::path("10.6."), "--prefix"]);
+    server.put("10.9.0.0-24", &value("192.0.2.9"), None).await;
+    let start = Instant::now();
+    watching.until("what came after", |w| w.world.contains_key("10.9.0.0-24")).await;
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+    assert_eq!((watching.world.len(), watching.departed.len()), (101, 200));
+    // As many as could be asked about in time; here all.
+    assert!(watching.departed.iter().all(|(_, how)| *how == Departure::ByHand));
 }
 
 #[tokio::test]
@@ -449,19 +556,16 @@ async fn a_replaced_store_that_has_overtaken_the_watch_begins_anew() {
     watching.until("the snapshot", |w| w.world.len() == 1).await;
     server.stop();
     watching.until_health("away", |health| !health.connected).await;
-    // The new store runs past the watch's revision on another port, so that the watch cannot look in between.
-    let port = server.client;
+    // The new store runs past the watch's revision.
     server.wipe();
-    server.client = TcpListener::bind("127.0.0.1:0").expect("port").local_addr().expect("address").port();
-    server.start().await;
+    let port = server.restart_elsewhere().await;
     for n in 1..=8 {
         server.put(&format!("10.5.0.{}-28", n * 16), &value("192.0.2.9"), None).await;
         server.delete(&format!("10.5.0.{}-28", n * 16)).await;
     }
-    server.stop();
-    server.client = port;
-    server.start().await;
+    server.restart_at(port).await;
     watching.until("the new world", |w| w.snapshots == 2 && w.world.is_empty()).await;
+    assert_eq!(watching.departed, [("10.5.0.16-28".to_owned(), Departure::Expired)]);
 }
 
 #[tokio::test]

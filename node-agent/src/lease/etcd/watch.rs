@@ -8,7 +8,7 @@ use std::time::Duration;
 use etcd_client::{Client, Event, EventType, WatchOptions, WatchResponse, WatchStream};
 use tokio::sync::{mpsc, watch as latest};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
-use tracing::warn;
+use tracing::{info, warn};
 use weft_shared::lease::LeaseKey;
 
 use super::super::backoff::{Backoff, jittered};
@@ -16,7 +16,7 @@ use super::super::health;
 use super::super::selection::{Entry, key_named};
 use super::super::{Departure, LeaseStore, LeaseUpdate, StoreError, StoreHealth, StoredConfig};
 use super::connection::DEADLINE;
-use super::{EtcdStore, MAX_MESSAGE, World, departure};
+use super::{EtcdStore, MAX_MESSAGE, departure};
 
 /// Leases that one relist interval is meant for: each node reads them all, so the interval grows with their number
 /// and the store's load stays that of a small cluster.
@@ -62,8 +62,8 @@ enum End {
 struct Seen {
     cluster: u64,
     revision: i64,
-    /// The lease object behind each key, which says how the key departed when it does.
-    leases: BTreeMap<LeaseKey, i64>,
+    /// With the lease object behind each key, which says how the key departed when it does.
+    entries: BTreeMap<LeaseKey, Entry>,
 }
 
 struct Watcher<'a> {
@@ -99,12 +99,12 @@ impl Watcher<'_> {
         for entry in &world.malformed {
             warn!(key = %entry.key, reason = %entry.reason, "entry is no lease, skipped");
         }
-        let departed = self.departed(&world).await;
         let seen = Seen {
             cluster: world.cluster,
             revision: world.revision,
-            leases: world.entries.iter().filter(|e| e.well_spelt).map(|e| (e.key, e.lease_id)).collect(),
+            entries: world.entries.iter().filter(|e| e.well_spelt).map(|e| (e.key, e.clone())).collect(),
         };
+        let departed = self.departed(&seen).await;
         self.send(LeaseUpdate::Config(config)).await?;
         for update in departed {
             self.send(update).await?;
@@ -116,20 +116,20 @@ impl Watcher<'_> {
     }
 
     /// Leases that were there when we last looked. Of those that another history has, nobody can tell.
-    async fn departed(&self, world: &World) -> Vec<LeaseUpdate> {
+    async fn departed(&self, now: &Seen) -> Vec<LeaseUpdate> {
         let Some(seen) = &self.seen else { return Vec::new() };
-        let there = |key: &LeaseKey| world.entries.iter().any(|entry| entry.well_spelt && entry.key == *key);
-        let gone: BTreeMap<_, _> =
-            seen.leases.iter().filter(|(key, _)| !there(key)).map(|(key, lease)| (*key, *lease)).collect();
+        let gone = seen.entries.iter().filter(|(key, _)| !now.entries.contains_key(key));
+        let gone: BTreeMap<_, _> = gone.map(|(key, entry)| (*key, entry.clone())).collect();
         if gone.is_empty() {
             return Vec::new();
         }
-        let same_history = seen.cluster == world.cluster
-            && seen.revision <= world.revision
+        let same_history = seen.cluster == now.cluster
+            && seen.revision <= now.revision
             && departure::remembers(self.store, seen.revision, &gone).await.unwrap_or(false);
-        let alive = departure::alive(self.store, gone.values().copied().filter(|_| same_history)).await;
+        let alive =
+            departure::alive(self.store, gone.values().map(|e| e.lease_id).filter(|_| same_history)).await;
         let how = |lease| if same_history { departure::judge(lease, &alive) } else { Departure::Expired };
-        gone.into_iter().map(|(key, lease)| LeaseUpdate::Remove { key, how: how(lease) }).collect()
+        gone.into_iter().map(|(key, entry)| LeaseUpdate::Remove { key, how: how(entry.lease_id) }).collect()
     }
 
     async fn follow(&mut self, relist_at: Instant, backoff: &mut Backoff) -> Result<Infallible, End> {
@@ -239,12 +239,12 @@ impl Watcher<'_> {
         if kv.key() == paths.config.as_bytes() {
             return Some(LeaseUpdate::Config(StoredConfig::parse(present.then_some(kv.value()))));
         }
-        let leases = self.seen.as_mut().map(|seen| &mut seen.leases);
+        let seen = self.seen.as_mut().map(|seen| &mut seen.entries);
         if present {
             let (entry, malformed) = paths.parse(kv);
             let entry = entry.filter(|entry| entry.well_spelt);
-            if let (Some(entry), Some(leases)) = (&entry, leases) {
-                leases.insert(entry.key, entry.lease_id);
+            if let (Some(entry), Some(seen)) = (&entry, seen) {
+                seen.insert(entry.key, entry.clone());
             }
             if let Some(malformed) = malformed {
                 warn!(key = %malformed.key, reason = %malformed.reason, "entry is no lease, skipped");
@@ -256,8 +256,10 @@ impl Watcher<'_> {
         let name = paths.name(&path);
         match key_named(name) {
             Ok(key) => {
-                leases.map(|leases| leases.remove(&key));
-                Some(LeaseUpdate::Remove { key, how: how() })
+                seen.map(|seen| seen.remove(&key));
+                let how = how();
+                info!(%key, ?how, "lease departed");
+                Some(LeaseUpdate::Remove { key, how })
             }
             Err(_) => Some(LeaseUpdate::MalformedGone(name.to_owned())),
         }

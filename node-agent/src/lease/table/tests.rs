@@ -28,6 +28,18 @@ fn snapshot(leases: &[Lease], malformed: &[Malformed]) -> LeaseUpdate {
     LeaseUpdate::Snapshot { leases: leases.to_vec(), malformed: malformed.to_vec() }
 }
 
+const GRACE: Duration = Duration::from_secs(600);
+
+fn table_of(config: NetworkConfig) -> LeaseTable {
+    LeaseTable::new(config, GRACE)
+}
+
+/// The same moment, whenever it is asked for.
+fn now() -> Instant {
+    static NOW: OnceLock<Instant> = OnceLock::new();
+    *NOW.get_or_init(Instant::now)
+}
+
 fn removed(lease: &Lease) -> LeaseUpdate {
     LeaseUpdate::Remove { key: lease.key, how: Departure::ByHand }
 }
@@ -38,30 +50,30 @@ fn peers(table: &LeaseTable) -> Vec<String> {
 
 #[test]
 fn updates_are_compared_by_value() {
-    let mut table = LeaseTable::new(config());
+    let mut table = table_of(config());
     let (a, b) = (lease("10.5.1.0-24", "192.0.2.1", 1), lease("10.5.2.0-24", "192.0.2.2", 2));
     assert!(!table.has_snapshot());
-    assert!(table.apply(snapshot(&[], &[])), "the first snapshot is news even when empty");
+    assert!(table.apply(snapshot(&[], &[]), now()), "the first snapshot is news even when empty");
     assert!(table.has_snapshot());
-    assert!(table.apply(snapshot(&[a.clone(), b.clone()], &[])));
-    assert!(!table.apply(snapshot(&[b.clone(), a.clone()], &[])));
-    assert!(!table.apply(LeaseUpdate::Upsert(a.clone())));
+    assert!(table.apply(snapshot(&[a.clone(), b.clone()], &[]), now()));
+    assert!(!table.apply(snapshot(&[b.clone(), a.clone()], &[]), now()));
+    assert!(!table.apply(LeaseUpdate::Upsert(a.clone()), now()));
     let moved = lease("10.5.1.0-24", "192.0.2.9", 1);
-    assert!(table.apply(snapshot(&[moved, b], &[])), "same keys, another public IP");
+    assert!(table.apply(snapshot(&[moved, b], &[]), now()), "same keys, another public IP");
     assert_eq!(peers(&table), ["10.5.1.0-24 192.0.2.9", "10.5.2.0-24 192.0.2.2"]);
-    assert!(table.apply(removed(&a)));
-    assert!(!table.apply(removed(&a)));
+    assert!(table.apply(removed(&a), now()));
+    assert!(!table.apply(removed(&a), now()));
     assert_eq!(peers(&table), ["10.5.2.0-24 192.0.2.2"]);
 }
 
 #[test]
 fn the_own_lease_is_no_peer_and_nothing_takes_its_addresses() {
     let own = lease("10.5.1.0-24", "192.0.2.1", 5);
-    let mut table = LeaseTable::new(config());
+    let mut table = table_of(config());
     table.set_own(Some(&own));
     let elder = lease("10.5.1.0-24&fd00:0:0:7::-64", "192.0.2.3", 4);
     let twin = lease("10.5.8.0-24", "192.0.2.1", 6);
-    table.apply(snapshot(&[own.clone(), elder, twin, lease("10.5.2.0-24", "192.0.2.2", 7)], &[]));
+    table.apply(snapshot(&[own.clone(), elder, twin, lease("10.5.2.0-24", "192.0.2.2", 7)], &[]), now());
     assert_eq!(peers(&table), ["10.5.2.0-24 192.0.2.2"]);
     let reasons: Vec<_> = table.refused().into_iter().map(|r| format!("{}: {}", r.key, r.reason)).collect();
     assert_eq!(
@@ -78,7 +90,7 @@ fn the_own_lease_is_no_peer_and_nothing_takes_its_addresses() {
 
 #[test]
 fn bad_leases_are_refused_by_key_value_and_expectation() {
-    let mut table = LeaseTable::new(dual_stack());
+    let mut table = table_of(dual_stack());
     for (key, ip, reason) in [
         ("10.6.1.0-24", "192.0.2.1", "subnet = 10.6.1.0/24: expected one inside Network 10.5.0.0/16"),
         ("0.0.0.0-0", "192.0.2.1", "subnet = 0.0.0.0/0: expected one inside Network 10.5.0.0/16"),
@@ -103,7 +115,7 @@ fn bad_leases_are_refused_by_key_value_and_expectation() {
             "PublicIP = 10.5.1.9: expected an address of the underlay, not one inside the leased subnet",
         ),
     ] {
-        table.apply(snapshot(&[lease(key, ip, 1), lease("10.5.9.0-24", "192.0.2.9", 2)], &[]));
+        table.apply(snapshot(&[lease(key, ip, 1), lease("10.5.9.0-24", "192.0.2.9", 2)], &[]), now());
         assert_eq!(table.refused(), [RefusedLease { key: key.into(), reason: reason.into() }]);
         assert_eq!(peers(&table), ["10.5.9.0-24 192.0.2.9"], "beside {key}");
     }
@@ -111,45 +123,179 @@ fn bad_leases_are_refused_by_key_value_and_expectation() {
 
 #[test]
 fn a_lease_that_nobody_can_use_takes_no_addresses() {
-    let mut table = LeaseTable::new(config());
-    table.apply(snapshot(
-        &[lease("10.5.1.0-24&fd00::-64", "127.0.0.1", 1), lease("10.5.1.0-24", "192.0.2.1", 2)],
-        &[],
-    ));
+    let mut table = table_of(config());
+    table.apply(
+        snapshot(
+            &[lease("10.5.1.0-24&fd00::-64", "127.0.0.1", 1), lease("10.5.1.0-24", "192.0.2.1", 2)],
+            &[],
+        ),
+        now(),
+    );
     assert_eq!(peers(&table), ["10.5.1.0-24 192.0.2.1"]);
 }
 
 #[test]
 fn the_ipv6_half_counts_only_in_a_network_that_has_ipv6() {
     let update = snapshot(&[lease("10.5.1.0-24&fd00:0:0:3::-64", "192.0.2.1", 1)], &[]);
-    let mut table = LeaseTable::new(config());
-    table.apply(update.clone());
+    let mut table = table_of(config());
+    table.apply(update.clone(), now());
     assert_eq!(peers(&table), ["10.5.1.0-24 192.0.2.1"]);
-    let mut table = LeaseTable::new(dual_stack());
-    table.apply(update);
+    let mut table = table_of(dual_stack());
+    table.apply(update, now());
     assert_eq!(peers(&table), ["10.5.1.0-24&fd00:0:0:3::-64 192.0.2.1"]);
 }
 
 #[test]
 fn an_unreadable_entry_is_named_and_empties_nothing() {
-    let mut table = LeaseTable::new(config());
+    let mut table = table_of(config());
     let bad = |key: &str| Malformed { key: key.into(), reason: "value is not JSON".into() };
     let a = lease("10.5.1.0-24", "192.0.2.1", 1);
-    table.apply(snapshot(std::slice::from_ref(&a), &[]));
-    assert!(table.apply(LeaseUpdate::Malformed(bad("10.5.1.0-24"))));
-    assert!(table.apply(LeaseUpdate::Malformed(bad("nonsense"))));
-    assert!(!table.apply(LeaseUpdate::Malformed(bad("nonsense"))));
+    table.apply(snapshot(std::slice::from_ref(&a), &[]), now());
+    assert!(table.apply(LeaseUpdate::Malformed(bad("10.5.1.0-24")), now()));
+    assert!(table.apply(LeaseUpdate::Malformed(bad("nonsense")), now()));
+    assert!(!table.apply(LeaseUpdate::Malformed(bad("nonsense")), now()));
     assert_eq!(peers(&table), ["10.5.1.0-24 192.0.2.1"]);
     // A relist sees the same: what was known of the key stays.
-    assert!(!table.apply(snapshot(&[], &[bad("10.5.1.0-24"), bad("nonsense")])));
+    assert!(!table.apply(snapshot(&[], &[bad("10.5.1.0-24"), bad("nonsense")]), now()));
     assert_eq!(peers(&table), ["10.5.1.0-24 192.0.2.1"]);
     assert_eq!(table.refused().len(), 2);
-    assert!(table.apply(LeaseUpdate::MalformedGone("nonsense".into())));
-    assert!(table.apply(LeaseUpdate::Upsert(a)), "readable again");
+    assert!(table.apply(LeaseUpdate::MalformedGone("nonsense".into()), now()));
+    assert!(table.apply(LeaseUpdate::Upsert(a), now()), "readable again");
     assert_eq!(table.refused(), []);
-    table.apply(LeaseUpdate::Malformed(bad("10.5.1.0-24")));
-    assert!(table.apply(removed(&lease("10.5.1.0-24", "192.0.2.1", 1))));
+    table.apply(LeaseUpdate::Malformed(bad("10.5.1.0-24")), now());
+    assert!(table.apply(removed(&lease("10.5.1.0-24", "192.0.2.1", 1)), now()));
     assert_eq!((peers(&table).len(), table.refused().len()), (0, 0));
+}
+
+fn expired(lease: &Lease) -> LeaseUpdate {
+    LeaseUpdate::Remove { key: lease.key, how: Departure::Expired }
+}
+
+fn vxlan_lease(key: &str, ip: &str, mac: &str, create_revision: u64) -> Lease {
+    let mut lease = lease(key, ip, create_revision);
+    lease.attrs.backend_type = "vxlan".into();
+    lease.attrs.backend_data = Some(serde_json::json!({"VNI": 1, "VtepMAC": mac}));
+    lease
+}
+
+#[test]
+fn an_expired_peer_stays_for_a_while_and_one_removed_by_hand_does_not() {
+    let mut table = table_of(config());
+    let (a, b) = (lease("10.5.1.0-24", "192.0.2.1", 1), lease("10.5.2.0-24", "192.0.2.2", 2));
+    table.apply(snapshot(&[a.clone(), b.clone()], &[]), now());
+    assert_eq!((table.next_end(), table.expired().len()), (None, 0));
+    assert!(table.apply(expired(&a), now()));
+    assert!(table.apply(removed(&b), now()));
+    assert_eq!(peers(&table), ["10.5.1.0-24 192.0.2.1"]);
+    assert_eq!(table.expired(), &BTreeMap::from([(a.key, now() + GRACE)]));
+    assert_eq!(table.next_end(), Some(now() + GRACE));
+
+    assert!(!table.pass_time(now() + GRACE - Duration::from_secs(1)));
+    assert_eq!(peers(&table).len(), 1);
+    assert!(table.pass_time(now() + GRACE));
+    assert_eq!((peers(&table).len(), table.next_end()), (0, None));
+}
+
+#[test]
+fn an_expired_peer_that_comes_back_is_a_peer_as_before() {
+    let mut table = table_of(config());
+    let a = lease("10.5.1.0-24", "192.0.2.1", 1);
+    for back in [LeaseUpdate::Upsert(a.clone()), snapshot(std::slice::from_ref(&a), &[])] {
+        table.apply(snapshot(std::slice::from_ref(&a), &[]), now());
+        table.apply(expired(&a), now());
+        assert_eq!(table.expired().len(), 1);
+        assert!(table.apply(back, now()), "news: it is alive");
+        assert_eq!((peers(&table).len(), table.expired().len(), table.next_end()), (1, 0, None));
+        assert!(!table.pass_time(now() + GRACE));
+    }
+}
+
+#[test]
+fn what_is_missing_from_a_relist_counts_as_expired_unless_a_hand_was_seen() {
+    let mut table = table_of(config());
+    let (a, b) = (lease("10.5.1.0-24", "192.0.2.1", 1), lease("10.5.2.0-24", "192.0.2.2", 2));
+    table.apply(snapshot(&[a.clone(), b.clone()], &[]), now());
+    table.apply(removed(&b), now());
+    assert!(table.apply(snapshot(&[], &[]), now()), "a store begun anew");
+    assert_eq!(peers(&table), ["10.5.1.0-24 192.0.2.1"]);
+    // Removed by hand after all.
+    assert!(table.apply(removed(&a), now()));
+    assert!(!table.apply(removed(&a), now()));
+    assert_eq!(peers(&table).len(), 0);
+}
+
+#[test]
+fn an_expired_peer_gives_way_for_good_to_whoever_takes_its_place() {
+    let mac = "06:00:00:00:00:01";
+    let gone = vxlan_lease("10.5.1.0-24", "192.0.2.1", mac, 1);
+    for heir in [
+        vxlan_lease("10.5.1.0-24", "192.0.2.9", "06:00:00:00:00:09", 2),
+        vxlan_lease("10.5.9.0-24", "192.0.2.1", "06:00:00:00:00:09", 2),
+        vxlan_lease("10.5.9.0-24", "192.0.2.9", mac, 2),
+    ] {
+        for update in [LeaseUpdate::Upsert(heir.clone()), snapshot(std::slice::from_ref(&heir), &[])] {
+            let mut table = table_of(config());
+            table.apply(snapshot(std::slice::from_ref(&gone), &[]), now());
+            table.apply(expired(&gone), now());
+            table.apply(update, now());
+            let name = format!("{} {}", heir.key, heir.attrs.public_ip);
+            assert_eq!(peers(&table), [name.as_str()]);
+            table.apply(removed(&heir), now());
+            assert_eq!(peers(&table).len(), 0, "{name} has taken over, it does not come back");
+        }
+        // Or this node itself.
+        let mut table = table_of(config());
+        table.apply(snapshot(std::slice::from_ref(&gone), &[]), now());
+        table.apply(expired(&gone), now());
+        table.set_own(Some(&heir));
+        assert_eq!(peers(&table).len(), 0);
+        table.set_own(None);
+        assert_eq!(peers(&table).len(), 0, "for good");
+    }
+    // Nobody can use this one, so it takes nothing.
+    let mut table = table_of(config());
+    table.apply(snapshot(std::slice::from_ref(&gone), &[]), now());
+    table.apply(expired(&gone), now());
+    table.apply(LeaseUpdate::Upsert(lease("10.5.1.0-25", "192.0.2.1", 2)), now());
+    assert_eq!(peers(&table), ["10.5.1.0-24 192.0.2.1"]);
+}
+
+#[test]
+fn a_refused_lease_that_expires_takes_nothing_from_the_living() {
+    let mut table = table_of(config());
+    let elder = lease("10.5.1.0-24&fd00:0:0:1::-64", "192.0.2.1", 1);
+    let younger = lease("10.5.1.0-24&fd00:0:0:2::-64", "192.0.2.2", 2);
+    table.apply(snapshot(&[elder.clone(), younger.clone()], &[]), now());
+    table.apply(expired(&younger), now());
+    assert_eq!(peers(&table), ["10.5.1.0-24 192.0.2.1"]);
+    table.apply(LeaseUpdate::Upsert(younger), now());
+    table.apply(expired(&elder), now());
+    assert_eq!(peers(&table), ["10.5.1.0-24 192.0.2.2"], "the living one has its turn");
+}
+
+#[test]
+fn the_own_lease_is_no_peer_when_it_has_expired() {
+    let own = lease("10.5.1.0-24", "192.0.2.1", 5);
+    let mut table = table_of(config());
+    table.set_own(Some(&own));
+    table.apply(snapshot(std::slice::from_ref(&own), &[]), now());
+    table.apply(expired(&own), now());
+    assert_eq!(peers(&table).len(), 0);
+    let moved = lease("10.5.2.0-24", "192.0.2.1", 6);
+    table.set_own(Some(&moved));
+    assert_eq!(peers(&table).len(), 0);
+}
+
+#[test]
+fn without_grace_an_expired_peer_goes_at_once() {
+    let mut table = LeaseTable::new(config(), Duration::ZERO);
+    let a = lease("10.5.1.0-24", "192.0.2.1", 1);
+    table.apply(snapshot(std::slice::from_ref(&a), &[]), now());
+    assert!(table.apply(expired(&a), now()));
+    assert_eq!((peers(&table).len(), table.next_end()), (0, None));
+    table.apply(snapshot(std::slice::from_ref(&a), &[]), now());
+    table.apply(snapshot(&[], &[]), now());
+    assert_eq!(peers(&table).len(), 0);
 }
 
 fn any_lease() -> impl Strategy<Value = Lease> {
@@ -179,13 +325,13 @@ proptest! {
         let sorted: Vec<Lease> = arrivals.values().map(|(_, lease)| lease.clone()).collect();
         let config = if dual { dual_stack() } else { config() };
 
-        let mut by_snapshot = LeaseTable::new(config.clone());
+        let mut by_snapshot = table_of(config.clone());
         by_snapshot.set_own(own.as_ref());
-        by_snapshot.apply(snapshot(&sorted, &[]));
-        let mut by_events = LeaseTable::new(config);
-        by_events.apply(snapshot(&[], &[]));
+        by_snapshot.apply(snapshot(&sorted, &[]), now());
+        let mut by_events = table_of(config);
+        by_events.apply(snapshot(&[], &[]), now());
         for (_, lease) in shuffled {
-            by_events.apply(LeaseUpdate::Upsert(lease));
+            by_events.apply(LeaseUpdate::Upsert(lease), now());
             by_events.peers().count();
         }
         by_events.set_own(own.as_ref());

@@ -107,7 +107,8 @@ impl Stored<'_> {
             lease_id: self.lease_id,
             reserved: self.reserved,
         });
-        (entry, reason.map(|reason| Malformed { key: self.name.to_owned(), reason }))
+        let malformed = |reason: String| Malformed { key: self.name.to_owned(), reason: brief(&reason) };
+        (entry, reason.map(malformed))
     }
 }
 
@@ -121,6 +122,15 @@ pub fn key_named(name: &str) -> Result<LeaseKey, BadName> {
     } else {
         let reason = format!("lease key {name:?}: expected it to be written {key}");
         Err(BadName { reason, means: Some(key) })
+    }
+}
+
+/// A text of the store's as people can read it: there it may have any length.
+pub fn brief(text: &str) -> String {
+    const SHOWN: usize = 250;
+    match text.char_indices().nth(SHOWN) {
+        None => text.to_owned(),
+        Some((end, _)) => format!("{}... ({} bytes)", &text[..end], text.len()),
     }
 }
 
@@ -242,6 +252,54 @@ mod tests {
         assert!(reuse_or_create(&[reserved("0.0.0.0")], Some("10.5.40.0-24")).0);
         assert!(!reuse_or_create(&[reserved("0.0.0.0")], None).0);
         assert!(!reuse_or_create(&[reserved("192.0.2.2")], Some("10.5.40.0-24")).0);
+    }
+
+    #[test]
+    fn entries_of_every_malformed_kind_are_named_and_take_what_their_key_says() {
+        let good = r#"{"PublicIP":"192.0.2.1","PublicIPv6":null}"#;
+        let huge = format!("{good}{}", "x".repeat(1 << 20));
+        let nested =
+            format!(r#"{{"PublicIP":"192.0.2.1","BackendData":{}1{}}}"#, "[".repeat(5000), "]".repeat(5000));
+        let long_key = "k".repeat(1 << 16);
+        for (name, value, takes, reason) in [
+            ("config", good.as_bytes(), None, "lease key \"config\" must look like 10.5.52.0-24"),
+            ("", good.as_bytes(), None, "lease key \"\" must look like"),
+            ("10.5.1.0-24/lock", good.as_bytes(), None, "must look like"),
+            ("10.5.1.0-32", good.as_bytes(), None, "must look like"),
+            (&long_key, good.as_bytes(), None, "kkk... (65"),
+            ("10.5.1.7-24", good.as_bytes(), Some("10.5.1.0-24"), "expected it to be written 10.5.1.0-24"),
+            ("10.5.1.0-024", good.as_bytes(), Some("10.5.1.0-24"), "expected it to be written 10.5.1.0-24"),
+            (
+                "10.5.1.0-24&FD00::-64",
+                good.as_bytes(),
+                Some("10.5.1.0-24&fd00::-64"),
+                "expected it to be written",
+            ),
+            ("10.5.1.0-24", b"", Some("10.5.1.0-24"), "value: EOF while parsing"),
+            ("10.5.1.0-24", b"\xff\xfe\x00", Some("10.5.1.0-24"), "value: expected value"),
+            ("10.5.1.0-24", b"not json", Some("10.5.1.0-24"), "expected a lease such as"),
+            ("10.5.1.0-24", b"[]", Some("10.5.1.0-24"), "expected a lease such as"),
+            ("10.5.1.0-24", b"null", Some("10.5.1.0-24"), "expected a lease such as"),
+            ("10.5.1.0-24", b"{}", Some("10.5.1.0-24"), "missing field `PublicIP`"),
+            ("10.5.1.0-24", br#"{"PublicIP":7}"#, Some("10.5.1.0-24"), "invalid type: integer `7`"),
+            ("10.5.1.0-24", br#"{"PublicIP":"fd00::1"}"#, Some("10.5.1.0-24"), "invalid IPv4 address"),
+            (
+                "10.5.1.0-24",
+                br#"{"PublicIP":"192.0.2.1","BackendType":1}"#,
+                Some("10.5.1.0-24"),
+                "invalid type",
+            ),
+            ("10.5.1.0-24", huge.as_bytes(), Some("10.5.1.0-24"), "trailing characters"),
+            ("10.5.1.0-24", nested.as_bytes(), Some("10.5.1.0-24"), "recursion limit"),
+        ] {
+            let stored =
+                Stored { name, value, create_revision: 3, mod_revision: 3, lease_id: 0, reserved: false };
+            let (entry, malformed) = stored.parse();
+            assert_eq!(entry.map(|entry| entry.key.to_string()).as_deref(), takes, "{name:.40}");
+            let malformed = malformed.unwrap_or_else(|| panic!("{name:.40} is no lease"));
+            assert!(malformed.reason.contains(reason), "{name:.40}: {}", malformed.reason);
+            assert!(malformed.reason.len() < 500 && malformed.key == name);
+        }
     }
 
     #[test]

@@ -18,6 +18,7 @@ use weft_shared::lease::{Lease, LeaseKey};
 use weft_shared::netconf::{NetworkConfig, Range};
 use weft_shared::{Mac, Subnet};
 
+use super::selection::brief;
 use super::{Departure, LeaseUpdate, Malformed};
 use crate::status::RefusedLease;
 
@@ -231,7 +232,7 @@ impl LeaseTable {
         self.add_expired(&mut judged, claimed);
         judged.peers.sort_by_key(|lease| lease.key);
         let unreadable = self.malformed.iter().map(|(key, reason)| (key.clone(), reason.clone()));
-        judged.refused.extend(unreadable.map(|(key, reason)| RefusedLease { key, reason }));
+        judged.refused.extend(unreadable.map(|(key, reason)| RefusedLease { key: brief(&key), reason }));
         judged.refused.sort_by(|a, b| (&a.key, &a.reason).cmp(&(&b.key, &b.reason)));
         judged
     }
@@ -263,7 +264,7 @@ impl LeaseTable {
                 let (subnet, range) = lease.key.v6.zip(self.config.v6)?;
                 misplaced(subnet, &range, "IPv6Network", "IPv6SubnetLen")
             })
-            .or_else(|| bad_public_ip(lease.attrs.public_ip, lease.key.v4))
+            .or_else(|| bad_public_ip(lease.attrs.public_ip, self.config.v4.network))
     }
 
     /// What is wrong with a lease in this node's eyes alone.
@@ -320,7 +321,12 @@ fn misplaced(subnet: Subnet, range: &Range, network_key: &str, len_key: &str) ->
 }
 
 /// Link-local addresses are let pass: flannel falls back to them when an interface has no other.
-fn bad_public_ip(ip: Ipv4Addr, subnet: Subnet) -> Option<String> {
+fn bad_public_ip(ip: Ipv4Addr, network: Subnet) -> Option<String> {
+    if network.contains(ip.into()) {
+        return Some(format!(
+            "PublicIP = {ip}: expected an address of the underlay, not one inside Network {network}"
+        ));
+    }
     let what = if ip.octets()[0] == 0 {
         "a unicast address, not one of 0.0.0.0/8"
     } else if ip.is_loopback() {
@@ -329,8 +335,6 @@ fn bad_public_ip(ip: Ipv4Addr, subnet: Subnet) -> Option<String> {
         "a unicast address, not a multicast one"
     } else if ip.is_broadcast() {
         "a unicast address, not the broadcast one"
-    } else if subnet.contains(ip.into()) {
-        "an address of the underlay, not one inside the leased subnet"
     } else {
         return None;
     };

@@ -9,12 +9,12 @@ use inotify::{Inotify, WatchMask};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch as latest};
 use tokio::time::{Instant, sleep, timeout};
-use tracing::warn;
+use tracing::{info, warn};
 use weft_shared::lease::LeaseKey;
 
 use super::super::backoff::{Backoff, jittered};
 use super::super::health;
-use super::super::selection::{Entry, key_named};
+use super::super::selection::{Entry, brief, key_named};
 use super::super::{Departure, LeaseStore, LeaseUpdate, StoreError, StoreHealth, StoredConfig};
 use super::EmbeddedStore;
 use super::database::{Database, World};
@@ -51,9 +51,12 @@ pub(super) async fn run(
                 }
                 let named = known.as_ref().map_or(&[][..], |known| &known.malformed);
                 for entry in world.malformed.iter().filter(|entry| !named.contains(entry)) {
-                    warn!(key = %entry.key, reason = %entry.reason, "entry is no lease, skipped");
+                    warn!(key = brief(&entry.key), reason = %entry.reason, "entry is no lease, skipped");
                 }
                 for update in changes {
+                    if let LeaseUpdate::Remove { key, how } = &update {
+                        info!(%key, ?how, "lease departed");
+                    }
                     if updates.send(update).await.is_err() {
                         return;
                     }

@@ -38,6 +38,8 @@ pub(super) struct Connection {
     pub(super) etcdctl_options: String,
     endpoints: Vec<Endpoint>,
     config_key: String,
+    /// What a login must be allowed to do, for the message that says it is not.
+    permissions: String,
     live: Mutex<Option<Arc<Live>>>,
 }
 
@@ -74,6 +76,10 @@ impl Connection {
             .concat(),
             endpoints,
             config_key: paths.config.clone(),
+            permissions: format!(
+                "expected a role that may read {} and read and write keys that begin with {}",
+                paths.config, paths.subnets
+            ),
             live: Mutex::new(None),
         })
     }
@@ -93,7 +99,9 @@ impl Connection {
             Ok(result) => result.map_err(|e| self.error(&e)),
             Err(_) => Err(self.silent(DEADLINE)),
         };
-        if matches!(result, Err(StoreError::Unavailable { .. })) {
+        // A refusal as well: etcd refuses what was authenticated before any user or role was changed, and a member that
+        // has gone bad may refuse what another grants.
+        if result.is_err() {
             self.forget(&live).await;
         }
         result
@@ -119,6 +127,9 @@ impl Connection {
     pub(super) fn error(&self, error: &Error) -> StoreError {
         let location = self.location.clone();
         match refusal(error) {
+            Some(reason) if code_of(error) == Some(PERMISSION_DENIED) => {
+                StoreError::Refused { location, reason: format!("{reason}: {}", self.permissions) }
+            }
             Some(reason) => StoreError::Refused { location, reason },
             None => StoreError::Unavailable { location, reason: reason(error) },
         }
@@ -146,7 +157,17 @@ impl Connection {
             match result {
                 Ok(Ok(client)) => return Ok(client),
                 Ok(Err(error)) => match self.error(&error) {
-                    StoreError::Unavailable { reason, .. } => reasons.push(format!("{url}: {reason}")),
+                    StoreError::Unavailable { reason, .. } => {
+                        let hint = if is_about_tls(&error) { TLS_HINT } else { "" };
+                        reasons.push(format!("{url}: {reason}{hint}"));
+                    }
+                    // A probe says who it is and reads one key: nothing else can be invalid about it.
+                    StoreError::Refused { location, reason }
+                        if matches!(code_of(&error), Some(INVALID_ARGUMENT | UNAUTHENTICATED)) =>
+                    {
+                        refused =
+                            Some(StoreError::Refused { location, reason: format!("{reason}{LOGIN_HINT}") });
+                    }
                     refusal => refused = Some(refusal),
                 },
                 Err(_) => reasons.push(format!("{url}: no answer in {} s", PROBE.as_secs())),
@@ -173,14 +194,13 @@ impl std::fmt::Debug for Connection {
 /// Connects, and reads something that only a member with a quorum can answer. Like etcd's own client, credentials
 /// that a store without authentication has no use for are no mistake.
 async fn probe(endpoint: &Endpoint, key: String) -> Result<Client, Error> {
-    const FAILED_PRECONDITION: i32 = 9;
     let plain = endpoint.options.clone();
     let options = match &endpoint.login {
         Some(login) => plain.clone().with_user(&login.username, &login.password.0),
         None => plain.clone(),
     };
     let client = match Client::connect([&endpoint.url], Some(options)).await {
-        Err(Error::GRpcStatus(status)) if i32::from(status.code()) == FAILED_PRECONDITION => {
+        Err(error) if code_of(&error) == Some(FAILED_PRECONDITION) => {
             Client::connect([&endpoint.url], Some(plain)).await?
         }
         other => other?,
@@ -190,14 +210,43 @@ async fn probe(endpoint: &Endpoint, key: String) -> Result<Client, Error> {
     Ok(client)
 }
 
+// Of gRPC's status codes (grpc/grpc, doc/statuscodes.md).
+const CANCELLED: i32 = 1;
+const UNKNOWN: i32 = 2;
+const INVALID_ARGUMENT: i32 = 3;
+const DEADLINE_EXCEEDED: i32 = 4;
+const PERMISSION_DENIED: i32 = 7;
+const FAILED_PRECONDITION: i32 = 9;
+const INTERNAL: i32 = 13;
+const UNAVAILABLE: i32 = 14;
+const UNAUTHENTICATED: i32 = 16;
+
+const LOGIN_HINT: &str = "; expected --etcd-username and --etcd-password of a user of this store";
+const TLS_HINT: &str =
+    " (certificates: --etcd-cafile for the server's, --etcd-certfile and --etcd-keyfile for ours)";
+
+fn code_of(error: &Error) -> Option<i32> {
+    match error {
+        Error::GRpcStatus(status) => Some(status.code().into()),
+        _ => None,
+    }
+}
+
+/// Whether one of the two did not like the other's certificate: rustls' complaints arrive as data that is invalid.
+fn is_about_tls(error: &Error) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    std::iter::from_fn(|| {
+        let this = cause?;
+        cause = this.source();
+        Some(this)
+    })
+    .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
+    .any(|error| error.kind() == std::io::ErrorKind::InvalidData)
+}
+
 /// What etcd says when it answers and does not want: credentials, permissions, a full disk. Everything else is worth
 /// another connection.
 fn refusal(error: &Error) -> Option<String> {
-    const CANCELLED: i32 = 1;
-    const UNKNOWN: i32 = 2;
-    const DEADLINE_EXCEEDED: i32 = 4;
-    const INTERNAL: i32 = 13;
-    const UNAVAILABLE: i32 = 14;
     match error {
         Error::GRpcStatus(status) => {
             let no_answer = [CANCELLED, UNKNOWN, DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE];

@@ -10,6 +10,7 @@ mod departure;
 mod own;
 mod watch;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,6 +35,7 @@ pub struct EtcdStore {
     connection: Arc<Connection>,
     paths: Paths,
     relist: Duration,
+    quiet: Duration,
 }
 
 impl EtcdStore {
@@ -41,12 +43,17 @@ impl EtcdStore {
     pub fn new(config: &EtcdConfig) -> Result<Self, BadTlsFile> {
         let paths = Paths::new(&config.prefix);
         let connection = Connection::new(config, &paths)?;
-        Ok(Self { connection: Arc::new(connection), paths, relist: RELIST })
+        Ok(Self { connection: Arc::new(connection), paths, relist: RELIST, quiet: watch::QUIET })
     }
 
     /// Changes how often a healthy watch is checked against a fresh snapshot.
     pub fn with_relist(self, relist: Duration) -> Self {
         Self { relist, ..self }
+    }
+
+    /// Changes for how long a watch may be quiet before it is asked where it stands.
+    pub fn with_quiet(self, quiet: Duration) -> Self {
+        Self { quiet, ..self }
     }
 
     /// Everything below the leases' prefix, at one revision.
@@ -192,7 +199,7 @@ impl Paths {
     }
 
     fn parse(&self, kv: &KeyValue) -> (Option<Entry>, Option<Malformed>) {
-        let path = String::from_utf8_lossy(kv.key());
+        let path = text(kv.key());
         let stored = Stored {
             name: self.name(&path),
             value: kv.value(),
@@ -202,6 +209,14 @@ impl Paths {
             reserved: kv.lease() == 0,
         };
         stored.parse()
+    }
+}
+
+/// Keys may be any bytes; escaped, different ones stay different.
+fn text(key: &[u8]) -> Cow<'_, str> {
+    match str::from_utf8(key) {
+        Ok(text) => text.into(),
+        Err(_) => key.escape_ascii().to_string().into(),
     }
 }
 

@@ -13,14 +13,18 @@ use weft_shared::lease::LeaseKey;
 
 use super::super::backoff::{Backoff, jittered};
 use super::super::health;
-use super::super::selection::{Entry, key_named};
+use super::super::selection::{Entry, brief, key_named};
 use super::super::{Departure, LeaseStore, LeaseUpdate, StoreError, StoreHealth, StoredConfig};
 use super::connection::DEADLINE;
-use super::{EtcdStore, MAX_MESSAGE, departure};
+use super::{EtcdStore, MAX_MESSAGE, departure, text};
 
 /// Leases that one relist interval is meant for: each node reads them all, so the interval grows with their number
 /// and the store's load stays that of a small cluster.
 const LEASES_PER_RELIST: u32 = 500;
+/// A watch that has been quiet for so long is asked where it stands, and has so long to answer: a quiet watch and a dead
+/// one look alike. etcd by itself speaks every ten minutes.
+pub(super) const QUIET: Duration = Duration::from_secs(20);
+const ANSWER: Duration = Duration::from_secs(5);
 /// Our names for the two watches on one stream.
 const LEASES: i64 = 1;
 const CONFIG: i64 = 2;
@@ -97,7 +101,7 @@ impl Watcher<'_> {
         let leases = u32::try_from(world.entries.len()).unwrap_or(u32::MAX);
         let interval = self.store.relist * (leases / LEASES_PER_RELIST).max(1);
         for entry in &world.malformed {
-            warn!(key = %entry.key, reason = %entry.reason, "entry is no lease, skipped");
+            warn!(key = brief(&entry.key), reason = %entry.reason, "entry is no lease, skipped");
         }
         let seen = Seen {
             cluster: world.cluster,
@@ -139,19 +143,31 @@ impl Watcher<'_> {
             let mut stream = self.open(live.client(), revision + 1).await?;
             // Each watch catches up by itself.
             let mut all_reached = BTreeMap::from([(LEASES, revision), (CONFIG, revision)]);
+            let mut asked = false;
             loop {
                 let response = tokio::select! {
                     () = self.updates.closed() => return Err(End::ReceiverGone),
                     () = sleep_until(relist_at) => return Err(End::Due),
-                    response = stream.message() => response,
+                    response = timeout(if asked { ANSWER } else { self.store.quiet }, stream.message()) => response,
                 };
+                let Ok(response) = response else {
+                    if std::mem::replace(&mut asked, true) {
+                        return Err(End::Relist("the watch does not say where it stands"));
+                    }
+                    stream.request_progress().await.map_err(|e| End::Broken(self.store.connection.error(&e)))?;
+                    continue;
+                };
+                asked = false;
                 let response = match response {
                     Ok(Some(response)) => response,
                     Ok(None) => return Err(End::Broken(self.ended())),
                     Err(error) => return Err(End::Broken(self.store.connection.error(&error))),
                 };
-                let reached = all_reached.entry(response.watch_id()).or_insert(revision);
-                self.check(&response, cluster, *reached)?;
+                // The answer to our question is of no watch in particular.
+                let both = all_reached.values().copied().min().unwrap_or(revision);
+                let reached = all_reached.get_mut(&response.watch_id());
+                self.check(&response, cluster, reached.as_deref().copied().unwrap_or(both))?;
+                let Some(reached) = reached else { continue };
                 if response.created() {
                     backoff.reset();
                     health::connected(&self.health, self.store);
@@ -247,12 +263,12 @@ impl Watcher<'_> {
                 seen.insert(entry.key, entry.clone());
             }
             if let Some(malformed) = malformed {
-                warn!(key = %malformed.key, reason = %malformed.reason, "entry is no lease, skipped");
+                warn!(key = brief(&malformed.key), reason = %malformed.reason, "entry is no lease, skipped");
                 return Some(LeaseUpdate::Malformed(malformed));
             }
             return entry.as_ref().and_then(Entry::lease).map(LeaseUpdate::Upsert);
         }
-        let path = String::from_utf8_lossy(kv.key());
+        let path = text(kv.key());
         let name = paths.name(&path);
         match key_named(name) {
             Ok(key) => {

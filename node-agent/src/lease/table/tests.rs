@@ -112,7 +112,12 @@ fn bad_leases_are_refused_by_key_value_and_expectation() {
         (
             "10.5.1.0-24",
             "10.5.1.9",
-            "PublicIP = 10.5.1.9: expected an address of the underlay, not one inside the leased subnet",
+            "PublicIP = 10.5.1.9: expected an address of the underlay, not one inside Network 10.5.0.0/16",
+        ),
+        (
+            "10.5.1.0-24",
+            "10.5.200.9",
+            "PublicIP = 10.5.200.9: expected an address of the underlay, not one inside Network 10.5.0.0/16",
         ),
     ] {
         table.apply(snapshot(&[lease(key, ip, 1), lease("10.5.9.0-24", "192.0.2.9", 2)], &[]), now());

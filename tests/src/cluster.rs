@@ -40,6 +40,18 @@ pub struct Spec {
     pub subnet_len: u8,
     /// For every agent.
     pub flags: Vec<String>,
+    pub etcd: EtcdKind,
+}
+
+/// What an etcd cluster is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EtcdKind {
+    /// One plain member.
+    Single,
+    /// Three plain members.
+    Three,
+    /// Three members with certificates, and a login for the agents.
+    ThreeSecured,
 }
 
 /// Fields drop in order: agents end before the store, the store before the namespaces.
@@ -82,12 +94,17 @@ impl Spec {
             network: "10.5.0.0/16".to_owned(),
             subnet_len: 24,
             flags: Vec::new(),
+            etcd: EtcdKind::Single,
         }
     }
 
     /// Nodes that share an embedded store.
     pub fn embedded(nodes: u8, backend: Backend) -> Self {
         Self { store: StoreKind::Embedded, ..Self::etcd(nodes, backend) }
+    }
+
+    pub fn on(self, etcd: EtcdKind) -> Self {
+        Self { etcd, ..self }
     }
 
     pub fn flag(mut self, flag: &str) -> Self {
@@ -111,7 +128,11 @@ impl Cluster {
         let binaries = Binaries::find()?;
         let underlay = Underlay::create(&bed)?;
         let etcd = match spec.store {
-            StoreKind::Etcd => Some(Etcd::start(&underlay.netns, Underlay::GATEWAY, &bed.dir("etcd")?)?),
+            StoreKind::Etcd => Some(match spec.etcd {
+                EtcdKind::Single => Etcd::start(&underlay.netns, Underlay::GATEWAY, &bed.dir("etcd")?)?,
+                EtcdKind::Three => Etcd::start_three(&bed, &underlay, false)?,
+                EtcdKind::ThreeSecured => Etcd::start_three(&bed, &underlay, true)?,
+            }),
             StoreKind::Embedded => None,
         };
         let count = spec.nodes;
@@ -135,7 +156,7 @@ impl Cluster {
         let net = self.underlay.attach(&self.bed, number)?;
         let mut node = Node::new(self.bed.root(), number, net, &self.binaries)?;
         node.agent.flags = match &self.etcd {
-            Some(etcd) => vec![format!("--etcd-endpoints={}", etcd.endpoint())],
+            Some(etcd) => etcd.agent_flags(),
             None => vec![
                 format!("--store=embedded={}", self.store_file().display()),
                 format!("--net-config={}", self.config_file().display()),
@@ -181,7 +202,7 @@ impl Cluster {
         Ok((self.nodes[0].pod("a")?, self.nodes[1].pod("a")?))
     }
 
-    fn store_file(&self) -> PathBuf {
+    pub fn store_file(&self) -> PathBuf {
         self.bed.root().join("store.db")
     }
 

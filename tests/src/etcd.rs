@@ -1,84 +1,122 @@
-//! A real etcd in the underlay's namespace, as an operator of flannel runs it.
+//! A real etcd, as an operator of flannel runs it: one member in the underlay's namespace, or several, each in a
+//! namespace of its own; plain, or with certificates and a login.
 
-use std::fs::File;
+mod member;
+mod security;
+
 use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use anyhow::{Context as _, Result, bail};
 
+use crate::bed::Bed;
 use crate::netns::Netns;
+use crate::underlay::Underlay;
 use crate::wait::eventually;
+
+pub use member::Member;
+pub use security::Security;
 
 /// flannel's default.
 pub const PREFIX: &str = "/coreos.com/network";
 const PORT: u16 = 2379;
+const SERVING: Duration = Duration::from_secs(20);
 
 #[derive(Debug)]
 pub struct Etcd {
+    pub members: Vec<Member>,
+    pub security: Security,
+    /// Where `etcdctl` runs.
     netns: Netns,
-    address: Ipv4Addr,
-    dir: PathBuf,
-    child: Option<Child>,
 }
 
 impl Etcd {
-    /// Starts a member whose data lies in `dir`, and waits until it serves.
+    /// Starts a single member whose data lies in `dir`, and waits until it serves.
     pub fn start(netns: &Netns, address: Ipv4Addr, dir: &Path) -> Result<Self> {
-        let mut etcd = Self { netns: netns.clone(), address, dir: dir.to_owned(), child: None };
+        let member = Member::new("s1", netns, address, dir);
+        let mut etcd = Self { members: vec![member], security: Security::plain(), netns: netns.clone() };
         etcd.resume()?;
         Ok(etcd)
     }
 
-    /// Starts it again on the data that is there.
-    pub fn resume(&mut self) -> Result<()> {
-        let client = self.endpoint();
-        let peer = format!("http://{}:2380", self.address);
-        let log = File::options().create(true).append(true).open(self.dir.join("etcd.log"))?;
-        let mut command = Command::new("setsid");
-        command.args(["etcd", "--name=s1", "--logger=zap", "--log-level=warn"]);
-        command.arg(format!("--data-dir={}", self.dir.join("data").display()));
-        for (flag, url) in [
-            ("--listen-client-urls", &client),
-            ("--advertise-client-urls", &client),
-            ("--listen-peer-urls", &peer),
-            ("--initial-advertise-peer-urls", &peer),
-        ] {
-            command.arg(format!("{flag}={url}"));
+    /// Starts three members, each behind a port of the underlay's; `secured`: with certificates for everybody, and with
+    /// a login that has the least rights that an agent needs.
+    pub fn start_three(bed: &Bed, underlay: &Underlay, secured: bool) -> Result<Self> {
+        let mut members = Vec::new();
+        for number in 1..=3 {
+            let (name, address) = (format!("s{number}"), Ipv4Addr::new(192, 168, 77, 100 + number));
+            let netns = underlay.attach_host(bed, &name, address)?;
+            members.push(Member::new(&name, &netns, address, &bed.dir(&format!("etcd/{name}"))?));
         }
-        command.arg(format!("--initial-cluster=s1={peer}"));
-        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        self.child = Some(self.netns.spawn(&mut command).context("package etcd-server")?);
-        eventually("etcd to serve", Duration::from_secs(20), || {
+        let dir = bed.dir("etcd")?;
+        let security = if secured { Security::certified(&dir, &members)? } else { Security::plain() };
+        let mut etcd = Self { members, security, netns: underlay.netns.clone() };
+        etcd.resume()?;
+        if secured {
+            etcd.enable_login()?;
+        }
+        Ok(etcd)
+    }
+
+    /// Starts whatever does not run, on the data that is there, and waits until it serves.
+    pub fn resume(&mut self) -> Result<()> {
+        let cluster: Vec<String> =
+            self.members.iter().map(|m| format!("{}={}", m.name, m.peer_url())).collect();
+        for member in &mut self.members {
+            member.start(&cluster.join(","), &self.security)?;
+        }
+        eventually("etcd to serve", SERVING, || {
             self.ctl(&["endpoint", "health"])?;
             Ok(true)
         })?;
         Ok(())
     }
 
+    /// As `--etcd-endpoints` takes them.
     pub fn endpoint(&self) -> String {
-        format!("http://{}:{PORT}", self.address)
+        let urls: Vec<String> = self.members.iter().map(|m| m.client_url(&self.security)).collect();
+        urls.join(",")
     }
 
-    /// `kill -9`: what is committed is on disk.
+    /// What an agent is told of this store.
+    pub fn agent_flags(&self) -> Vec<String> {
+        let mut flags = vec![format!("--etcd-endpoints={}", self.endpoint())];
+        flags.extend(self.security.agent_flags());
+        flags
+    }
+
+    /// `kill -9` of all members: what is committed is on disk.
     pub fn kill(&mut self) -> Result<()> {
-        if let Some(mut child) = self.child.take() {
-            kill(Pid::from_raw(child.id() as i32), Signal::SIGKILL)?;
-            child.wait()?;
+        self.members.iter_mut().try_for_each(Member::kill)
+    }
+
+    /// The member that leads, and that all others that answer agree on.
+    pub fn leader(&self) -> Result<usize> {
+        for (index, member) in self.members.iter().enumerate() {
+            let printed =
+                self.ctl_at(&member.client_url(&self.security), &["endpoint", "status", "-w", "json"]);
+            let Ok(printed) = printed else { continue };
+            let status: serde_json::Value = serde_json::from_str(&printed)?;
+            let status = &status[0]["Status"];
+            if status["leader"].is_u64() && status["leader"] == status["header"]["member_id"] {
+                return Ok(index);
+            }
         }
-        Ok(())
+        bail!("no member says that it leads")
     }
 
     /// `etcdctl` in the underlay: an independent reader and writer.
     pub fn ctl(&self, args: &[&str]) -> Result<String> {
+        self.ctl_at(&self.endpoint(), args)
+    }
+
+    pub fn ctl_at(&self, endpoints: &str, args: &[&str]) -> Result<String> {
         let mut command = Command::new("etcdctl");
         command.env_remove("ETCDCTL_ENDPOINTS").env("ETCDCTL_API", "3");
-        command
-            .args(["--endpoints", &self.endpoint(), "--dial-timeout=2s", "--command-timeout=3s"])
-            .args(args);
+        command.args(["--endpoints", endpoints, "--dial-timeout=2s", "--command-timeout=3s"]);
+        command.args(self.security.etcdctl_flags()).args(args);
         self.netns.run(&mut command)
     }
 
@@ -94,19 +132,64 @@ impl Etcd {
         Ok(keys.lines().filter_map(|line| line.strip_prefix(&prefix)).map(str::to_owned).collect())
     }
 
+    /// Writes an entry below the leases' prefix that never expires.
+    pub fn put_lease(&self, key: &str, value: &str) -> Result<()> {
+        self.ctl(&["put", "--", &format!("{PREFIX}/subnets/{key}"), value])?;
+        Ok(())
+    }
+
     pub fn delete_lease(&self, key: &str) -> Result<()> {
         self.ctl(&["del", &format!("{PREFIX}/subnets/{key}")])?;
         Ok(())
     }
 
+    /// `etcdctl snapshot save`, from the first member.
+    pub fn save(&self, file: &Path) -> Result<()> {
+        let first = self.members.first().context("a member")?.client_url(&self.security);
+        self.ctl_at(&first, &["snapshot", "save", &file.display().to_string()])?;
+        Ok(())
+    }
+
+    /// Ends it and puts back what [`Etcd::save`] wrote; `token` other than the default makes another cluster of it.
+    pub fn restore(&mut self, file: &Path, token: Option<&str>) -> Result<()> {
+        self.kill()?;
+        let [member] = &self.members[..] else { bail!("only a single member is restored") };
+        member.wipe()?;
+        let mut command = Command::new("etcdctl");
+        command.env("ETCDCTL_API", "3").args(["snapshot", "restore"]).arg(file);
+        command.arg(format!("--name={}", member.name)).arg(format!("--data-dir={}", member.data().display()));
+        command.arg(format!("--initial-cluster={}={}", member.name, member.peer_url()));
+        command.arg(format!("--initial-advertise-peer-urls={}", member.peer_url()));
+        command.args(token.map(|token| format!("--initial-cluster-token={token}")));
+        self.netns.run(&mut command)?;
+        self.resume()
+    }
+
+    /// The least that an agent needs: to read the configuration, to read and write leases.
+    fn enable_login(&mut self) -> Result<()> {
+        let (config, leases) = (format!("{PREFIX}/config"), format!("{PREFIX}/subnets/"));
+        for args in [
+            &["user", "add", "root:rootpw"][..],
+            &["user", "grant-role", "root", "root"],
+            &["user", "add", "flannel:secret"],
+            &["role", "add", "weft"],
+            &["role", "grant-permission", "weft", "read", &config],
+            &["role", "grant-permission", "weft", "readwrite", "--prefix", &leases],
+            &["user", "grant-role", "flannel", "weft"],
+            &["auth", "enable"],
+        ] {
+            // Root's role is made by etcd itself in some versions, by hand in others.
+            if args[1] == "grant-role" && args[2] == "root" {
+                let _ = self.ctl(&["role", "add", "root"]);
+            }
+            self.ctl(args)?;
+        }
+        self.security.log_in();
+        Ok(())
+    }
+
     /// Leaves it running when this value goes.
     pub fn detach(mut self) {
-        self.child = None;
-    }
-}
-
-impl Drop for Etcd {
-    fn drop(&mut self) {
-        let _ = self.kill();
+        self.members.iter_mut().for_each(Member::detach);
     }
 }

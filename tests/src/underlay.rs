@@ -57,16 +57,22 @@ impl Underlay {
 
     pub fn attach(&self, bed: &Bed, number: NodeNumber) -> Result<NodeNet> {
         let name = number.name();
-        let netns = bed.netns(&name)?;
-        let port = name.clone();
+        let netns = self.attach_host(bed, &name, number.address())?;
+        Ok(NodeNet { port: name.clone(), name, netns, address: number.address() })
+    }
+
+    /// A machine on the underlay: a namespace, a port of its name.
+    pub fn attach_host(&self, bed: &Bed, name: &str, address: Ipv4Addr) -> Result<Netns> {
+        let netns = bed.netns(name)?;
+        let port = name;
         self.netns.ip(&format!(
             "link add {port} master {BRIDGE} type veth peer name eth0 netns {}",
             netns.path().display()
         ))?;
         self.netns.ip(&format!("link set {port} up"))?;
-        netns.ip(&format!("address add {}/24 dev eth0", number.address()))?;
+        netns.ip(&format!("address add {address}/24 dev eth0"))?;
         netns.ip("link set eth0 up")?;
         netns.ip(&format!("route add default via {}", Self::GATEWAY))?;
-        Ok(NodeNet { name, netns, address: number.address(), port })
+        Ok(netns)
     }
 }

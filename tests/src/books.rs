@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::{Result, ensure};
+use nix::net::if_::if_nameindex;
 use weft_agent::status::AttachmentStatus;
-use weft_shared::names::{VETH_GROUP, is_host_ifname};
+use weft_shared::names::is_host_ifname;
 
 use crate::cluster::READY;
 use crate::kernel::query;
@@ -14,11 +15,13 @@ use crate::node::Node;
 use crate::pod::Pod;
 use crate::wait::eventually;
 
-/// The names of the host-side veths that carry our mark.
+/// The names of the host-side veths on the node: nobody but the plugin gives names of this form.
 pub fn live_veths(node: &Node) -> Result<BTreeSet<String>> {
-    let links = query(node.netns(), &format!("ip -json link show group {VETH_GROUP} type veth"))?;
-    let names = links.iter().filter_map(|l| l["ifname"].as_str());
-    Ok(names.filter(|name| is_host_ifname(name)).map(str::to_owned).collect())
+    let names = node.netns().enter(|| {
+        let links = if_nameindex()?;
+        Ok(links.iter().map(|link| link.name().to_string_lossy().into_owned()).collect::<BTreeSet<_>>())
+    })?;
+    Ok(names.into_iter().filter(|name| is_host_ifname(name)).collect())
 }
 
 /// The IPv4 address of a pod's interface, as its own kernel has it; `None` when there is no interface.

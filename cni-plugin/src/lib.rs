@@ -12,24 +12,27 @@ mod agent;
 mod command;
 mod netlink;
 mod netns;
+mod stdin;
 mod sys;
 mod sysctl;
 mod wiring;
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
-use weft_shared::cni::{Call, Code, ErrorObject, NetConf, SpecVersion, VersionReply};
+use weft_shared::cni::{Call, ErrorObject, NetConf, SpecVersion, VersionReply};
+use weft_shared::deadline;
 use weft_shared::protocol::Failure;
 
-/// prevResult and a pod's annotations fit many times over.
-const MAX_STDIN: u64 = 1 << 20;
+use sys::Alarm;
 
 /// Serves one invocation and returns the exit code: 0, or 1 with an error object on stdout. The process's surroundings
 /// come in as parameters, so that a test can bring its own.
 pub fn run(
     var: &dyn Fn(&str) -> Option<String>,
     args: &[String],
-    stdin: &mut dyn Read,
+    stdin: &impl AsFd,
     stdout: &mut dyn Write,
     stderr: &mut dyn Write,
 ) -> u8 {
@@ -45,12 +48,15 @@ pub fn run(
             .and_then(|text| writeln!(stdout, "{text}"));
         return u8::from(done.is_err());
     }
-    let conf =
-        match read_bounded(stdin).map_err(|e| (SpecVersion::NEWEST, e)).and_then(|b| NetConf::parse(&b)) {
-            Ok(conf) => conf,
-            Err((version, failure)) => return report(version, &failure, stdout),
-        };
-    match serve(&call, &conf, var, stdout) {
+    let deadline = Instant::now() + span(&call);
+    // Before anything that could hold it up: an ADD that is late must be dead, wherever it is.
+    let _alarm = matches!(call, Call::Add { .. }).then(|| Alarm::arm(deadline::ADD_ALARM));
+    let read = stdin::read(stdin.as_fd(), deadline);
+    let conf = match read.map_err(|e| (SpecVersion::NEWEST, e)).and_then(|b| NetConf::parse(&b)) {
+        Ok(conf) => conf,
+        Err((version, failure)) => return report(version, &failure, stdout),
+    };
+    match serve(&call, &conf, deadline, var, stdout) {
         Ok(()) => 0,
         Err(failure) => report(conf.version, &failure, stdout),
     }
@@ -59,6 +65,7 @@ pub fn run(
 fn serve(
     call: &Call,
     conf: &NetConf,
+    deadline: Instant,
     var: &dyn Fn(&str) -> Option<String>,
     stdout: &mut dyn Write,
 ) -> Result<(), Failure> {
@@ -66,26 +73,25 @@ fn serve(
         || var("CNI_NETNS_OVERRIDE").is_some_and(|v| v == "1" || v.eq_ignore_ascii_case("true"));
     match call {
         Call::Add { target, netns, args } => {
-            command::add(conf, target, netns, args, own_netns_is_fine(), stdout)
+            let own_netns_is_fine = own_netns_is_fine();
+            command::add(conf, target, netns, args, own_netns_is_fine, deadline, stdout)
         }
-        Call::Del { target, netns } => command::del(conf, target, netns.as_deref()),
-        Call::Check { target, netns } => command::check(conf, target, netns, own_netns_is_fine()),
-        Call::Gc => command::gc(conf),
-        Call::Status => command::status(conf),
+        Call::Del { target, netns } => command::del(conf, target, netns.as_deref(), deadline),
+        Call::Check { target, netns } => command::check(conf, target, netns, own_netns_is_fine(), deadline),
+        Call::Gc => command::gc(conf, deadline),
+        Call::Status => command::status(conf, deadline),
         Call::Version => Ok(()),
     }
 }
 
-fn read_bounded(stdin: &mut dyn Read) -> Result<Vec<u8>, Failure> {
-    let mut bytes = Vec::new();
-    stdin.take(MAX_STDIN + 1).read_to_end(&mut bytes).map_err(|e| {
-        Failure::new(Code::Io, format!("cannot read the network configuration from stdin: {e}"))
-    })?;
-    if bytes.len() as u64 > MAX_STDIN {
-        let msg = format!("the network configuration on stdin is longer than {MAX_STDIN} bytes");
-        return Err(Failure::new(Code::Decode, msg));
+/// How long an invocation may take, from its start: the reading of its configuration is part of it.
+fn span(call: &Call) -> Duration {
+    match call {
+        Call::Add { .. } => deadline::ADD,
+        Call::Del { .. } | Call::Check { .. } => deadline::DEL_OR_CHECK,
+        Call::Gc => deadline::GC,
+        Call::Status | Call::Version => deadline::STATUS,
     }
-    Ok(bytes)
 }
 
 /// The specification's overview says stderr; every runtime reads stdout.

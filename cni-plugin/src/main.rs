@@ -9,7 +9,7 @@ fn main() -> ExitCode {
     ExitCode::from(weft_cni::run(
         &|name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned()),
         &args,
-        &mut io::stdin().lock(),
+        &io::stdin(),
         &mut io::stdout().lock(),
         &mut io::stderr().lock(),
     ))

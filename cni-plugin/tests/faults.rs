@@ -3,12 +3,14 @@
 mod support;
 
 use std::fs::{self, OpenOptions, Permissions};
+use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use support::double::{Behaviour, failure};
 use support::{Namespace, Node, eventually, exists, host_veth};
+use weft_shared::deadline;
 use weft_shared::protocol::Request;
 
 #[test]
@@ -98,6 +100,44 @@ fn a_release_that_fails_becomes_a_tombstone() {
         node.agent().behaving(Behaviour { refuse: Some(failure(999, "disk full")), ..Behaviour::default() });
     node.del("c1", "").ok();
     assert_eq!(node.tombstones().len(), 1);
+}
+
+#[test]
+fn a_del_is_over_in_time_although_the_agent_hangs_and_holds_the_lock() {
+    let node = Node::new();
+    let _agent = node.agent().behaving(Behaviour { mute: true, ..Behaviour::default() });
+    let dir = weft_shared::tombstone::dir_beside(&node.socket());
+    let file = weft_shared::tombstone::lock_file(&dir).expect("lock file");
+    let _held = nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusive).expect("lock");
+    let start = Instant::now();
+    node.del("c1", "").ok();
+    let took = start.elapsed();
+    assert!(took < deadline::DEL_OR_CHECK + Duration::from_millis(900), "DEL took {took:?}");
+    assert_eq!(node.tombstones().len(), 1);
+}
+
+#[test]
+fn a_configuration_that_never_ends_is_given_up() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let agent = node.agent();
+    let conf = node.conf("1.1.0", json!({}));
+    let start = Instant::now();
+    let held_open = |verb: &str| {
+        let mut call = node.call(verb, "c1", &pod.path(), &conf);
+        let mut child = call.command.spawn().expect("the plugin starts");
+        let mut stdin = child.stdin.take().expect("piped");
+        stdin.write_all(call.stdin.as_bytes()).expect("written");
+        (child, stdin)
+    };
+    let (add, _add_stdin) = held_open("ADD");
+    let (del, _del_stdin) = held_open("DEL");
+    for (child, span) in [(del, deadline::DEL_OR_CHECK), (add, deadline::ADD)] {
+        let outcome = support::Outcome::of(child.wait_with_output().expect("end"));
+        assert!(outcome.refused(5).contains("has not ended in time"));
+        let took = start.elapsed();
+        assert!((span..span + Duration::from_millis(900)).contains(&took), "{took:?}, expected {span:?}");
+    }
+    assert!(agent.books().requests.is_empty());
 }
 
 #[test]

@@ -32,6 +32,8 @@ pub const GC_ANSWER: Duration = Duration::from_secs(16);
 /// kubelet and containerd hold a lock meanwhile, so under a second in all.
 pub const STATUS_CONNECT: Duration = Duration::from_millis(800);
 pub const STATUS: Duration = Duration::from_millis(950);
+/// STATUS, the agent: a node that is not ready yet is waited for.
+pub const STATUS_READY: Duration = Duration::from_millis(600);
 /// STATUS, the agent: answered.
 pub const STATUS_ANSWER: Duration = Duration::from_millis(800);
 
@@ -43,4 +45,5 @@ const _: () = assert!(before(RESERVE_ANSWER, ADD) && before(ANSWER, ADD));
 const _: () = assert!(before(ADD, ADD_ALARM) && before(ADD_ALARM, WIRING));
 const _: () = assert!(before(ANSWER, DEL_OR_CHECK) && before(DEL_OR_CHECK, TOMBSTONE_LOCK));
 const _: () = assert!(before(GC_CONNECT.saturating_add(GC_ANSWER), GC));
+const _: () = assert!(before(STATUS_READY, STATUS_ANSWER));
 const _: () = assert!(before(STATUS_ANSWER, STATUS) && before(STATUS_CONNECT, STATUS));

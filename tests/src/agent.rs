@@ -1,7 +1,7 @@
 //! One weftd in a node's namespace: started, killed, stopped, asked.
 
 use std::fs::{self, File};
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -18,6 +18,7 @@ use crate::wait::{eventually, until_ok};
 
 /// Before the command line, in the log.
 const START_MARK: &str = "--- start: ";
+const STATUS_DEADLINE: Duration = Duration::from_secs(5);
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
 const LOG_TAIL_LINES: usize = 40;
 
@@ -86,9 +87,16 @@ impl Agent {
         waited.map(drop).with_context(|| self.explain())
     }
 
+    /// Asked without weftctl: scenarios look many times.
     pub fn status(&self) -> Result<Status> {
-        let json = self.ctl(&["status", "--json"])?;
-        serde_json::from_str(&json).with_context(|| format!("weftctl status --json printed {json:?}"))
+        let mut stream = UnixStream::connect(self.admin_socket()).context("the agent's admin socket")?;
+        stream.set_read_timeout(Some(STATUS_DEADLINE))?;
+        stream.write_all(b"GET /debug/state HTTP/1.0\r\nHost: weftd\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (_, json) =
+            answer.split_once("\r\n\r\n").with_context(|| format!("the agent answered {answer:?}"))?;
+        serde_json::from_str(json).with_context(|| format!("the agent answered {answer:?}"))
     }
 
     /// What `weftctl` prints, whatever its exit status; no output at all is an error.

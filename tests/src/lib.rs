@@ -12,6 +12,7 @@
 pub mod agent;
 pub mod bed;
 pub mod binaries;
+pub mod books;
 pub mod capture;
 pub mod cluster;
 pub mod etcd;
@@ -24,6 +25,7 @@ pub mod packet;
 pub mod plugin;
 pub mod pod;
 pub mod random;
+pub mod relay;
 pub mod traffic;
 pub mod underlay;
 pub mod wait;

@@ -14,9 +14,17 @@ impl Random {
 
     /// A seed of the moment, printed: a failure can be looked at again with the same one.
     pub fn of_the_moment() -> Self {
-        let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
+        let seed = Self::seed_of_the_moment();
         eprintln!("random seed {seed}");
         Self::seeded(seed)
+    }
+
+    /// That of `WEFT_SEED`, for a failure to be looked at again, or one of the moment.
+    pub fn seed_of_the_moment() -> u64 {
+        let given = std::env::var("WEFT_SEED").ok().and_then(|seed| seed.parse().ok());
+        given.unwrap_or_else(|| {
+            SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
+        })
     }
 
     pub fn next_u64(&mut self) -> u64 {

@@ -1,7 +1,6 @@
 //! The plugin and the agent's records under everything that runtimes do to them.
 
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::Barrier;
 use std::thread;
@@ -9,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use cni_plugin::reply::SuccessReply;
+use e2e::books::{invariant, live_veths};
 use e2e::cluster::{Backend, READY, Spec, scenario};
 use e2e::kernel::query;
 use e2e::node::Node;
@@ -20,47 +20,12 @@ use e2e::wait::{eventually, let_pass};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
-use weft_shared::names::{VETH_GROUP, is_host_ifname};
 
 const SECOND: Duration = Duration::from_secs(1);
 const TRY_AGAIN_LATER: u64 = 11;
 
 fn one_node() -> Spec {
     Spec::etcd(1, Backend::Vxlan)
-}
-
-/// The names of the host-side veths that carry our mark.
-fn live_veths(node: &Node) -> Result<BTreeSet<String>> {
-    let links = query(node.netns(), "ip -json link show type veth")?;
-    let group = VETH_GROUP.to_string();
-    let names =
-        links.iter().filter(|link| link["group"] == group.as_str()).filter_map(|l| l["ifname"].as_str());
-    Ok(names.filter(|name| is_host_ifname(name)).map(str::to_owned).collect())
-}
-
-/// Addresses handed out, live veths and the agent's records agree.
-fn invariant(node: &Node, pods: &[Pod]) -> Result<()> {
-    let handed: BTreeSet<Ipv4Addr> = pods.iter().map(|pod| pod.address).collect();
-    ensure!(handed.len() == pods.len(), "an address was handed out twice");
-    let expected =
-        pods.iter().map(|pod| Ok(pod.host_veth()?.to_string())).collect::<Result<BTreeSet<_>>>()?;
-    eventually("addresses, veths and records to agree", READY, || {
-        let live = live_veths(node)?;
-        ensure!(live == expected, "veths {live:?}, expected {expected:?}");
-        let records = node.status()?.pods;
-        ensure!(
-            records.attachments == pods.len() && records.addresses_used == pods.len(),
-            "{} pods, records {records:?}",
-            pods.len()
-        );
-        Ok(true)
-    })?;
-    for pod in pods {
-        let addresses = query(&pod.netns, "ip -json -4 address show eth0")?;
-        let inside = addresses[0]["addr_info"][0]["local"].as_str().unwrap_or_default();
-        ensure!(inside == pod.address.to_string(), "{} has {inside}, was given {}", pod.name, pod.address);
-    }
-    Ok(())
 }
 
 /// Runs the jobs at the same moment, each on its own thread.

@@ -8,13 +8,11 @@ use std::time::{Duration, Instant};
 use weft_shared::cni::{
     CniArgs, CniResult, Code, Interface, InterfaceConf, IpConfig, NetConf, Route, Target,
 };
-use weft_shared::deadline;
 use weft_shared::protocol::{Attachment, Commit, Failure, Request, Reservation, Reserve};
 
 use crate::agent::Agent;
 use crate::netlink::Netlink;
 use crate::netns::Netns;
-use crate::sys::Alarm;
 use crate::wiring::{self, Plan, Pod, Wired};
 
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -27,10 +25,9 @@ pub(crate) fn add(
     netns_path: &str,
     args: &str,
     own_netns_is_fine: bool,
+    deadline: Instant,
     out: &mut dyn Write,
 ) -> Result<(), Failure> {
-    let _alarm = Alarm::arm(deadline::ADD_ALARM);
-    let deadline = Instant::now() + deadline::ADD;
     if conf.has_prev_result() {
         let msg = "prevResult is set: weft makes the interface, so expected it first in the list of plugins";
         return Err(Failure::new(Code::BadConfiguration, msg));

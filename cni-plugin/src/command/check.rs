@@ -5,7 +5,6 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use weft_shared::cni::{CniResult, Code, IpConfig, NetConf, SpecVersion, Target};
-use weft_shared::deadline;
 use weft_shared::names::host_ifname;
 use weft_shared::protocol::{Attachment, Failure, Request};
 use weft_shared::{Mac, Subnet};
@@ -22,8 +21,8 @@ pub(crate) fn check(
     target: &Target,
     netns_path: &str,
     own_netns_is_fine: bool,
+    deadline: Instant,
 ) -> Result<(), Failure> {
-    let deadline = Instant::now() + deadline::DEL_OR_CHECK;
     conf.require(SpecVersion::WITH_CHECK, "CHECK")?;
     let Some(result) = conf.prev_result()? else {
         let msg = "prevResult is missing: expected the result of the ADD";

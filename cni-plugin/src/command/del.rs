@@ -10,7 +10,6 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::time::{ClockId, clock_gettime};
 use weft_shared::IfName;
 use weft_shared::cni::{Code, NetConf, Target};
-use weft_shared::deadline;
 use weft_shared::names::{CNI_SOCKET, VETH_GROUP, host_ifname};
 use weft_shared::protocol::{Attachment, Failure, Request};
 use weft_shared::tombstone::{Tombstone, boot_id, dir_beside, lock_file};
@@ -24,8 +23,12 @@ use crate::wiring::Pod;
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_EVERY: Duration = Duration::from_millis(10);
 
-pub(crate) fn del(conf: &NetConf, target: &Target, netns: Option<&str>) -> Result<(), Failure> {
-    let deadline = Instant::now() + deadline::DEL_OR_CHECK;
+pub(crate) fn del(
+    conf: &NetConf,
+    target: &Target,
+    netns: Option<&str>,
+    deadline: Instant,
+) -> Result<(), Failure> {
     let attachment = conf.attachment(target);
     // A bad path could not have been added through: the default agent's books are as good as any.
     let socket = conf.socket().unwrap_or_else(|_| CNI_SOCKET.into());
@@ -62,7 +65,7 @@ fn bury(
             .with_details(format!("socket {}, tombstones in {}", socket.display(), dir.display()))
     };
     ensure_dir(socket).map_err(|e| unwritable(&e))?;
-    let lock = lock_shared(&dir).map_err(|e| unwritable(&e))?;
+    let lock = lock_shared(&dir, deadline).map_err(|e| unwritable(&e))?;
     if release(socket, &attachment, deadline).is_ok() {
         return Ok(());
     }
@@ -79,8 +82,8 @@ fn bury(
 }
 
 /// The shared lock, or none when the agent keeps it to itself for long: then it is running, and will see the file.
-fn lock_shared(dir: &Path) -> std::io::Result<Option<Flock<std::fs::File>>> {
-    let give_up = Instant::now() + LOCK_PATIENCE;
+fn lock_shared(dir: &Path, deadline: Instant) -> std::io::Result<Option<Flock<std::fs::File>>> {
+    let give_up = (Instant::now() + LOCK_PATIENCE).min(deadline);
     let mut file = lock_file(dir)?;
     loop {
         match Flock::lock(file, FlockArg::LockSharedNonblock) {

@@ -57,7 +57,7 @@ pub struct Config {
     /// See [`weft_shared::tombstone::dir_beside`].
     pub tombstones: PathBuf,
     pub boot_id: String,
-    /// How long an ADD waits for an earlier one of the same attachment to be over.
+    /// How long an ADD waits for the node to be ready, and then for an earlier ADD of the same attachment to be over.
     pub patience: Duration,
 }
 

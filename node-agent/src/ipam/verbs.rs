@@ -3,10 +3,12 @@
 
 use std::io;
 use std::net::IpAddr;
+use std::time::Duration;
 
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{info, warn};
 use weft_shared::cni::{Code, NetworkName};
+use weft_shared::deadline;
 use weft_shared::names::host_ifname;
 use weft_shared::protocol::{Attachment, Commit, Failure, PodAddress, Reply, Request, Reservation, Reserve};
 
@@ -15,6 +17,9 @@ use super::pool::PoolError;
 use super::table::{CommitRefusal, ConnId, ReserveRefusal, Standing};
 use super::{Ipam, request};
 use crate::pods::{Fabric, NotReady, PodNetwork};
+
+/// Readiness is put together from several places, none of which announces it.
+const READY_EVERY: Duration = Duration::from_millis(10);
 
 impl<F: Fabric> Ipam<F> {
     pub async fn handle(&self, conn: ConnId, request: Request) -> Reply {
@@ -27,7 +32,7 @@ impl<F: Fabric> Ipam<F> {
                 self.check(&attachment, &addresses).map(|()| Reply::Done)
             }
             Request::Gc { network, valid } => self.gc(&network, &valid).await.map(|()| Reply::Done),
-            Request::Status => self.can_add().map(|()| Reply::Done),
+            Request::Status => self.can_add().await.map(|()| Reply::Done),
         };
         done.unwrap_or_else(|failure| {
             self.count_failure(verb, failure.code);
@@ -43,8 +48,8 @@ impl<F: Fabric> Ipam<F> {
     /// ADD, first half.
     pub async fn reserve(&self, conn: ConnId, reserve: Reserve) -> Result<Reservation, Failure> {
         request::check_reserve(&reserve)?;
-        let network =
-            self.fabric.pod_network().map_err(|e| try_again("no pod can be added yet", e.to_string()))?;
+        let network = self.ready_network(self.config.patience).await;
+        let network = network.map_err(|e| try_again("no pod can be added yet", e.to_string()))?;
         let mtu = request::mtu(&reserve, &network)?;
         self.fabric.may_be_bridge(&reserve.bridge.name).await?;
         let key = &reserve.attachment;
@@ -155,9 +160,10 @@ impl<F: Fabric> Ipam<F> {
     }
 
     /// STATUS: would an ADD succeed now?
-    pub fn can_add(&self) -> Result<(), Failure> {
+    pub async fn can_add(&self) -> Result<(), Failure> {
         let unavailable = |code, details| failure(code, "no pod can be added now", details);
-        let network = self.fabric.pod_network().map_err(|reason| match reason {
+        let network = self.ready_network(self.config.patience.min(deadline::STATUS_READY)).await;
+        let network = network.map_err(|reason| match reason {
             NotReady::Waiting(_) => unavailable(Code::NotAvailable, reason.to_string()),
             NotReady::Degraded(_) => unavailable(Code::NotAvailableAndDegraded, reason.to_string()),
         })?;
@@ -168,6 +174,18 @@ impl<F: Fabric> Ipam<F> {
             (_, total) => {
                 let full = PoolError::Exhausted { subnet: network.subnet, capacity: total as u32 };
                 Err(unavailable(Code::NotAvailable, full.to_string()))
+            }
+        }
+    }
+
+    /// An agent that has just started listens before it has its lease again: no runtime tries a failed ADD again by
+    /// itself, and a node is NotReady after one failed STATUS.
+    async fn ready_network(&self, patience: Duration) -> Result<PodNetwork, NotReady> {
+        let give_up = Instant::now() + patience;
+        loop {
+            match self.fabric.pod_network() {
+                Err(NotReady::Waiting(_)) if Instant::now() < give_up => sleep(READY_EVERY).await,
+                other => return other,
             }
         }
     }

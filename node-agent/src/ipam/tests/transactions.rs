@@ -98,6 +98,24 @@ async fn addresses_asked_for() {
 }
 
 #[tokio::test]
+async fn an_agent_that_is_about_to_be_ready_is_waited_for() {
+    let node = Node::new();
+    let network = node.fabric.world().network.clone();
+    node.fabric.world().network = Err(NotReady::Waiting("a lease".into()));
+    let becomes_ready = async {
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        node.fabric.world().network = network;
+    };
+    let (added, can_add, ()) = tokio::join!(node.add("a"), node.ipam().can_add(), becomes_ready);
+    added.expect("ADD");
+    can_add.expect("STATUS");
+    // What does not pass by itself is told at once.
+    node.fabric.world().network = Err(NotReady::Degraded("subnet taken by 192.0.2.7".into()));
+    let told = timeout(Duration::from_millis(50), node.add("b")).await.expect("at once");
+    assert!(told.expect_err("degraded").is(Code::TryAgainLater));
+}
+
+#[tokio::test]
 async fn bad_values_are_named() {
     let node = Node::new();
     let mtu = |mtu| {
@@ -124,18 +142,18 @@ async fn a_full_subnet_and_no_subnet() {
     if let Ok(network) = &mut node.fabric.world().network {
         network.subnet = subnet("10.5.1.0/30");
     }
-    node.ipam().can_add().expect("one free");
+    node.ipam().can_add().await.expect("one free");
     node.attach("a").await;
     let full = node.add("b").await.expect_err("full");
     assert!(full.is(Code::PoolExhausted) && full.details.contains("all 1 pod addresses"), "{full:?}");
-    assert!(node.ipam().can_add().expect_err("full").is(Code::NotAvailable));
+    assert!(node.ipam().can_add().await.expect_err("full").is(Code::NotAvailable));
     node.fabric.world().network = Err(NotReady::Waiting("waiting for a lease".into()));
     let early = node.add("b").await.expect_err("no lease");
     assert!(early.is(Code::TryAgainLater) && early.details.contains("waiting for a lease"), "{early:?}");
-    assert!(node.ipam().can_add().expect_err("no lease").is(Code::NotAvailable));
+    assert!(node.ipam().can_add().await.expect_err("no lease").is(Code::NotAvailable));
     node.fabric.world().network = Err(NotReady::Degraded("subnet taken by 192.0.2.7".into()));
     assert!(node.add("b").await.expect_err("taken").is(Code::TryAgainLater));
-    assert!(node.ipam().can_add().expect_err("taken").is(Code::NotAvailableAndDegraded));
+    assert!(node.ipam().can_add().await.expect_err("taken").is(Code::NotAvailableAndDegraded));
     node.ipam().release(&key("a")).await.expect("a DEL needs no lease");
     assert_eq!(node.states().len(), 0);
 }

@@ -3,35 +3,70 @@
 //! The order of [`Key`] is the order of creation: what comes later stands on what comes before, so a route is never
 //! there before its neighbour and its forwarding entry. Removal goes the other way round.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
+use weft_shared::names::ROUTE_PROTOCOL;
 use weft_shared::{IfName, Mac, Subnet};
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Key {
+    /// The name that a device of ours should have, when somebody has given it another.
+    Name(IfName),
     Link(IfName),
     /// Path below `/proc/sys`.
     Sysctl(String),
     Port(IfName),
     Addr(IfName, IpNetwork),
-    Neigh(IfName, IpAddr),
+    /// Before the neighbour: a peer's new MAC must lead somewhere when packets begin to carry it.
     Fdb(IfName, Mac),
+    Neigh(IfName, IpAddr),
     /// Main table, metric 0 (IPv6: the default 1024).
     Route(Subnet),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Object {
-    Link { name: IfName, link: Link },
-    Sysctl { path: String, value: String },
-    Port { veth: IfName, port: BridgePort },
-    Addr { dev: IfName, addr: IpNetwork, scope: AddrScope },
-    Neigh { dev: IfName, ip: IpAddr, mac: Mac },
-    Fdb { dev: IfName, mac: Mac, dst: IpAddr },
-    Route { dst: Subnet, route: Route },
+    /// A device of ours is called `now`.
+    Name {
+        name: IfName,
+        now: IfName,
+    },
+    Link {
+        name: IfName,
+        link: Link,
+    },
+    Sysctl {
+        path: String,
+        value: String,
+    },
+    Port {
+        veth: IfName,
+        port: BridgePort,
+    },
+    Addr {
+        dev: IfName,
+        addr: IpNetwork,
+        scope: AddrScope,
+        form: AddrForm,
+    },
+    Neigh {
+        dev: IfName,
+        ip: IpAddr,
+        mac: Mac,
+    },
+    Fdb {
+        dev: IfName,
+        mac: Mac,
+        dst: IpAddr,
+        path: FdbPath,
+    },
+    Route {
+        dst: Subnet,
+        route: Route,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,6 +75,21 @@ pub struct Link {
     pub mac: LinkMac,
     pub mtu: u32,
     pub up: bool,
+    pub altered: Alterations,
+}
+
+/// What a foreign hand can do to a device beside that. Found, and wanted only of an adopted bridge, which keeps its own
+/// options: spanning tree may be what keeps an operator's loop closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Alterations {
+    /// `arp off`: nothing is resolved on it.
+    pub noarp: bool,
+    pub proto_down: bool,
+    /// It is a port of something: its packets go there.
+    pub enslaved: bool,
+    /// Spanning tree or ageing are not a new bridge's.
+    pub bridge_options: bool,
+    pub vlan_filtering: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,7 +110,8 @@ impl fmt::Display for LinkKind {
     }
 }
 
-/// The attributes of a VXLAN device that only a new device can change.
+/// The attributes of a VXLAN device. Left out is what does no harm: checksums of the outer packet, the range of source
+/// ports, local bypass.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Vxlan {
     pub vni: u32,
@@ -68,8 +119,30 @@ pub struct Vxlan {
     pub underlay: u32,
     pub local: IpAddr,
     pub port: u16,
-    pub learning: bool,
     pub gbp: bool,
+    /// Found, never wanted: options that change what the device does with packets, in iproute2's words.
+    pub foreign_options: BTreeSet<&'static str>,
+    pub tuning: VxlanTuning,
+}
+
+/// What the kernel changes on a living device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VxlanTuning {
+    pub learning: bool,
+    /// 0: as the underlay's route says.
+    pub ttl: u8,
+    pub tos: u8,
+    /// Of the outer packet (`IFLA_VXLAN_DF`).
+    pub df: u8,
+    /// Seconds.
+    pub ageing: u32,
+}
+
+impl VxlanTuning {
+    /// A new device's.
+    pub fn with_learning(learning: bool) -> Self {
+        Self { learning, ttl: 0, tos: 0, df: 0, ageing: 300 }
+    }
 }
 
 /// How far an address is valid (`ifa_scope`).
@@ -78,6 +151,37 @@ pub enum AddrScope {
     Global,
     Link,
     Host,
+}
+
+/// What else an address can be. All of it is found, none of it wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct AddrForm {
+    /// It has a lifetime, and goes by itself.
+    pub expires: bool,
+    /// Metric of its connected route.
+    pub metric: u32,
+    /// It brings no connected route (`noprefixroute`).
+    pub routeless: bool,
+    /// The other end of a point-to-point address.
+    pub peer: Option<IpAddr>,
+}
+
+impl AddrForm {
+    /// Whether the kernel gets from this to a plain address without deleting it.
+    pub fn can_be_replaced(&self) -> bool {
+        !self.routeless && self.peer.is_none()
+    }
+}
+
+/// How a forwarding entry leads to its destination: by the device's own port, VNI and interface, unless it says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct FdbPath {
+    pub port: Option<u16>,
+    pub vni: Option<u32>,
+    /// Index of an interface.
+    pub via: Option<u32>,
+    /// A nexthop object instead of a destination.
+    pub nexthop: Option<u32>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,16 +199,68 @@ pub struct BridgePort {
     pub isolated: bool,
     pub mtu: u32,
     pub up: bool,
+    /// It carries our link group.
+    pub marked: bool,
+    /// Another option that stops packets is not a new port's: learning, flooding, locks, ARP suppression.
+    pub altered: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {
     pub gateway: Option<IpAddr>,
-    pub dev: IfName,
+    /// `None` is only ever found: several next hops, or none, as of a blackhole.
+    pub dev: Option<IfName>,
     /// The gateway is reachable through `dev` whatever the addresses say (`RTNH_F_ONLINK`).
     pub onlink: bool,
     /// `rtm_protocol`.
     pub protocol: u8,
+    /// Preferred source address.
+    pub source: Option<IpAddr>,
+    pub form: RouteForm,
+}
+
+/// What else a route can be, in the kernel's numbers. All of it is found, none of it wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RouteForm {
+    /// Not unicast: `rtm_type`.
+    pub kind: Option<u8>,
+    pub tos: u8,
+    /// Not the default one.
+    pub metric: Option<u32>,
+    /// Not the one that goes with its gateway, or with having none.
+    pub scope: Option<u8>,
+    /// A nexthop object.
+    pub nexthop: Option<u32>,
+    /// Metrics such as a locked MTU, an encapsulation, several next hops, realms.
+    pub extras: bool,
+}
+
+impl Route {
+    /// One of ours.
+    pub fn via(gateway: IpAddr, dev: &IfName, onlink: bool) -> Self {
+        Self {
+            gateway: Some(gateway),
+            dev: Some(dev.clone()),
+            onlink,
+            protocol: ROUTE_PROTOCOL,
+            source: None,
+            form: RouteForm::default(),
+        }
+    }
+}
+
+impl RouteForm {
+    /// Whether it competes with a plain route to the same subnet: TOS and metric are looked at first.
+    pub fn is_in_plain_slot(&self) -> bool {
+        self.tos == 0 && self.metric.is_none()
+    }
+}
+
+impl Vxlan {
+    /// Whether the kernel gets from `found` to this without a new device.
+    pub fn can_be_made_of(&self, found: &Vxlan) -> bool {
+        *self == Vxlan { tuning: self.tuning, ..found.clone() }
+    }
 }
 
 impl LinkMac {
@@ -117,6 +273,7 @@ impl LinkMac {
 impl Object {
     pub fn key(&self) -> Key {
         match self {
+            Self::Name { name, .. } => Key::Name(name.clone()),
             Self::Link { name, .. } => Key::Link(name.clone()),
             Self::Sysctl { path, .. } => Key::Sysctl(path.clone()),
             Self::Port { veth, .. } => Key::Port(veth.clone()),
@@ -135,7 +292,8 @@ impl Object {
                     (LinkMac::Exactly(want), LinkMac::Exactly(have)) => want == have,
                     _ => true,
                 };
-                mac && (&want.kind, want.mtu, want.up) == (&have.kind, have.mtu, have.up)
+                let rest = |link: &Link| (link.kind.clone(), link.mtu, link.up, link.altered);
+                mac && rest(want) == rest(have)
             }
             _ => self == found,
         }
@@ -145,7 +303,8 @@ impl Object {
     pub fn needs_recreation(&self, found: &Object) -> bool {
         match (self, found) {
             (Self::Link { link: want, .. }, Self::Link { link: have, .. }) => {
-                matches!(want.kind, LinkKind::Vxlan(_)) && want.kind != have.kind
+                let LinkKind::Vxlan(want) = &want.kind else { return false };
+                !matches!(&have.kind, LinkKind::Vxlan(have) if want.can_be_made_of(have))
             }
             _ => false,
         }
@@ -154,9 +313,9 @@ impl Object {
     /// The device that takes this object with it when it is deleted.
     pub fn stands_on(&self) -> Option<&IfName> {
         match self {
-            Self::Link { .. } | Self::Sysctl { .. } | Self::Port { .. } => None,
+            Self::Name { .. } | Self::Link { .. } | Self::Sysctl { .. } | Self::Port { .. } => None,
             Self::Addr { dev, .. } | Self::Neigh { dev, .. } | Self::Fdb { dev, .. } => Some(dev),
-            Self::Route { route, .. } => Some(&route.dev),
+            Self::Route { route, .. } => route.dev.as_ref(),
         }
     }
 }
@@ -198,6 +357,8 @@ pub struct Observed {
     pub objects: BTreeMap<Key, Found>,
     /// Further objects of ours under a key that `objects` holds already, such as a second route to the same subnet.
     pub surplus: Vec<Object>,
+    /// Devices of ours under another name: the right one, and what they are called now.
+    pub renamed: BTreeMap<IfName, IfName>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -205,6 +366,36 @@ pub struct Found {
     pub object: Object,
     /// It carries our mark: it may be changed, and goes when nothing wants it.
     pub ours: bool,
+    /// A foreign route to the same subnet stands before it and takes its packets.
+    pub overruled: bool,
+}
+
+/// How the kernel gets from a found route to a wanted one without touching anybody else's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RouteChange {
+    /// Put it before whatever is there (`ip route prepend`): nothing of ours is.
+    Prepend,
+    /// Ours is the first of its kind, so it is the one that a replacement replaces.
+    Replace,
+    /// Ours gets no packets where it stands: taken away, then put in front.
+    MoveToFront,
+    /// Ours competes elsewhere, with a metric or a TOS: the right one first, then away with it.
+    PrependThenRemove,
+}
+
+impl RouteChange {
+    pub fn from_found(found: Option<&Found>) -> Self {
+        match found {
+            Some(Found { object: Object::Route { route, .. }, ours: true, overruled }) => {
+                match (route.form.is_in_plain_slot(), overruled) {
+                    (false, _) => Self::PrependThenRemove,
+                    (true, true) => Self::MoveToFront,
+                    (true, false) => Self::Replace,
+                }
+            }
+            _ => Self::Prepend,
+        }
+    }
 }
 
 /// One step from what is to what should be.
@@ -230,6 +421,7 @@ impl fmt::Display for Key {
     /// In the words of iproute2, for status and logs.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Name(name) => write!(f, "name {name}"),
             Self::Link(name) => write!(f, "link {name}"),
             Self::Sysctl(path) => write!(f, "sysctl {}", path.replace('/', ".")),
             Self::Port(veth) => write!(f, "bridge port {veth}"),

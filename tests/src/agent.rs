@@ -162,6 +162,23 @@ impl Agent {
         Ok(kill(self.pid()?, signal)?)
     }
 
+    /// SIGSTOP, and until every thread of it stands still. SIGCONT lets it go on.
+    pub fn pause(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)?;
+        let tasks = format!("/proc/{}/task", self.pid()?);
+        eventually("every thread to be stopped", STOP_DEADLINE, || {
+            for task in fs::read_dir(&tasks)? {
+                let stat = fs::read_to_string(task?.path().join("stat"))?;
+                // proc(5): the state follows the name, which ends with the last parenthesis.
+                if !stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T')) {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        })?;
+        Ok(())
+    }
+
     /// `kill -9`.
     pub fn kill(&mut self) -> Result<()> {
         self.signal(Signal::SIGKILL)?;

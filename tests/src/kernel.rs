@@ -3,7 +3,7 @@
 //! Only what must stay the same is in it. Left out: indexes (a device that was deleted comes back with another one),
 //! timers, entries that the kernel makes by itself (link-local, multicast, dynamic neighbours).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv6Addr;
 
 use anyhow::{Context as _, Result};
@@ -26,18 +26,19 @@ impl KernelView {
         for link in query(netns, "ip -json address show")? {
             for address in link["addr_info"].as_array().into_iter().flatten() {
                 if !is_link_local(&address["local"]) {
-                    objects.insert(format!(
-                        "address {} {}/{} {}",
-                        text(&link["ifname"]),
-                        text(&address["local"]),
-                        address["prefixlen"],
-                        text(&address["scope"])
-                    ));
+                    objects.insert(format!("address {} {}", text(&link["ifname"]), address_facts(address)));
                 }
             }
         }
-        for route in query(netns, "ip -json -4 -N route show")? {
-            objects.insert(format!("route {route}"));
+        let mut places = BTreeMap::<String, u32>::new();
+        for mut route in query(netns, "ip -json -4 -N route show")? {
+            // Of several routes to one subnet the first counts, so a place is a fact.
+            let place = places.entry(text(&route["dst"]).to_owned()).and_modify(|n| *n += 1).or_insert(1);
+            // Carrier: a fact of the wire.
+            if let Some(flags) = route["flags"].as_array_mut() {
+                flags.retain(|flag| flag != "linkdown");
+            }
+            objects.insert(format!("route {place} {route}"));
         }
         for neighbour in query(netns, "ip -json neighbor show nud permanent")? {
             objects.insert(format!("neighbour {neighbour}"));
@@ -48,7 +49,15 @@ impl KernelView {
                 objects.insert(format!("fdb {entry}"));
             }
         }
-        objects.insert(format!("sysctl ipv4/ip_forward = {}", netns.sysctl("ipv4/ip_forward")?));
+        for key in ["ipv4/ip_forward", "ipv4/conf/eth0/forwarding"] {
+            objects.insert(format!("sysctl {key} = {}", netns.sysctl(key)?));
+        }
+        // Gone with their device, and no fact of their own then.
+        for key in ["ipv4/conf/cni0/forwarding", "ipv4/conf/flannel.1/forwarding"] {
+            if let Ok(value) = netns.sysctl(key) {
+                objects.insert(format!("sysctl {key} = {value}"));
+            }
+        }
         Ok(Self { objects })
     }
 
@@ -79,17 +88,47 @@ pub fn query(netns: &Netns, command: &str) -> Result<Vec<Value>> {
 }
 
 fn link_facts(link: &Value) -> Value {
-    let up = link["flags"].as_array().is_some_and(|flags| flags.iter().any(|f| f == "UP"));
+    let has = |flag: &str| link["flags"].as_array().is_some_and(|flags| flags.iter().any(|f| f == flag));
     let info = &link["linkinfo"];
-    let kind = &info["info_kind"];
+    let (kind, data) = (&info["info_kind"], &info["info_data"]);
     // A bridge's data are mostly timers that run.
-    let data = if kind == "vxlan" { info["info_data"].clone() } else { Value::Null };
+    let data = match kind.as_str() {
+        Some("vxlan") => data.clone(),
+        Some("bridge") => json!({ "stp_state": data["stp_state"], "ageing_time": data["ageing_time"] }),
+        _ => Value::Null,
+    };
     let port = &info["info_slave_data"];
+    let flags = [
+        "hairpin",
+        "isolated",
+        "learning",
+        "flood",
+        "guard",
+        "root_block",
+        "neigh_suppress",
+        "locked",
+        "bcast_flood",
+        "mcast_flood",
+        "proxy_arp",
+        "proxy_arp_wifi",
+        "vlan_tunnel",
+    ];
+    let flags: Vec<&str> = flags.into_iter().filter(|flag| port[flag] == true).collect();
     json!({
-        "name": link["ifname"], "up": up, "mtu": link["mtu"], "address": link["address"],
-        "master": link["master"], "group": link["group"], "kind": kind, "data": data,
-        "hairpin": port["hairpin"], "isolated": port["isolated"],
+        "name": link["ifname"], "up": has("UP"), "arp": !has("NOARP"), "proto_down": link["proto_down"],
+        "mtu": link["mtu"], "address": link["address"], "master": link["master"], "group": link["group"],
+        "kind": kind, "data": data, "port": flags,
     })
+}
+
+fn address_facts(address: &Value) -> Value {
+    let mut facts = address.clone();
+    if let Some(facts) = facts.as_object_mut() {
+        // A lifetime runs, and is a fact only as having an end.
+        facts.retain(|key, _| !["valid_life_time", "preferred_life_time", "label"].contains(&key.as_str()));
+        facts.insert("ends".into(), json!(address["valid_life_time"] != json!(u32::MAX)));
+    }
+    facts
 }
 
 fn is_link_local(address: &Value) -> bool {

@@ -4,6 +4,8 @@
 //!
 //! `WEFT_SEED=N cargo test -p e2e --test interleavings` takes the same steps again; when each strikes is the machine's.
 
+#![expect(clippy::print_stdout, reason = "the seed, and the times that docs/faults.md shows")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::thread;

@@ -11,7 +11,6 @@ use cni_plugin::reply::SuccessReply;
 use e2e::books::{invariant, live_veths};
 use e2e::cluster::{Backend, READY, Spec, scenario};
 use e2e::kernel::query;
-use e2e::node::Node;
 use e2e::plugin::{finish, netconf};
 use e2e::pod::{Pod, Sandbox, host_veth, vanished};
 use e2e::random::Random;

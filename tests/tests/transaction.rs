@@ -2,6 +2,8 @@
 //! record come and go together. The real plugin and the real agent; where a message must be held up or lost, a relay
 //! between them does it.
 
+#![expect(clippy::print_stdout, reason = "the times that docs/faults.md shows")]
+
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::Child;
 use std::time::{Duration, Instant};

@@ -5,7 +5,6 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use weft_shared::IfName;
 use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
-use weft_shared::names::ROUTE_PROTOCOL;
 
 use super::{Dataplane, LocalNode, Wanted};
 use crate::object::{Object, Route};
@@ -27,9 +26,7 @@ impl HostGw {
                     "{gateway} is not on-link on {dev}: host-gw needs every node in one Ethernet segment"
                 ));
             }
-            let route =
-                Route { gateway: Some(gateway), dev: dev.clone(), onlink: false, protocol: ROUTE_PROTOCOL };
-            routes.push(Object::Route { dst: subnet, route });
+            routes.push(Object::Route { dst: subnet, route: Route::via(gateway, dev, false) });
         }
         Ok(routes)
     }
@@ -116,12 +113,7 @@ mod tests {
 
         let served = Backend::HostGw(HostGw).desired(&local(&["192.0.2.2"]), &peers);
         let objects: Vec<_> = served.desired.objects().map(|(_, o)| o.clone()).collect();
-        let route = Route {
-            gateway: Some("192.0.2.2".parse().expect("ip")),
-            dev: "eth0".parse().expect("name"),
-            onlink: false,
-            protocol: ROUTE_PROTOCOL,
-        };
+        let route = Route::via("192.0.2.2".parse().expect("ip"), &"eth0".parse().expect("name"), false);
         assert_eq!(objects, [Object::Route { dst: "10.5.2.0/24".parse().expect("net"), route }]);
         assert_eq!(served.peers[&peers[0].key].problem, None);
     }

@@ -5,17 +5,18 @@
 //! 10.5.2.0 gives the peer's VTEP MAC; the forwarding entry of that MAC gives the peer's public IP. Nothing is ever
 //! resolved on the wire, so nothing has to answer.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
 use ipnetwork::IpNetwork;
 use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey, VxlanData};
-use weft_shared::names::ROUTE_PROTOCOL;
 use weft_shared::netconf::VxlanConfig;
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::{Dataplane, LocalNode, Wanted};
-use crate::object::{AddrScope, Link, LinkKind, LinkMac, Object, Route, Vxlan};
+use crate::object::{
+    AddrForm, AddrScope, Alterations, FdbPath, Link, LinkKind, LinkMac, Object, Route, Vxlan, VxlanTuning,
+};
 
 /// Outer IPv4 header 20, UDP 8, VXLAN 8, inner Ethernet 14.
 const OVERHEAD: u32 = 50;
@@ -42,26 +43,26 @@ impl VxlanPlane {
             underlay: local.underlay.index,
             local: local.underlay.addr.into(),
             port: self.config.port,
-            learning: self.config.learning,
             gbp: self.config.gbp,
+            foreign_options: BTreeSet::new(),
+            tuning: VxlanTuning::with_learning(self.config.learning),
         };
         Link {
             kind: LinkKind::Vxlan(vxlan),
             mac: LinkMac::Exactly(self.vtep_mac),
             mtu: self.pod_mtu(local.underlay.mtu),
             up: true,
+            altered: Alterations::default(),
         }
     }
 
     /// One subnet of one peer: neighbour, forwarding entry, route.
     fn entries(&self, dev: &IfName, subnet: Subnet, vtep: Mac, public: IpAddr) -> Vec<Object> {
         let gateway = subnet.addr();
-        let route =
-            Route { gateway: Some(gateway), dev: dev.clone(), onlink: true, protocol: ROUTE_PROTOCOL };
         vec![
+            Object::Fdb { dev: dev.clone(), mac: vtep, dst: public, path: FdbPath::default() },
             Object::Neigh { dev: dev.clone(), ip: gateway, mac: vtep },
-            Object::Fdb { dev: dev.clone(), mac: vtep, dst: public },
-            Object::Route { dst: subnet, route },
+            Object::Route { dst: subnet, route: Route::via(gateway, dev, true) },
         ]
     }
 
@@ -153,7 +154,8 @@ impl Dataplane for VxlanPlane {
             .desired
             .insert(Object::Sysctl { path: format!("net/ipv6/conf/{dev}/accept_ra"), value: "0".into() });
         let addr = IpNetwork::from(local.lease.v4.addr());
-        wanted.desired.insert(Object::Addr { dev: dev.clone(), addr, scope: AddrScope::Global });
+        let form = AddrForm::default();
+        wanted.desired.insert(Object::Addr { dev: dev.clone(), addr, scope: AddrScope::Global, form });
         let mut vteps = BTreeMap::from([(self.vtep_mac, "this node".to_owned())]);
         // Of two nodes with one MAC the older lease keeps it, on every node alike.
         let mut by_age: Vec<&Lease> = peers.to_vec();
@@ -217,11 +219,11 @@ mod tests {
         assert_eq!(
             keys,
             [
-                "neighbour 10.5.2.0 dev flannel.7",
                 "fdb 02:00:00:00:00:02 dev flannel.7",
+                "neighbour 10.5.2.0 dev flannel.7",
                 "route 10.5.2.0/24",
-                "neighbour fd00:5:2:: dev flannel-v6.7",
                 "fdb 02:00:00:00:00:06 dev flannel-v6.7",
+                "neighbour fd00:5:2:: dev flannel-v6.7",
                 "route fd00:5:2::/64",
             ]
         );

@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage as Message;
-use nix::libc::{EADDRNOTAVAIL, ENODEV, ENOENT, ESRCH};
+use nix::libc::{EADDRNOTAVAIL, EBUSY, EEXIST, ENODEV, ENOENT, ESRCH};
 use weft_shared::IfName;
 
 use super::encode;
 use super::socket::{Request, RouteSocket};
 use super::{Errno, KernelError};
-use crate::object::{Found, Link, LinkKind, Object, Op};
+use crate::object::{Found, Link, LinkKind, Object, Op, RouteChange};
 
 /// Interface indices by name, as far as they are known.
 pub(super) type Indices = BTreeMap<IfName, u32>;
@@ -24,6 +24,10 @@ pub(super) fn apply(
     let mut batch = Batch::default();
     for (place, op) in ops.iter().enumerate() {
         match op {
+            Op::Set { object: Object::Name { name, now }, .. } => {
+                batch.flush(socket, &mut results);
+                results[place] = rename(socket, indices, now, name);
+            }
             Op::Set { object: Object::Link { name, link }, found } => {
                 batch.flush(socket, &mut results);
                 let found = found.as_ref().map(|f| &f.object);
@@ -33,11 +37,11 @@ pub(super) fn apply(
                 results[place] = super::sysctl::write(path, value);
             }
             Op::Set { object, found } => match requests(indices, object, found.as_ref()) {
-                Ok(requests) => batch.push(place, requests, false),
+                Ok(requests) => batch.push(place, requests),
                 Err(error) => results[place] = Err(error),
             },
             Op::Remove(object) => match removal(indices, object) {
-                Some(request) => batch.push(place, vec![request], true),
+                Some(request) => batch.push(place, vec![request]),
                 // What stood on a device that is gone is gone.
                 None => results[place] = Ok(()),
             },
@@ -47,35 +51,70 @@ pub(super) fn apply(
     results
 }
 
+/// A request, and the refusals that mean that its goal is reached.
+struct Step {
+    request: Request,
+    fine: &'static [i32],
+}
+
+impl Step {
+    fn new(message: Message, flags: u16) -> Self {
+        Self { request: Request { message, flags }, fine: &[] }
+    }
+
+    /// A removal that finds nothing has reached its goal.
+    fn removing(message: Message) -> Self {
+        Self { fine: &[ENODEV, ENOENT, ESRCH, EADDRNOTAVAIL], ..Self::new(message, 0) }
+    }
+}
+
 /// Requests gathered for one system call, each with the operation it belongs to.
 #[derive(Default)]
 struct Batch {
     requests: Vec<Request>,
-    places: Vec<(usize, bool)>,
+    places: Vec<(usize, &'static [i32])>,
 }
 
 impl Batch {
-    fn push(&mut self, place: usize, requests: Vec<Request>, is_removal: bool) {
-        self.places.extend(requests.iter().map(|_| (place, is_removal)));
-        self.requests.extend(requests);
+    fn push(&mut self, place: usize, steps: Vec<Step>) {
+        for Step { request, fine } in steps {
+            self.places.push((place, fine));
+            self.requests.push(request);
+        }
     }
 
     /// An operation of several requests fails with its first failure.
     fn flush(&mut self, socket: &mut RouteSocket, results: &mut [Result<(), KernelError>]) {
         let answers = socket.batch(&std::mem::take(&mut self.requests));
-        for ((place, is_removal), answer) in self.places.drain(..).zip(answers) {
-            let answer = if is_removal { gone_is_fine(answer) } else { answer };
+        for ((place, fine), answer) in self.places.drain(..).zip(answers) {
             if results[place].is_ok() {
-                results[place] = answer;
+                results[place] = unless(fine, answer);
             }
         }
     }
 }
 
-/// A removal that finds nothing has reached its goal.
-fn gone_is_fine(answer: Result<(), KernelError>) -> Result<(), KernelError> {
+fn unless(fine: &[i32], answer: Result<(), KernelError>) -> Result<(), KernelError> {
     match answer {
-        Err(KernelError::Refused(Errno(ENODEV | ENOENT | ESRCH | EADDRNOTAVAIL))) => Ok(()),
+        Err(KernelError::Refused(Errno(errno))) if fine.contains(&errno) => Ok(()),
+        other => other,
+    }
+}
+
+/// Kernels before 6.3 rename a device only while it is down; the next look brings it up again.
+fn rename(
+    socket: &mut RouteSocket,
+    indices: &mut Indices,
+    now: &IfName,
+    name: &IfName,
+) -> Result<(), KernelError> {
+    let index = index_of(indices, now)?;
+    let rename = || plain(Message::SetLink(encode::rename_link(index, name)));
+    match socket.request(rename()) {
+        Err(KernelError::Refused(Errno(EBUSY))) => {
+            socket.request(plain(Message::SetLink(encode::down(index))))?;
+            socket.request(rename())
+        }
         other => other,
     }
 }
@@ -96,82 +135,126 @@ fn set_link(
         Some(have) if link.kind == LinkKind::Bridge && have.kind != LinkKind::Bridge => {
             return Err(KernelError::NotABridge { name: name.clone(), kind: have.kind.to_string() });
         }
-        Some(have) if have.kind == link.kind => {
+        Some(have) if !recreated(link, have) => {
             let index = index_of(indices, name)?;
-            return socket.request(request(Message::SetLink(encode::change_link(index, link, have)), 0));
+            return change_link(socket, index, link, have);
         }
         Some(_) => {
             let old = encode::link_by_index(index_of(indices, name)?);
-            gone_is_fine(socket.request(request(Message::DelLink(old), 0)))?;
+            unless(&[ENODEV], socket.request(plain(Message::DelLink(old))))?;
         }
         None => {}
     }
-    socket.request(request(Message::NewLink(encode::new_link(name, link)), NLM_F_CREATE | NLM_F_EXCL))?;
+    let new = Message::NewLink(encode::new_link(name, link));
+    socket.request(Request { message: new, flags: NLM_F_CREATE | NLM_F_EXCL })?;
     if let Some(Message::NewLink(made)) = socket.get(encode::link_by_name(name))? {
         indices.insert(name.clone(), made.header.index);
     }
     Ok(())
 }
 
-/// The messages that make `object` so. A route of somebody else's under the same key is not replaced: ours goes before
-/// it (`ip route prepend`) and theirs stays.
-fn requests(indices: &Indices, object: &Object, found: Option<&Found>) -> Result<Vec<Request>, KernelError> {
+fn recreated(link: &Link, have: &Link) -> bool {
+    match (&link.kind, &have.kind) {
+        (LinkKind::Vxlan(want), LinkKind::Vxlan(have)) => !want.can_be_made_of(have),
+        (want, have) => want != have,
+    }
+}
+
+/// `RTM_NEWLINK` and not `RTM_SETLINK`: only the former changes a kind's own options (net/core/rtnetlink.c).
+fn change_link(socket: &mut RouteSocket, index: u32, link: &Link, have: &Link) -> Result<(), KernelError> {
+    socket.request(plain(Message::NewLink(encode::change_link(index, link, have))))
+}
+
+/// The messages that make `object` so. A route of somebody else's under the same key is never replaced: ours goes
+/// before it (`ip route prepend`) and theirs stays.
+fn requests(indices: &Indices, object: &Object, found: Option<&Found>) -> Result<Vec<Step>, KernelError> {
     let replace = NLM_F_CREATE | NLM_F_REPLACE;
     Ok(match object {
-        Object::Link { .. } | Object::Sysctl { .. } => Vec::new(),
+        Object::Name { .. } | Object::Link { .. } | Object::Sysctl { .. } => Vec::new(),
         Object::Port { veth, port } => {
             let index = index_of(indices, veth)?;
-            let mut requests = Vec::new();
+            let mut steps = Vec::new();
             if let Some(bridge) = &port.bridge {
                 let bridge = index_of(indices, bridge)?;
-                requests.push(request(Message::SetLink(encode::enslave(index, bridge, port)), 0));
+                steps.push(Step::new(Message::SetLink(encode::enslave(index, bridge, port)), 0));
             }
-            requests.push(request(Message::NewLink(encode::port_options(index, port)), 0));
-            requests
+            let altered =
+                matches!(found, Some(Found { object: Object::Port { port, .. }, .. }) if port.altered);
+            steps.push(Step::new(Message::NewLink(encode::port_options(index, port, altered)), 0));
+            steps
         }
-        Object::Addr { dev, addr, .. } => {
-            let address = encode::address(index_of(indices, dev)?, *addr);
-            // The kernel replaces an address's lifetime, but never its scope.
-            let old = found.map(|_| request(Message::DelAddress(address.clone()), 0));
-            old.into_iter().chain([request(Message::NewAddress(address), replace)]).collect()
+        Object::Addr { dev, addr, scope, form } => {
+            let index = index_of(indices, dev)?;
+            let new = Step::new(Message::NewAddress(encode::address(index, *addr, *form)), replace);
+            match found.map(|f| &f.object) {
+                // The kernel replaces a lifetime and a metric, and nothing else.
+                Some(Object::Addr { scope: old_scope, form: old, .. })
+                    if old_scope != scope || !old.can_be_replaced() =>
+                {
+                    vec![Step::removing(Message::DelAddress(encode::address(index, *addr, *old))), new]
+                }
+                _ => vec![new],
+            }
         }
         Object::Neigh { dev, ip, mac } => {
-            vec![request(
-                Message::NewNeighbour(encode::neighbour(index_of(indices, dev)?, *ip, *mac)),
-                replace,
-            )]
+            let message = encode::neighbour(index_of(indices, dev)?, *ip, *mac);
+            vec![Step::new(Message::NewNeighbour(message), replace)]
         }
-        Object::Fdb { dev, mac, dst } => {
-            vec![request(Message::NewNeighbour(encode::fdb(index_of(indices, dev)?, *mac, *dst)), replace)]
+        Object::Fdb { dev, mac, dst, path } => {
+            let index = index_of(indices, dev)?;
+            let new = Step::new(Message::NewNeighbour(encode::fdb(index, *mac, *dst, *path)), replace);
+            match found.map(|f| &f.object) {
+                // The kernel does not turn a nexthop object into a destination.
+                Some(Object::Fdb { dst, path, .. }) if path.nexthop.is_some() => {
+                    let old = Message::DelNeighbour(encode::fdb(index, *mac, *dst, *path));
+                    vec![Step::removing(old), new]
+                }
+                _ => vec![new],
+            }
         }
         Object::Route { dst, route } => {
-            let flags = if found.is_some_and(|f| f.ours) { replace } else { NLM_F_CREATE };
-            vec![request(
-                Message::NewRoute(encode::route(index_of(indices, &route.dev)?, *dst, route)),
-                flags,
-            )]
+            let index = route.dev.as_ref().map(|dev| index_of(indices, dev)).transpose()?;
+            let set = |flags| Step::new(Message::NewRoute(encode::route(index, *dst, route)), flags);
+            // The very same route is there already: the kernel makes connected ones itself.
+            let prepend = Step { fine: &[EEXIST], ..set(NLM_F_CREATE) };
+            let old = found.and_then(|f| removal(indices, &f.object));
+            match RouteChange::from_found(found) {
+                RouteChange::Replace => vec![set(replace)],
+                RouteChange::Prepend => vec![prepend],
+                RouteChange::MoveToFront => old.into_iter().chain([prepend]).collect(),
+                RouteChange::PrependThenRemove => [prepend].into_iter().chain(old).collect(),
+            }
         }
     })
 }
 
-fn removal(indices: &Indices, object: &Object) -> Option<Request> {
+/// `None`: what it stood on is gone, or it is nothing that is ever removed.
+fn removal(indices: &Indices, object: &Object) -> Option<Step> {
     let message = match object {
         Object::Link { name, .. } => Message::DelLink(encode::link_by_index(*indices.get(name)?)),
-        Object::Sysctl { .. } | Object::Port { .. } => return None,
-        Object::Addr { dev, addr, .. } => Message::DelAddress(encode::address(*indices.get(dev)?, *addr)),
+        Object::Name { .. } | Object::Sysctl { .. } | Object::Port { .. } => return None,
+        Object::Addr { dev, addr, form, .. } => {
+            Message::DelAddress(encode::address(*indices.get(dev)?, *addr, *form))
+        }
         Object::Neigh { dev, ip, mac } => {
             Message::DelNeighbour(encode::neighbour(*indices.get(dev)?, *ip, *mac))
         }
-        Object::Fdb { dev, mac, dst } => Message::DelNeighbour(encode::fdb(*indices.get(dev)?, *mac, *dst)),
+        Object::Fdb { dev, mac, dst, path } => {
+            Message::DelNeighbour(encode::fdb(*indices.get(dev)?, *mac, *dst, *path))
+        }
         Object::Route { dst, route } => {
-            Message::DelRoute(encode::route(*indices.get(&route.dev)?, *dst, route))
+            let index = match &route.dev {
+                Some(dev) => Some(*indices.get(dev)?),
+                None => None,
+            };
+            Message::DelRoute(encode::route_to_delete(index, *dst, route))
         }
     };
-    Some(request(message, 0))
+    Some(Step::removing(message))
 }
 
-fn request(message: Message, flags: u16) -> Request {
-    Request { message, flags }
+fn plain(message: Message) -> Request {
+    Request { message, flags: 0 }
 }
 
 fn index_of(indices: &Indices, name: &IfName) -> Result<u32, KernelError> {

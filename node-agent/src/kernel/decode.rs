@@ -3,24 +3,35 @@
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
+use netlink_packet_core::Nla;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
 };
 use netlink_packet_route::link::{
-    InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo,
-    LinkMessage,
+    BridgeStpState, InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoVxlan, LinkAttribute,
+    LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteScope, RouteType,
 };
+use weft_shared::names::VETH_GROUP;
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::FoundLink;
-use crate::object::{AddrScope, BridgePort, Link, LinkKind, LinkMac, Vxlan};
+use crate::object::{
+    AddrForm, AddrScope, Alterations, BridgePort, FdbPath, Link, LinkKind, LinkMac, RouteForm, Vxlan,
+    VxlanTuning,
+};
+
+/// linux/neighbour.h.
+pub(super) const NDA_NH_ID: u16 = 13;
+
+/// A new bridge's, in hundredths of a second.
+pub(super) const BRIDGE_AGEING: u32 = 300 * 100;
 
 /// IPv6 routes get this metric when none is asked for (`IP6_RT_PRIO_USER`).
 const IPV6_DEFAULT_METRIC: u32 = 1024;
@@ -28,43 +39,93 @@ const IPV6_DEFAULT_METRIC: u32 = 1024;
 /// A link with its name and the index of its bridge.
 pub(super) fn link(message: &LinkMessage) -> Option<(IfName, FoundLink, Option<u32>)> {
     let mut name = None;
-    let (mut mac, mut mtu, mut group, mut bridge) = (Mac([0; 6]), 0, 0, None);
+    let (mut mac, mut mtu, mut group, mut master) = (Mac([0; 6]), 0, 0, None);
     let mut kind = LinkKind::Other("physical device".into());
-    let (mut hairpin, mut isolated) = (false, false);
+    let mut proto_down = false;
+    let mut bridge: &[InfoBridge] = &[];
+    let mut options: &[InfoBridgePort] = &[];
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(text) => name = text.parse::<IfName>().ok(),
             LinkAttribute::Address(bytes) => mac = mac_of(bytes).unwrap_or(mac),
             LinkAttribute::Mtu(value) => mtu = *value,
             LinkAttribute::Group(value) => group = *value,
-            LinkAttribute::Controller(index) => bridge = Some(*index),
+            LinkAttribute::Controller(index) => master = Some(*index),
+            LinkAttribute::ProtoDown(on) => proto_down = *on != 0,
             LinkAttribute::LinkInfo(infos) => {
                 kind = link_kind(infos).unwrap_or(kind);
-                for option in port_options(infos) {
-                    match option {
-                        InfoBridgePort::HairpinMode(on) => hairpin = *on,
-                        InfoBridgePort::Isolated(on) => isolated = *on,
-                        _ => {}
-                    }
-                }
+                bridge = bridge_data(infos);
+                options = port_options(infos);
             }
             _ => {}
         }
     }
-    let up = message.header.flags.contains(LinkFlags::Up);
-    let found = FoundLink {
-        index: message.header.index,
-        link: Link { kind, mac: LinkMac::Exactly(mac), mtu, up },
-        group,
-        port: BridgePort { bridge: None, hairpin, isolated, mtu, up },
+    let flags = message.header.flags;
+    let up = flags.contains(LinkFlags::Up);
+    let altered = Alterations {
+        noarp: flags.contains(LinkFlags::Noarp),
+        proto_down,
+        enslaved: master.is_some() && matches!(kind, LinkKind::Vxlan(_)),
+        bridge_options: bridge.iter().any(|option| match option {
+            InfoBridge::StpState(state) => *state != BridgeStpState::Disabled,
+            InfoBridge::AgeingTime(time) => *time != BRIDGE_AGEING,
+            _ => false,
+        }),
+        vlan_filtering: bridge.contains(&InfoBridge::VlanFiltering(true)),
     };
-    Some((name?, found, bridge))
+    let mut port = BridgePort {
+        bridge: None,
+        hairpin: false,
+        isolated: false,
+        mtu,
+        up,
+        marked: group == VETH_GROUP,
+        altered: false,
+    };
+    for option in options {
+        match option {
+            InfoBridgePort::HairpinMode(on) => port.hairpin = *on,
+            InfoBridgePort::Isolated(on) => port.isolated = *on,
+            other => port.altered |= stops_packets(other),
+        }
+    }
+    let link = Link { kind, mac: LinkMac::Exactly(mac), mtu, up, altered };
+    Some((name?, FoundLink { index: message.header.index, link, group, port }, master))
+}
+
+/// Whether a port's option keeps packets from a pod that a new port would let through. Its state is not among them: as
+/// long as the bridge has no spanning tree the kernel sets that right itself.
+fn stops_packets(option: &InfoBridgePort) -> bool {
+    match option {
+        InfoBridgePort::Learning(on)
+        | InfoBridgePort::UnicastFlood(on)
+        | InfoBridgePort::MulticastFlood(on)
+        | InfoBridgePort::BroadcastFlood(on) => !on,
+        InfoBridgePort::Guard(on)
+        | InfoBridgePort::Protect(on)
+        | InfoBridgePort::NeighSupress(on)
+        | InfoBridgePort::ProxyARP(on)
+        | InfoBridgePort::ProxyARPWifi(on)
+        | InfoBridgePort::VlanTunnel(on)
+        | InfoBridgePort::Locked(on)
+        | InfoBridgePort::Mab(on) => *on,
+        _ => false,
+    }
+}
+
+fn bridge_data(infos: &[LinkInfo]) -> &[InfoBridge] {
+    let options = infos.iter().find_map(|info| match info {
+        LinkInfo::Data(InfoData::Bridge(options)) => Some(options.as_slice()),
+        _ => None,
+    });
+    options.unwrap_or_default()
 }
 
 pub(super) struct Address {
     pub(super) index: u32,
     pub(super) addr: IpNetwork,
     pub(super) scope: AddrScope,
+    pub(super) form: AddrForm,
     pub(super) deprecated: bool,
     pub(super) dynamic: bool,
     pub(super) temporary: bool,
@@ -76,6 +137,7 @@ pub(super) fn address(message: &AddressMessage) -> Option<Address> {
     let mut deprecated = header.contains(AddressHeaderFlags::Deprecated);
     let mut permanent = header.contains(AddressHeaderFlags::Permanent);
     let mut secondary = header.contains(AddressHeaderFlags::Secondary);
+    let mut form = AddrForm::default();
     for attribute in &message.attributes {
         match attribute {
             AddressAttribute::Local(ip) => local = Some(*ip),
@@ -84,12 +146,18 @@ pub(super) fn address(message: &AddressMessage) -> Option<Address> {
                 deprecated |= flags.contains(AddressFlags::Deprecated);
                 permanent |= flags.contains(AddressFlags::Permanent);
                 secondary |= flags.contains(AddressFlags::Secondary);
+                form.routeless = flags.contains(AddressFlags::Noprefixroute);
             }
+            AddressAttribute::RoutePriority(metric) => form.metric = *metric,
             _ => {}
         }
     }
     // On a point-to-point link the two differ and `Local` is ours; IPv6 sends `Address` alone.
     let addr = IpNetwork::new(local.or(peer)?, message.header.prefix_len).ok()?;
+    form.expires = !permanent;
+    form.peer = peer.filter(|peer| *peer != addr.ip());
+    // An address alone has no route to bring.
+    form.routeless &= addr.prefix() < if addr.is_ipv4() { 32 } else { 128 };
     Some(Address {
         index: message.header.index,
         addr,
@@ -98,6 +166,7 @@ pub(super) fn address(message: &AddressMessage) -> Option<Address> {
             AddressScope::Host | AddressScope::Nowhere => AddrScope::Host,
             _ => AddrScope::Global,
         },
+        form,
         deprecated,
         dynamic: !permanent,
         // The flag's two names (linux/if_addr.h): IFA_F_SECONDARY in IPv4, IFA_F_TEMPORARY in IPv6.
@@ -111,11 +180,29 @@ pub(super) fn neighbour(message: &NeighbourMessage) -> Option<(u32, IpAddr, Mac)
     is_permanent(message).then_some((message.header.ifindex, dst?, mac?))
 }
 
-/// A permanent unicast forwarding entry with a destination: device, MAC, destination.
-pub(super) fn fdb(message: &NeighbourMessage) -> Option<(u32, Mac, IpAddr)> {
+/// A permanent unicast forwarding entry: MAC, destination (unspecified when a nexthop object stands for it) and how it
+/// leads there.
+pub(super) fn fdb(message: &NeighbourMessage) -> Option<(Mac, IpAddr, FdbPath)> {
     let (dst, mac) = neighbour_attributes(message);
     let wanted = message.header.family == AddressFamily::Bridge && is_permanent(message);
-    wanted.then_some((message.header.ifindex, mac.filter(Mac::is_unicast)?, dst?))
+    let mut path = FdbPath::default();
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::Port(port) => path.port = Some(*port),
+            NeighbourAttribute::Vni(vni) => path.vni = Some(*vni),
+            NeighbourAttribute::IfIndex(index) => path.via = Some(*index),
+            NeighbourAttribute::Other(other) if other.kind() == NDA_NH_ID => {
+                let mut id = [0; 4];
+                if other.value_len() == id.len() {
+                    other.emit_value(&mut id);
+                    path.nexthop = Some(u32::from_ne_bytes(id));
+                }
+            }
+            _ => {}
+        }
+    }
+    let dst = dst.or(path.nexthop.map(|_| std::net::Ipv4Addr::UNSPECIFIED.into()));
+    wanted.then_some((mac.filter(Mac::is_unicast)?, dst?, path))
 }
 
 /// A set of bits, not one state: `bridge fdb add` gives `NUD_NOARP | NUD_PERMANENT`.
@@ -126,18 +213,21 @@ fn is_permanent(message: &NeighbourMessage) -> bool {
 
 pub(super) struct FoundRoute {
     pub(super) dst: Subnet,
-    pub(super) oif: u32,
+    pub(super) oif: Option<u32>,
     pub(super) gateway: Option<IpAddr>,
     pub(super) onlink: bool,
     pub(super) protocol: u8,
-    pub(super) metric: u32,
+    pub(super) source: Option<IpAddr>,
+    pub(super) form: RouteForm,
 }
 
-/// A unicast route of the main table through one device.
+/// A route of the main table.
 pub(super) fn route(message: &RouteMessage) -> Option<FoundRoute> {
     let header = &message.header;
     let mut table = u32::from(header.table);
-    let (mut dst, mut oif, mut gateway, mut metric) = (None, None, None, 0);
+    let (mut dst, mut oif, mut gateway, mut source) = (None, None, None, None);
+    let mut metric = 0;
+    let mut form = RouteForm { tos: header.tos, ..RouteForm::default() };
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Table(value) => table = *value,
@@ -145,7 +235,11 @@ pub(super) fn route(message: &RouteMessage) -> Option<FoundRoute> {
             RouteAttribute::Oif(index) => oif = Some(*index),
             RouteAttribute::Gateway(ip) => gateway = ip_of(ip),
             RouteAttribute::Priority(value) => metric = *value,
-            _ => {}
+            RouteAttribute::PrefSource(ip) => source = ip_of(ip),
+            RouteAttribute::NhId(id) => form.nexthop = Some(*id),
+            // Reported of every IPv6 route.
+            RouteAttribute::CacheInfo(_) | RouteAttribute::Preference(_) => {}
+            _ => form.extras = true,
         }
     }
     let any: IpAddr = match header.address_family {
@@ -153,30 +247,20 @@ pub(super) fn route(message: &RouteMessage) -> Option<FoundRoute> {
         AddressFamily::Inet6 => std::net::Ipv6Addr::UNSPECIFIED.into(),
         _ => return None,
     };
-    let ours = table == u32::from(RouteHeader::RT_TABLE_MAIN)
-        && header.kind == RouteType::Unicast
-        && header.tos == 0
-        && !header.flags.contains(RouteFlags::Cloned);
-    ours.then_some(FoundRoute {
-        dst: Subnet::new(dst.unwrap_or(any), header.destination_prefix_length)?,
-        oif: oif?,
-        gateway,
-        onlink: header.flags.contains(RouteFlags::Onlink),
-        protocol: header.protocol.into(),
-        metric,
-    })
+    let dst = Subnet::new(dst.unwrap_or(any), header.destination_prefix_length)?;
+    let default_metric = if dst.is_ipv4() { 0 } else { IPV6_DEFAULT_METRIC };
+    let scope = scope_of(dst, gateway.is_some());
+    form.metric = Some(metric).filter(|metric| *metric != default_metric);
+    form.scope = Some(u8::from(header.scope)).filter(|found| *found != u8::from(scope));
+    form.kind = Some(u8::from(header.kind)).filter(|kind| *kind != u8::from(RouteType::Unicast));
+    let ours = table == u32::from(RouteHeader::RT_TABLE_MAIN) && !header.flags.contains(RouteFlags::Cloned);
+    let onlink = header.flags.contains(RouteFlags::Onlink);
+    ours.then_some(FoundRoute { dst, oif, gateway, onlink, protocol: header.protocol.into(), source, form })
 }
 
-impl FoundRoute {
-    /// The metric that a route gets when it is made without one: the only one we use.
-    pub(super) fn has_default_metric(&self) -> bool {
-        self.metric == if self.dst.is_ipv4() { 0 } else { IPV6_DEFAULT_METRIC }
-    }
-
-    /// Made by the kernel itself, along with an address.
-    pub(super) fn is_kernels(&self) -> bool {
-        self.protocol == u8::from(RouteProtocol::Kernel)
-    }
+/// The scope that goes with a gateway, or with having none. IPv6 knows no other than the widest.
+pub(super) fn scope_of(dst: Subnet, has_gateway: bool) -> RouteScope {
+    if has_gateway || !dst.is_ipv4() { RouteScope::Universe } else { RouteScope::Link }
 }
 
 /// The answer to a route lookup: device, gateway, preferred source.
@@ -216,8 +300,9 @@ fn vxlan(data: &[InfoVxlan]) -> Vxlan {
         underlay: 0,
         local: std::net::Ipv4Addr::UNSPECIFIED.into(),
         port: 0,
-        learning: false,
         gbp: false,
+        foreign_options: Default::default(),
+        tuning: VxlanTuning::with_learning(false),
     };
     for attribute in data {
         match attribute {
@@ -226,12 +311,34 @@ fn vxlan(data: &[InfoVxlan]) -> Vxlan {
             InfoVxlan::Local(ip) => vxlan.local = (*ip).into(),
             InfoVxlan::Local6(ip) => vxlan.local = (*ip).into(),
             InfoVxlan::Port(port) => vxlan.port = *port,
-            InfoVxlan::Learning(on) => vxlan.learning = *on,
             InfoVxlan::Gbp => vxlan.gbp = true,
-            _ => {}
+            InfoVxlan::Learning(on) => vxlan.tuning.learning = *on,
+            InfoVxlan::Ttl(ttl) => vxlan.tuning.ttl = *ttl,
+            InfoVxlan::Tos(tos) => vxlan.tuning.tos = *tos,
+            InfoVxlan::Df(df) => vxlan.tuning.df = (*df).into(),
+            InfoVxlan::Ageing(seconds) => vxlan.tuning.ageing = *seconds,
+            other => vxlan.foreign_options.extend(foreign_vxlan_option(other)),
         }
     }
     vxlan
+}
+
+fn foreign_vxlan_option(option: &InfoVxlan) -> Option<&'static str> {
+    match option {
+        InfoVxlan::Group(_) | InfoVxlan::Group6(_) => Some("remote"),
+        InfoVxlan::Proxy(true) => Some("proxy"),
+        InfoVxlan::Rsc(true) => Some("rsc"),
+        InfoVxlan::L2Miss(true) => Some("l2miss"),
+        InfoVxlan::L3Miss(true) => Some("l3miss"),
+        InfoVxlan::CollectMetadata(true) => Some("external"),
+        InfoVxlan::Vnifilter(true) => Some("vnifilter"),
+        InfoVxlan::RemCsumTX(true) | InfoVxlan::RemCsumRX(true) => Some("remcsum"),
+        InfoVxlan::Gpe => Some("gpe"),
+        InfoVxlan::TtlInheritFlag => Some("ttl inherit"),
+        InfoVxlan::TtlInherit(on) if *on != 0 => Some("ttl inherit"),
+        InfoVxlan::Limit(limit) if *limit != 0 => Some("maxaddress"),
+        _ => None,
+    }
 }
 
 fn port_options(infos: &[LinkInfo]) -> &[InfoBridgePort] {

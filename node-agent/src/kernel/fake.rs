@@ -4,10 +4,15 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 
-use weft_shared::IfName;
+use weft_shared::names::VETH_GROUP;
+use weft_shared::{IfName, Mac, Subnet};
 
 use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError};
-use crate::object::{AddrScope, BridgePort, Found, Key, Link, LinkKind, LinkMac, Object, Op};
+use crate::object::{
+    AddrForm, AddrScope, Alterations, BridgePort, FdbPath, Found, Key, Link, LinkKind, LinkMac, Object, Op,
+    Route, RouteChange, RouteForm,
+};
+use crate::reconcile::observe::PROTOCOL_KERNEL;
 
 #[derive(Debug, Default)]
 pub(crate) struct FakeKernel {
@@ -30,6 +35,7 @@ impl FakeKernel {
             mac: LinkMac::Exactly("02:00:00:00:00:aa".parse().expect("mac")),
             mtu: 1500,
             up: true,
+            altered: Alterations::default(),
         };
         let iface: IfName = iface.parse().expect("name");
         kernel.dump.addrs.push(found_addr(&iface, "192.0.2.1/24".parse().expect("net")));
@@ -39,7 +45,15 @@ impl FakeKernel {
 
     pub(crate) fn add_link(&mut self, name: IfName, link: Link, group: u32) {
         self.next_index += 1;
-        let port = BridgePort { bridge: None, hairpin: false, isolated: false, mtu: link.mtu, up: link.up };
+        let port = BridgePort {
+            bridge: None,
+            hairpin: false,
+            isolated: false,
+            mtu: link.mtu,
+            up: link.up,
+            marked: group == VETH_GROUP,
+            altered: false,
+        };
         self.dump.links.insert(name, FoundLink { index: self.next_index, link, group, port });
     }
 
@@ -49,7 +63,60 @@ impl FakeKernel {
         self.dump.addrs.retain(|a| a.dev != *name);
         self.dump.neighs.retain(|(dev, ..)| dev != name);
         self.dump.fdb.retain(|(dev, ..)| dev != name);
-        self.dump.routes.retain(|(_, route)| route.dev != *name);
+        self.dump.routes.retain(|(_, route)| route.dev.as_ref() != Some(name));
+        for found in self.dump.links.values_mut() {
+            // Ports lose their master with it.
+            if found.port.bridge.as_ref() == Some(name) {
+                found.port.bridge = None;
+            }
+        }
+    }
+
+    pub(crate) fn rename_link(&mut self, old: &IfName, new: &IfName) {
+        let Some(found) = self.dump.links.remove(old) else { return };
+        self.dump.links.insert(new.clone(), found);
+        let rename = |dev: &mut IfName| {
+            if dev == old {
+                *dev = new.clone();
+            }
+        };
+        self.dump.addrs.iter_mut().for_each(|a| rename(&mut a.dev));
+        self.dump.neighs.iter_mut().for_each(|(dev, ..)| rename(dev));
+        self.dump.fdb.iter_mut().for_each(|(dev, ..)| rename(dev));
+        self.dump.routes.iter_mut().for_each(|(_, route)| route.dev.iter_mut().for_each(rename));
+        self.dump.links.values_mut().for_each(|found| found.port.bridge.iter_mut().for_each(rename));
+    }
+
+    fn set_route(&mut self, dst: Subnet, route: &Route, found: Option<&Found>) {
+        let routes = &mut self.dump.routes;
+        let wanted = (dst, route.clone());
+        let old = match found.map(|f| &f.object) {
+            Some(Object::Route { route, .. }) => Some((dst, route.clone())),
+            _ => None,
+        };
+        let prepend = |routes: &mut Vec<(Subnet, Route)>| {
+            if !routes.contains(&wanted) {
+                routes.insert(0, wanted.clone());
+            }
+        };
+        match RouteChange::from_found(found) {
+            RouteChange::Prepend => prepend(routes),
+            // The kernel replaces the first that competes, whosever it is.
+            RouteChange::Replace => {
+                match routes.iter().position(|(d, r)| *d == dst && r.form.is_in_plain_slot()) {
+                    Some(place) => routes[place] = wanted,
+                    None => prepend(routes),
+                }
+            }
+            RouteChange::MoveToFront => {
+                routes.retain(|found| Some(found) != old.as_ref());
+                prepend(routes);
+            }
+            RouteChange::PrependThenRemove => {
+                prepend(routes);
+                routes.retain(|found| Some(found) != old.as_ref());
+            }
+        }
     }
 
     fn set(&mut self, object: &Object, found: Option<&Found>) -> Result<(), KernelError> {
@@ -59,10 +126,19 @@ impl FakeKernel {
             return Err(KernelError::NoDevice(dev.clone()));
         }
         match object {
+            Object::Name { name, now } => {
+                if self.dump.links.contains_key(name) {
+                    return Err(KernelError::Refused(Errno(nix::libc::EEXIST)));
+                }
+                self.rename_link(now, name);
+            }
             Object::Link { name, link } => {
                 let exists = self.dump.links.get(name).map(|l| l.link.clone());
                 match exists {
-                    Some(have) if have.kind == link.kind => {
+                    Some(have)
+                        if !object
+                            .needs_recreation(&Object::Link { name: name.clone(), link: have.clone() }) =>
+                    {
                         if let Some(found) = self.dump.links.get_mut(name) {
                             let mac =
                                 if matches!(link.mac, LinkMac::Exactly(_)) { link.mac } else { have.mac };
@@ -86,47 +162,79 @@ impl FakeKernel {
                 found.port = port.clone();
             }
             Object::Addr { dev, addr, .. } => {
-                if !self.dump.addrs.iter().any(|a| a.dev == *dev && a.addr == *addr) {
-                    self.dump.addrs.push(found_addr(dev, *addr));
-                }
+                let old: Vec<FoundAddr> =
+                    self.dump.addrs.extract_if(.., |a| a.dev == *dev && a.addr == *addr).collect();
+                old.iter().for_each(|a| self.connected(a, false));
+                let new = found_addr(dev, *addr);
+                self.connected(&new, true);
+                self.dump.addrs.push(new);
             }
             Object::Neigh { dev, ip, mac } => {
                 self.dump.neighs.retain(|(d, i, _)| (d, i) != (dev, ip));
                 self.dump.neighs.push((dev.clone(), *ip, *mac));
             }
-            Object::Fdb { dev, mac, dst } => {
-                self.dump.fdb.retain(|(d, m, _)| (d, m) != (dev, mac));
-                self.dump.fdb.push((dev.clone(), *mac, *dst));
-            }
-            Object::Route { dst, route } => {
-                let replaced = found.filter(|f| f.ours).map(|f| &f.object);
-                if let Some(Object::Route { route: old, .. }) = replaced {
-                    self.dump.routes.retain(|(d, r)| d != dst || r != old);
+            // A replacement replaces the first of several destinations, unless the wanted one is among them.
+            Object::Fdb { dev, mac, dst, path } => {
+                let entry = (dev.clone(), *mac, *dst, *path);
+                let of_mac = |(d, m, ..): &(IfName, Mac, IpAddr, FdbPath)| (d, m) == (dev, mac);
+                if !self.dump.fdb.contains(&entry) {
+                    match self.dump.fdb.iter_mut().find(|entry| of_mac(entry)) {
+                        Some(first) => *first = entry,
+                        None => self.dump.fdb.push(entry),
+                    }
                 }
-                self.dump.routes.insert(0, (*dst, route.clone()));
             }
+            Object::Route { dst, route } => self.set_route(*dst, route, found),
         }
         Ok(())
+    }
+
+    /// The route that the kernel makes and removes along with an address.
+    fn connected(&mut self, addr: &FoundAddr, is_there: bool) {
+        let Some(dst) = Subnet::new(addr.addr.ip(), addr.addr.prefix()).filter(|dst| dst.len() < 32) else {
+            return;
+        };
+        let route = Route {
+            gateway: None,
+            dev: Some(addr.dev.clone()),
+            onlink: false,
+            protocol: PROTOCOL_KERNEL,
+            source: Some(addr.addr.ip()),
+            form: RouteForm::default(),
+        };
+        self.dump.routes.retain(|found| *found != (dst, route.clone()));
+        if is_there && !addr.form.routeless {
+            self.dump.routes.push((dst, route));
+        }
     }
 
     fn remove(&mut self, object: &Object) {
         match object {
             Object::Link { name, .. } => self.delete_link(name),
-            Object::Sysctl { .. } | Object::Port { .. } => {}
-            Object::Addr { dev, addr, .. } => self.dump.addrs.retain(|a| a.dev != *dev || a.addr != *addr),
+            Object::Name { .. } | Object::Sysctl { .. } | Object::Port { .. } => {}
+            Object::Addr { dev, addr, form, .. } => {
+                let is_it = |a: &mut FoundAddr| a.dev == *dev && a.addr == *addr && a.form == *form;
+                let gone: Vec<FoundAddr> = self.dump.addrs.extract_if(.., is_it).collect();
+                gone.iter().for_each(|a| self.connected(a, false));
+            }
             Object::Neigh { dev, ip, .. } => self.dump.neighs.retain(|(d, i, _)| (d, i) != (dev, ip)),
-            Object::Fdb { dev, mac, dst } => {
-                self.dump.fdb.retain(|entry| *entry != (dev.clone(), *mac, *dst))
+            Object::Fdb { dev, mac, dst, path } => {
+                self.dump.fdb.retain(|entry| *entry != (dev.clone(), *mac, *dst, *path))
             }
             Object::Route { dst, route } => self.dump.routes.retain(|(d, r)| d != dst || r != route),
         }
     }
 
-    /// Every key that a route needs before packets may follow it.
+    /// A route to a neighbour that is not there, or that no forwarding entry leads to.
     pub(crate) fn route_without_neighbour(&self) -> Option<Key> {
         let on_overlay = self.dump.routes.iter().filter(|(_, r)| r.onlink);
         let mut dangling = on_overlay.filter(|(_, r)| {
-            !self.dump.neighs.iter().any(|(dev, ip, _)| *dev == r.dev && Some(*ip) == r.gateway)
+            let mac = self
+                .dump
+                .neighs
+                .iter()
+                .find(|(dev, ip, _)| Some(dev) == r.dev.as_ref() && Some(*ip) == r.gateway);
+            !mac.is_some_and(|(dev, _, mac)| self.dump.fdb.iter().any(|(d, m, ..)| (d, m) == (dev, mac)))
         });
         dangling.next().map(|(dst, _)| Key::Route(*dst))
     }
@@ -137,6 +245,7 @@ pub(crate) fn found_addr(dev: &IfName, addr: ipnetwork::IpNetwork) -> FoundAddr 
         dev: dev.clone(),
         addr,
         scope: AddrScope::Global,
+        form: AddrForm::default(),
         deprecated: false,
         dynamic: false,
         temporary: false,

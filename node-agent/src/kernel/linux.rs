@@ -50,7 +50,11 @@ impl LinuxKernel {
     /// Device of the first IPv4 default route of the main table, whatever its metric.
     pub fn default_route(&mut self) -> Result<Option<u32>, KernelError> {
         let routes = self.routes(AddressFamily::Inet)?;
-        Ok(routes.iter().filter_map(decode::route).find(|r| r.dst.len() == 0).map(|r| r.oif))
+        let mut unicast = routes
+            .iter()
+            .filter_map(decode::route)
+            .filter(|r| r.dst.len() == 0 && r.form.kind.is_none() && r.form.tos == 0);
+        Ok(unicast.find_map(|r| r.oif))
     }
 
     /// What kind of device has this name, if any has.
@@ -117,8 +121,8 @@ impl LinuxKernel {
         });
         let named = decoded.filter_map(|a| {
             let dev = names.get(&a.index)?.clone();
-            let decode::Address { addr, scope, deprecated, dynamic, temporary, .. } = a;
-            Some(FoundAddr { dev, addr, scope, deprecated, dynamic, temporary })
+            let decode::Address { addr, scope, form, deprecated, dynamic, temporary, .. } = a;
+            Some(FoundAddr { dev, addr, scope, form, deprecated, dynamic, temporary })
         });
         Ok(named.collect())
     }
@@ -174,17 +178,20 @@ impl Kernel for LinuxKernel {
                 );
             }
             let found = self.neighbours(AddressFamily::Bridge, index)?;
-            dump.fdb
-                .extend(found.iter().filter_map(decode::fdb).map(|(_, mac, dst)| (dev.clone(), mac, dst)));
+            let entries = found.iter().filter_map(decode::fdb);
+            dump.fdb.extend(entries.map(|(mac, dst, path)| (dev.clone(), mac, dst, path)));
         }
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let found = self.routes(family)?;
-            let routes =
-                found.iter().filter_map(decode::route).filter(|r| r.has_default_metric() && !r.is_kernels());
-            dump.routes.extend(routes.filter_map(|r| {
-                let dev = names.get(&r.oif)?.clone();
-                Some((r.dst, Route { gateway: r.gateway, dev, onlink: r.onlink, protocol: r.protocol }))
-            }));
+            let routes = found.iter().filter_map(decode::route).filter_map(|r| {
+                let dev = match r.oif {
+                    Some(index) => Some(names.get(&index)?.clone()),
+                    None => None,
+                };
+                let decode::FoundRoute { dst, gateway, onlink, protocol, source, form, .. } = r;
+                Some((dst, Route { gateway, dev, onlink, protocol, source, form }))
+            });
+            dump.routes.extend(routes);
         }
         Ok(dump)
     }

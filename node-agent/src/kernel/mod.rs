@@ -19,7 +19,7 @@ use ipnetwork::IpNetwork;
 use weft_shared::names::{VETH_GROUP, is_host_ifname};
 use weft_shared::{IfName, Mac, Subnet};
 
-use crate::object::{AddrScope, BridgePort, Link, Op, Route};
+use crate::object::{AddrForm, AddrScope, BridgePort, FdbPath, Link, Op, Route};
 
 pub use linux::LinuxKernel;
 pub use monitor::{Monitor, Neighbours};
@@ -47,8 +47,8 @@ pub struct Dump {
     /// Permanent neighbours of the device.
     pub neighs: Vec<(IfName, IpAddr, Mac)>,
     /// Permanent unicast forwarding entries of the device.
-    pub fdb: Vec<(IfName, Mac, IpAddr)>,
-    /// Unicast routes of the main table with the default metric.
+    pub fdb: Vec<(IfName, Mac, IpAddr, FdbPath)>,
+    /// The main table, the routes to one subnet in the order in which packets try them.
     pub routes: Vec<(Subnet, Route)>,
 }
 
@@ -73,6 +73,7 @@ pub struct FoundAddr {
     pub dev: IfName,
     pub addr: IpNetwork,
     pub scope: AddrScope,
+    pub form: AddrForm,
     pub deprecated: bool,
     /// From a router advertisement or DHCP: it has a lifetime.
     pub dynamic: bool,

@@ -4,14 +4,17 @@
 //! of the overlay's network on a device we own. Routes that flanneld left behind are adopted. Everything else is
 //! foreign: it is seen only where it has the key of something we want, and it is never removed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::mem::discriminant;
 
 use weft_shared::names::ROUTE_PROTOCOL;
 use weft_shared::{IfName, Subnet};
 
-use crate::kernel::Dump;
-use crate::object::{Desired, Found, Key, Object, Observed, Route};
+use crate::kernel::{Dump, FoundLink};
+use crate::object::{Desired, Found, Key, LinkKind, Object, Observed, Route};
 
+/// `RTPROT_KERNEL`: routes that come and go with an address.
+pub const PROTOCOL_KERNEL: u8 = 2;
 /// `RTPROT_BOOT`: what `ip route` and flanneld give their routes.
 const PROTOCOL_BOOT: u8 = 3;
 
@@ -26,24 +29,45 @@ pub struct Ownership {
     pub bridges: Vec<IfName>,
     /// Until the first complete pass of a first start: host-gw routes of a flanneld that ran here count as ours.
     pub adopt_flannels: bool,
+    /// Indices of our devices as they were last in place: an index outlives a name, and is not used twice.
+    pub indices: BTreeMap<IfName, u32>,
 }
 
 impl Ownership {
     fn owns_route(&self, dst: Subnet, route: &Route) -> bool {
         let inside = self.networks.iter().any(|n| n.covers(dst));
-        let on_our_device = self.device.as_ref() == Some(&route.dev) && inside;
+        let as_flannels = inside && route.form.is_in_plain_slot() && route.protocol != PROTOCOL_KERNEL;
+        let on_our_device = as_flannels && self.device.is_some() && self.device == route.dev;
         let flannels = self.adopt_flannels
-            && inside
+            && as_flannels
             && dst.len() == self.subnet_len
             && route.protocol == PROTOCOL_BOOT
             && route.gateway.is_some()
-            && route.dev == self.underlay;
+            && route.dev.as_ref() == Some(&self.underlay);
         route.protocol == ROUTE_PROTOCOL || on_our_device || flannels
     }
 
     fn owns_addr(&self, dev: &IfName, addr: Subnet) -> bool {
         let our_device = self.device.as_ref() == Some(dev) || self.bridges.contains(dev);
         our_device && self.networks.iter().any(|n| n.covers(addr))
+    }
+
+    /// What our device `name` is called now: it has the index that ours had, or is of the same kind with the same MAC,
+    /// which tells after a restart of the agent.
+    fn renamed<'a>(&self, dump: &'a Dump, name: &IfName, wanted: &Object) -> Option<&'a IfName> {
+        let index = self.indices.get(name);
+        let is_it = |found: &FoundLink| {
+            let alike = match wanted {
+                Object::Link { link, .. } => {
+                    let same = discriminant(&link.kind) == discriminant(&found.link.kind);
+                    same && link.mac.value() == found.link.mac.value()
+                }
+                _ => false,
+            };
+            index == Some(&found.index) || (index.is_none() && alike)
+        };
+        let taken = dump.links.contains_key(name);
+        dump.links.iter().find(|(_, found)| !taken && is_it(found)).map(|(now, _)| now)
     }
 }
 
@@ -55,25 +79,30 @@ pub fn observe(
     ownership: &Ownership,
 ) -> Observed {
     let mut observed = Observed::default();
+    let mut foreign_routes: BTreeSet<Key> = BTreeSet::new();
     let mut see = |object: Object, ours: bool| {
         let key = object.key();
         let wanted = desired.get(&key);
-        if !ours && wanted.is_none() {
+        let in_plain_slot = matches!(&object, Object::Route { route, .. } if route.form.is_in_plain_slot());
+        if in_plain_slot && !ours {
+            foreign_routes.insert(key.clone());
+        }
+        // A foreign route elsewhere, by its metric or TOS, has not our key.
+        let is_elsewhere = matches!(key, Key::Route(_)) && !in_plain_slot;
+        if !ours && (wanted.is_none() || is_elsewhere) {
             return;
         }
+        let overruled = in_plain_slot && ours && foreign_routes.contains(&key);
         let satisfies = |object: &Object| wanted.is_some_and(|w| w.satisfied_by(object));
         match observed.objects.get_mut(&key) {
             None => {
-                observed.objects.insert(key, Found { object, ours });
+                observed.objects.insert(key, Found { object, ours, overruled });
             }
             // Several under one key: the one that is right counts, else one of ours; the rest of ours is too much.
             Some(first) => {
                 let better = ours && (!first.ours || (satisfies(&object) && !satisfies(&first.object)));
-                let spare = if better {
-                    std::mem::replace(first, Found { object, ours })
-                } else {
-                    Found { object, ours }
-                };
+                let found = Found { object, ours, overruled };
+                let spare = if better { std::mem::replace(first, found) } else { found };
                 if spare.ours {
                     observed.surplus.push(spare.object);
                 }
@@ -82,7 +111,9 @@ pub fn observe(
     };
     for (name, found) in &dump.links {
         see(Object::Link { name: name.clone(), link: found.link.clone() }, false);
-        if found.is_our_veth(name) {
+        // Its mark may be what somebody took away: a name of ours for which a port is on record tells as well.
+        let on_record = is_veth(found) && desired.get(&Key::Port(name.clone())).is_some();
+        if found.is_our_veth(name) || on_record {
             see(Object::Port { veth: name.clone(), port: found.port.clone() }, false);
         }
     }
@@ -91,24 +122,38 @@ pub fn observe(
     }
     for found in &dump.addrs {
         let ours = ownership.owns_addr(&found.dev, Subnet::host(found.addr.ip()));
-        see(Object::Addr { dev: found.dev.clone(), addr: found.addr, scope: found.scope }, ours);
+        see(
+            Object::Addr { dev: found.dev.clone(), addr: found.addr, scope: found.scope, form: found.form },
+            ours,
+        );
     }
     for (dev, ip, mac) in &dump.neighs {
         see(Object::Neigh { dev: dev.clone(), ip: *ip, mac: *mac }, true);
     }
-    for (dev, mac, dst) in &dump.fdb {
-        see(Object::Fdb { dev: dev.clone(), mac: *mac, dst: *dst }, true);
+    for (dev, mac, dst, path) in &dump.fdb {
+        see(Object::Fdb { dev: dev.clone(), mac: *mac, dst: *dst, path: *path }, true);
     }
     for (dst, route) in &dump.routes {
         see(Object::Route { dst: *dst, route: route.clone() }, ownership.owns_route(*dst, route));
     }
-    // What this kernel does not have cannot be wrong.
     for (key, object) in desired.objects() {
+        if let Key::Link(name) | Key::Port(name) = key
+            && let Some(now) = ownership.renamed(dump, name, object)
+        {
+            observed.renamed.insert(name.clone(), now.clone());
+        }
+        // What this kernel does not have cannot be wrong.
         if let Key::Sysctl(path) = key
             && !sysctls.contains_key(path)
         {
-            observed.objects.insert(key.clone(), Found { object: object.clone(), ours: false });
+            observed
+                .objects
+                .insert(key.clone(), Found { object: object.clone(), ours: false, overruled: false });
         }
     }
     observed
+}
+
+fn is_veth(found: &FoundLink) -> bool {
+    matches!(&found.link.kind, LinkKind::Other(kind) if kind == "veth")
 }

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use tracing::{debug, info};
-use weft_shared::Subnet;
 use weft_shared::lease::{Lease, LeaseKey};
+use weft_shared::{IfName, Subnet};
 
 use super::observe::{Ownership, observe};
 use super::plan::plan;
@@ -34,6 +34,8 @@ pub struct Memory {
     settled: Option<u64>,
     /// Routes of a flanneld that ran here before have been taken over.
     adopted: bool,
+    /// Our devices as they were last in place.
+    known: BTreeMap<IfName, DeviceFacts>,
 }
 
 #[derive(Debug, Clone)]
@@ -111,12 +113,13 @@ fn look_and_mend(
         // Without an underlay pods keep their bridge, and nothing is taken away.
         let mut wanted = local.as_ref().map(|local| node.backend.desired(local, &peers)).unwrap_or_default();
         wanted.peers.extend(over_our_pods);
-        let mut desired = pods::desired(&inputs.pods, node.underlay.public_ip);
+        let mut desired = pods::desired(&inputs.pods, node.underlay.public_ip, &dump, &memory.known);
         desired.extend(wanted.desired);
-        desired.insert(Object::Sysctl { path: IP_FORWARD.into(), value: "1".into() });
+        desired.extend(forwarding(node, inputs));
         let sysctls = kernel.sysctls(&desired.sysctl_paths())?;
         let ownership = ownership(node, inputs, memory);
-        let observed = observe(&dump, &sysctls, &desired, &ownership);
+        let mut observed = observe(&dump, &sysctls, &desired, &ownership);
+        observed.renamed.retain(|name, _| !failed.contains_key(&Key::Name(name.clone())));
         let ops = plan(&desired, &observed, inputs.has_snapshot && local.is_some());
         let still_wrong: BTreeSet<Key> = ops.iter().map(Op::key).collect();
         // What failed a moment ago fails again: a later pass tries it.
@@ -139,6 +142,7 @@ fn look_and_mend(
             }
         }
     }
+    memory.known.extend(report.devices.iter().map(|(name, facts)| (name.clone(), *facts)));
     remember(memory, failed, &mut report, revision, now);
     memory.adopted |= inputs.has_snapshot;
     report.after_snapshot = inputs.has_snapshot;
@@ -156,10 +160,21 @@ fn apart_from_pods(inputs: &Inputs) -> (Vec<Lease>, Vec<(LeaseKey, PeerPlan)>) {
     (apart, over.into_iter().map(refuse).collect())
 }
 
-/// A node carries its pods' packets between interfaces.
-const IP_FORWARD: &str = "net/ipv4/ip_forward";
+/// A node carries its pods' packets between interfaces. Setting the first sets the others; they can be unset alone.
+fn forwarding(node: &NodeInputs, inputs: &Inputs) -> Desired {
+    let devices = node.backend.plane().device().into_iter().chain(inputs.pods.bridges.keys());
+    let devices = devices.chain([&node.underlay.iface]);
+    let per_device = devices.map(|dev| format!("net/ipv4/conf/{dev}/forwarding"));
+    let mut desired = Desired::default();
+    for path in ["net/ipv4/ip_forward".to_owned()].into_iter().chain(per_device) {
+        desired.insert(Object::Sysctl { path, value: "1".into() });
+    }
+    desired
+}
 
 fn ownership(node: &NodeInputs, inputs: &Inputs, memory: &Memory) -> Ownership {
+    let devices = memory.known.iter().map(|(name, facts)| (name.clone(), facts.ifindex));
+    let ports = inputs.pods.ports.iter().map(|(veth, port)| (veth.clone(), port.ifindex));
     Ownership {
         networks: [Some(node.config.v4), node.config.v6].into_iter().flatten().map(|r| r.network).collect(),
         subnet_len: node.config.v4.subnet_len,
@@ -167,6 +182,7 @@ fn ownership(node: &NodeInputs, inputs: &Inputs, memory: &Memory) -> Ownership {
         device: node.backend.plane().device().cloned(),
         bridges: inputs.pods.bridges.keys().cloned().collect(),
         adopt_flannels: node.first_start && !memory.adopted,
+        indices: ports.chain(devices).collect(),
     }
 }
 

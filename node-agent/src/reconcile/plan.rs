@@ -11,13 +11,19 @@ use crate::object::{Desired, Key, Object, Observed, Op};
 
 /// `may_remove` stays false until the first full snapshot: before it nobody knows what is stale.
 pub fn plan(desired: &Desired, observed: &Observed, may_remove: bool) -> Vec<Op> {
+    // Everything else is told by names: the next look sees them right.
+    if !observed.renamed.is_empty() {
+        let names = observed.renamed.iter();
+        let object = |(name, now): (&IfName, &IfName)| Object::Name { name: name.clone(), now: now.clone() };
+        return names.map(object).map(|object| Op::Set { object, found: None }).collect();
+    }
     let mut ops = Vec::new();
     let mut recreated: BTreeSet<&IfName> = BTreeSet::new();
     for (key, object) in desired.objects() {
         let gone_with_its_device = object.stands_on().is_some_and(|dev| recreated.contains(dev));
         let found = observed.objects.get(key).filter(|_| !gone_with_its_device);
         match found {
-            Some(found) if object.satisfied_by(&found.object) => continue,
+            Some(found) if object.satisfied_by(&found.object) && !found.overruled => continue,
             Some(found) if object.needs_recreation(&found.object) => {
                 if let Key::Link(name) = key {
                     recreated.insert(name);

@@ -4,13 +4,12 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
 use proptest::prelude::*;
-use weft_shared::names::ROUTE_PROTOCOL;
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::*;
 use crate::kernel::Kernel;
 use crate::kernel::fake::{FakeKernel, found_addr};
-use crate::object::{AddrScope, Link, LinkKind, LinkMac, Route, Vxlan};
+use crate::object::{AddrScope, Link, LinkKind, LinkMac, Route, Vxlan, VxlanTuning};
 use crate::reconcile::observe::{Ownership, observe};
 
 fn name(text: &str) -> IfName {
@@ -27,10 +26,17 @@ fn device_link(mtu: u32, port: u16) -> Link {
         underlay: 3,
         local: Ipv4Addr::new(192, 0, 2, 1).into(),
         port,
-        learning: false,
         gbp: false,
+        foreign_options: Default::default(),
+        tuning: VxlanTuning::with_learning(false),
     };
-    Link { kind: LinkKind::Vxlan(vxlan), mac: LinkMac::Exactly(mac(1)), mtu, up: true }
+    Link {
+        kind: LinkKind::Vxlan(vxlan),
+        mac: LinkMac::Exactly(mac(1)),
+        mtu,
+        up: true,
+        altered: Default::default(),
+    }
 }
 
 fn mac(n: u8) -> Mac {
@@ -45,11 +51,10 @@ fn public(n: u8) -> IpAddr {
 fn entries(n: u8, v6: bool, vtep: u8, address: u8) -> Vec<Object> {
     let subnet: Subnet =
         if v6 { format!("fd00:5:{n:x}::/64") } else { format!("10.5.{n}.0/24") }.parse().expect("net");
-    let route = Route { gateway: Some(subnet.addr()), dev: device(), onlink: true, protocol: ROUTE_PROTOCOL };
     vec![
         Object::Neigh { dev: device(), ip: subnet.addr(), mac: mac(vtep) },
-        Object::Fdb { dev: device(), mac: mac(vtep), dst: public(address) },
-        Object::Route { dst: subnet, route },
+        Object::Fdb { dev: device(), mac: mac(vtep), dst: public(address), path: Default::default() },
+        Object::Route { dst: subnet, route: Route::via(subnet.addr(), &device(), true) },
     ]
 }
 
@@ -67,6 +72,7 @@ fn desired(peers: &Peers, mtu: u32, port: u16) -> Desired {
         dev: device(),
         addr: "10.5.1.0/32".parse().expect("net"),
         scope: AddrScope::Global,
+        form: Default::default(),
     });
     for ((n, v6), (vtep, address)) in peers {
         entries(*n, *v6, *vtep, *address).into_iter().for_each(|object| desired.insert(object));
@@ -82,6 +88,7 @@ fn ownership() -> Ownership {
         device: Some(device()),
         bridges: vec![],
         adopt_flannels: false,
+        indices: BTreeMap::new(),
     }
 }
 
@@ -108,7 +115,7 @@ fn kernel_after(before: &Peers, mtu: u32, port: u16, foreign: bool) -> FakeKerne
 /// Routes of an operator: one beside ours, one to the very subnet of a possible peer.
 fn foreign_routes() -> Vec<(Subnet, Route)> {
     let via = |dst: &str| {
-        let route = Route { gateway: Some(public(254)), dev: name("eth0"), onlink: false, protocol: 4 };
+        let route = Route { protocol: 4, ..Route::via(public(254), &name("eth0"), false) };
         (dst.parse().expect(dst), route)
     };
     vec![via("172.16.0.0/12"), via("10.5.3.0/24")]
@@ -181,7 +188,7 @@ fn nothing_is_removed_before_the_first_snapshot() {
     let removals = plan(&desired, &look(&mut kernel, &desired), true);
     let keys: Vec<String> = removals.iter().map(|op| op.key().to_string()).collect();
     assert_eq!(removals.len(), 6);
-    assert!(keys[0].starts_with("route") && keys[5].starts_with("neighbour"), "routes go first: {keys:?}");
+    assert!(keys[0].starts_with("route") && keys[5].starts_with("fdb"), "routes go first: {keys:?}");
 }
 
 #[test]
@@ -196,8 +203,8 @@ fn a_changed_peer_is_replaced_before_the_old_entry_goes() {
     assert_eq!(
         words,
         [
-            "set neighbour 10.5.2.0 dev flannel.1",
             "set fdb 02:00:00:00:00:0b dev flannel.1",
+            "set neighbour 10.5.2.0 dev flannel.1",
             "remove fdb 02:00:00:00:00:0a dev flannel.1",
         ]
     );

@@ -15,7 +15,7 @@ use weft_shared::subnet_env::SubnetEnv;
 
 use crate::durable::{Durable, DurableFile};
 use crate::kernel::Neighbours;
-use crate::lease::{KeeperHandle, LeaseState, LeaseTable, LeaseUpdate, StoredConfig};
+use crate::lease::{KeeperHandle, LeaseState, LeaseStore, LeaseTable, LeaseUpdate, StoredConfig};
 use crate::netconf::{ConfigNotice, needs_restart};
 use crate::node::{Node, Serving};
 use crate::notify::notify;
@@ -198,6 +198,9 @@ impl Upkeep {
                 if new != current {
                     info!(iface = %new.iface, address = %new.addr, public_ip = %new.public_ip, mtu = new.mtu,
                         chosen_by = %new.chosen_by, "underlay changed");
+                }
+                if new.addr != current.addr {
+                    self.node.store.reconnect();
                 }
                 self.node.update(|serving| {
                     self.keeper.publish(serving.backend.plane().lease_attrs(new.public_ip));

@@ -62,6 +62,10 @@ pub trait LeaseStore: Send + Sync + 'static {
         ttl: Duration,
     ) -> impl Future<Output = Result<OwnedLease, StoreError>> + Send;
 
+    /// Gives up connections made so far: they may be from an address that this node has no more, and would only be found
+    /// dead when they do not answer in time.
+    fn reconnect(&self);
+
     /// Sends a full snapshot, then every change, until the receiver is gone. A broken watch is resumed, or begun anew
     /// with another snapshot; nothing is ever sent that would read as an empty world because the store is away.
     fn watch(

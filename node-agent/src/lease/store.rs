@@ -72,6 +72,13 @@ impl LeaseStore for Store {
         }
     }
 
+    fn reconnect(&self) {
+        match self {
+            Self::Etcd(store) => store.reconnect(),
+            Self::Embedded(store) => store.reconnect(),
+        }
+    }
+
     async fn watch(&self, updates: mpsc::Sender<LeaseUpdate>, health: watch::Sender<StoreHealth>) {
         match self {
             Self::Etcd(store) => store.watch(updates, health).await,

@@ -106,6 +106,9 @@ impl LeaseStore for EmbeddedStore {
         self.write(move |database| own::rewrite(database, &held, &attrs, ttl)).await
     }
 
+    /// A file has no connections.
+    fn reconnect(&self) {}
+
     async fn watch(&self, updates: mpsc::Sender<LeaseUpdate>, health: latest::Sender<StoreHealth>) {
         watch::run(self, updates, health).await;
     }

@@ -12,6 +12,7 @@ use etcd_client::{Certificate, Client, ConnectOptions, Error, GetOptions, Identi
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 use super::super::StoreError;
 use super::{BadTlsFile, EtcdConfig, Login, Paths};
@@ -53,6 +54,7 @@ struct Endpoint {
 /// The client in use, comparable by identity so that an old failure does not end a new connection.
 pub(super) struct Live {
     client: Client,
+    given_up: CancellationToken,
 }
 
 impl Connection {
@@ -95,9 +97,12 @@ impl Connection {
         Fut: Future<Output = Result<T, Error>>,
     {
         let live = self.live().await?;
-        let result = match timeout(DEADLINE, call(live.client.clone())).await {
-            Ok(result) => result.map_err(|e| self.error(&e)),
-            Err(_) => Err(self.silent(DEADLINE)),
+        let result = tokio::select! {
+            answer = timeout(DEADLINE, call(live.client.clone())) => match answer {
+                Ok(result) => result.map_err(|e| self.error(&e)),
+                Err(_) => Err(self.silent(DEADLINE)),
+            },
+            error = self.given_up(&live) => Err(error),
         };
         // A refusal as well: etcd refuses what was authenticated before any user or role was changed, and a member that
         // has gone bad may refuse what another grants.
@@ -113,7 +118,7 @@ impl Connection {
         if let Some(live) = &*slot {
             return Ok(live.clone());
         }
-        let live = Arc::new(Live { client: self.connect().await? });
+        let live = Arc::new(Live { client: self.connect().await?, given_up: CancellationToken::new() });
         *slot = Some(live.clone());
         Ok(live)
     }
@@ -122,6 +127,21 @@ impl Connection {
     pub(super) async fn forget(&self, failed: &Arc<Live>) {
         let mut slot = self.live.lock().await;
         slot.take_if(|live| Arc::ptr_eq(live, failed));
+    }
+
+    /// Ends whatever is under way on the connection in use, and makes the next call connect anew.
+    pub(super) fn reset(&self) {
+        // Whoever has the lock is connecting already.
+        if let Some(live) = self.live.try_lock().ok().and_then(|mut slot| slot.take()) {
+            live.given_up.cancel();
+        }
+    }
+
+    /// When it has been, the error of what was under way.
+    pub(super) async fn given_up(&self, live: &Live) -> StoreError {
+        live.given_up.cancelled().await;
+        let reason = "the connection was given up: this node's address has changed".into();
+        StoreError::Unavailable { location: self.location.clone(), reason }
     }
 
     pub(super) fn error(&self, error: &Error) -> StoreError {

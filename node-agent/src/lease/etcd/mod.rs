@@ -138,6 +138,10 @@ impl LeaseStore for EtcdStore {
         own::rewrite(self, held, attrs, ttl).await
     }
 
+    fn reconnect(&self) {
+        self.connection.reset();
+    }
+
     async fn watch(&self, updates: mpsc::Sender<LeaseUpdate>, health: latest::Sender<StoreHealth>) {
         watch::run(self, updates, health).await;
     }

@@ -146,6 +146,7 @@ impl Watcher<'_> {
             let mut asked = false;
             loop {
                 let response = tokio::select! {
+                    error = self.store.connection.given_up(&live) => return Err(End::Broken(error)),
                     () = self.updates.closed() => return Err(End::ReceiverGone),
                     () = sleep_until(relist_at) => return Err(End::Due),
                     response = timeout(if asked { ANSWER } else { self.store.quiet }, stream.message()) => response,

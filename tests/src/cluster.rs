@@ -193,6 +193,17 @@ impl Cluster {
         Ok(())
     }
 
+    /// What a reboot leaves of a node: its disk. The agent must have ended; pods' namespaces are the caller's.
+    pub fn reboot(&self, index: usize) -> Result<()> {
+        let node = &self.nodes[index];
+        self.underlay.netns.ip(&format!("link delete {}", node.net.port))?;
+        node.netns().remove()?;
+        std::fs::remove_dir_all(node.agent.run_dir())?;
+        std::fs::remove_file(node.agent.subnet_file())?;
+        self.underlay.attach(&self.bed, node.number)?;
+        Ok(())
+    }
+
     pub fn etcd(&mut self) -> Result<&mut Etcd> {
         self.etcd.as_mut().context("this cluster has no etcd")
     }

@@ -64,15 +64,27 @@ impl Underlay {
     /// A machine on the underlay: a namespace, a port of its name.
     pub fn attach_host(&self, bed: &Bed, name: &str, address: Ipv4Addr) -> Result<Netns> {
         let netns = bed.netns(name)?;
-        let port = name;
+        self.plug_in(&netns, name, address)?;
+        Ok(netns)
+    }
+
+    /// Gives a machine the interface that it was attached with; it must have none of that name.
+    pub fn plug_in(&self, netns: &Netns, port: &str, address: Ipv4Addr) -> Result<()> {
+        self.connect(netns, port, "eth0", address)?;
+        netns.ip(&format!("route add default via {}", Self::GATEWAY))?;
+        Ok(())
+    }
+
+    /// One more interface of a machine's. Its MAC follows from the address, as a card keeps its own over a reboot.
+    pub fn connect(&self, netns: &Netns, port: &str, iface: &str, address: Ipv4Addr) -> Result<()> {
+        let [a, b, c, d] = address.octets();
         self.netns.ip(&format!(
-            "link add {port} master {BRIDGE} type veth peer name eth0 netns {}",
+            "link add {port} master {BRIDGE} type veth peer name {iface} address 02:00:{a:02x}:{b:02x}:{c:02x}:{d:02x} netns {}",
             netns.path().display()
         ))?;
         self.netns.ip(&format!("link set {port} up"))?;
-        netns.ip(&format!("address add {address}/24 dev eth0"))?;
-        netns.ip("link set eth0 up")?;
-        netns.ip(&format!("route add default via {}", Self::GATEWAY))?;
-        Ok(netns)
+        netns.ip(&format!("address add {address}/24 dev {iface}"))?;
+        netns.ip(&format!("link set {iface} up"))?;
+        Ok(())
     }
 }

@@ -48,6 +48,9 @@ pub struct VxlanConfig {
     pub mtu: Option<u32>,
     pub gbp: bool,
     pub learning: bool,
+    /// Peers in the underlay's own segment get a plain route instead of the tunnel.
+    #[serde(default)]
+    pub direct_routing: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -212,11 +215,6 @@ impl VxlanConfig {
                 other => Ok(other),
             }
         };
-        if keys.bool("DirectRouting", false)? {
-            return Err(keys
-                .bad("DirectRouting", "false: this version of weft has no direct routing")
-                .into());
-        }
         Ok(Self {
             vni: bounded("VNI", 1..=Self::MAX_VNI)?.unwrap_or(1),
             // flannel's 0 means the kernel's default.
@@ -224,6 +222,7 @@ impl VxlanConfig {
             mtu: bounded("MTU", 0..=65535)?.filter(|m| *m != 0),
             gbp: keys.bool("GBP", false)?,
             learning: keys.bool("Learning", false)?,
+            direct_routing: keys.bool("DirectRouting", false)?,
         })
     }
 }
@@ -248,7 +247,8 @@ mod tests {
             (config.v4.subnet_len, config.v4.min.to_string(), config.v4.max.to_string()),
             (24, "10.3.1.0".into(), "10.3.255.0".into())
         );
-        let vxlan = VxlanConfig { vni: 1, port: 8472, mtu: None, gbp: false, learning: false };
+        let vxlan =
+            VxlanConfig { vni: 1, port: 8472, mtu: None, gbp: false, learning: false, direct_routing: false };
         assert_eq!(config.backend, BackendConfig::Vxlan(vxlan));
         assert!(config.admits(&"10.3.255.0-24".parse().expect("key")));
         for outside in ["10.3.0.0-24", "10.4.1.0-24", "10.3.1.0-25", "10.3.1.0-24&fd00::-64"] {
@@ -311,7 +311,10 @@ mod tests {
                 backend(r#"{"Type":"vxlan","Learning":"yes"}"#),
                 "Backend.Learning = \"yes\": expected true or false",
             ),
-            (backend(r#"{"Type":"vxlan","DirectRouting":true}"#), "Backend.DirectRouting = true"),
+            (
+                backend(r#"{"Type":"vxlan","DirectRouting":"on-link"}"#),
+                "Backend.DirectRouting = \"on-link\": expected true or false",
+            ),
         ] {
             let error = NetworkConfig::parse(&json).expect_err(&json).to_string();
             assert!(error.contains(expected), "{json}\n  gave     {error}\n  expected {expected}");

@@ -4,6 +4,10 @@
 //! A pod's packet to 10.5.2.9 meets the route `10.5.2.0/24 via 10.5.2.0 dev flannel.1 onlink`; the neighbour entry of
 //! 10.5.2.0 gives the peer's VTEP MAC; the forwarding entry of that MAC gives the peer's public IP. Nothing is ever
 //! resolved on the wire, so nothing has to answer.
+//!
+//! With `DirectRouting` a peer that the underlay reaches without a gateway is one route through its public address, as
+//! host-gw has it, and nothing else. Both nodes decide for themselves: the device takes packets from the tunnel
+//! whatever its own node sends by, so that while they differ nothing is lost.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
@@ -86,7 +90,7 @@ impl VxlanPlane {
         Ok(entries)
     }
 
-    fn peer_entries(&self, peer: &Lease) -> Result<Vec<Object>, String> {
+    fn peer_entries(&self, local: &LocalNode, peer: &Lease) -> Result<Vec<Object>, String> {
         let mut entries = Vec::new();
         for subnet in peer.key.subnets() {
             let dev = if subnet.is_ipv4() { Some(&self.device) } else { self.device_v6.as_ref() };
@@ -106,7 +110,12 @@ impl VxlanPlane {
                 .attrs
                 .public_addr(subnet)
                 .ok_or_else(|| format!("it has no public address for {subnet}"))?;
-            entries.extend(self.entries(dev, subnet, data.vtep_mac, public));
+            if local.on_link.contains(&public) {
+                let route = Route::via(public, &local.underlay.iface, false);
+                entries.push(Object::Route { dst: subnet, route });
+            } else {
+                entries.extend(self.entries(dev, subnet, data.vtep_mac, public));
+            }
         }
         Ok(entries)
     }
@@ -142,7 +151,7 @@ impl Dataplane for VxlanPlane {
     }
 
     fn asks_for_on_link(&self) -> bool {
-        false
+        self.config.direct_routing
     }
 
     fn desired(&self, local: &LocalNode, peers: &[&Lease]) -> Wanted {
@@ -162,7 +171,7 @@ impl Dataplane for VxlanPlane {
         by_age.sort_by_key(|peer| (peer.create_revision, peer.key));
         for peer in by_age {
             match self
-                .peer_entries(peer)
+                .peer_entries(local, peer)
                 .and_then(|entries| self.only_with_its_own_mac(&mut vteps, peer, entries))
             {
                 Ok(entries) => wanted.serve(peer, entries),
@@ -181,7 +190,8 @@ mod tests {
     use crate::underlay::Underlay;
 
     fn plane() -> VxlanPlane {
-        let config = VxlanConfig { vni: 7, port: 8472, mtu: None, gbp: false, learning: false };
+        let config =
+            VxlanConfig { vni: 7, port: 8472, mtu: None, gbp: false, learning: false, direct_routing: true };
         VxlanPlane::new(config, "02:00:00:00:00:01".parse().expect("mac"))
     }
 
@@ -268,6 +278,31 @@ mod tests {
                 "{value}: only the device, its sysctl and its address"
             );
         }
+    }
+
+    #[test]
+    fn a_peer_on_link_is_one_route_and_another_goes_through_the_tunnel() {
+        let value = |ip: &str| {
+            format!(
+                r#"{{"PublicIP":"{ip}","BackendType":"vxlan","BackendData":{{"VNI":7,"VtepMAC":"02:00:00:00:00:02"}}}}"#
+            )
+        };
+        let peers = [peer("10.5.2.0-24", &value("192.0.2.2"))];
+        let keys = |local: &LocalNode| {
+            let wanted = backend().desired(local, &peers);
+            wanted.peers[&peers[0].key].keys.iter().map(Key::to_string).collect::<Vec<_>>()
+        };
+        let far = LocalNode { on_link: ["192.0.2.9".parse().expect("ip")].into(), ..local() };
+        assert_eq!(keys(&far).len(), 3);
+        let near = LocalNode { on_link: ["192.0.2.2".parse().expect("ip")].into(), ..local() };
+        assert_eq!(keys(&near), ["route 10.5.2.0/24"]);
+        let wanted = backend().desired(&near, &peers);
+        let Some(Object::Route { route, .. }) =
+            wanted.desired.get(&Key::Route("10.5.2.0/24".parse().expect("net")))
+        else {
+            panic!("no route in {wanted:?}");
+        };
+        assert_eq!(*route, Route::via("192.0.2.2".parse().expect("ip"), &near.underlay.iface, false));
     }
 
     #[test]

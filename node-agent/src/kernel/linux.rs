@@ -211,8 +211,9 @@ impl Kernel for LinuxKernel {
             return Ok(BTreeSet::new());
         };
         let mut on_link = BTreeSet::new();
-        for peer in peers {
-            match self.socket.get(encode::route_lookup(*peer)) {
+        let answers = self.socket.get_all(peers.iter().map(|peer| encode::route_lookup(*peer)).collect())?;
+        for (peer, answer) in peers.iter().zip(answers) {
+            match answer {
                 Ok(Some(Message::NewRoute(route))) => {
                     if matches!(decode::lookup(&route), Some((oif, None, _)) if oif == index) {
                         on_link.insert(*peer);

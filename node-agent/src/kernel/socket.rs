@@ -89,6 +89,39 @@ impl RouteSocket {
         }
     }
 
+    /// Asks for many objects in as few system calls as possible; one answer for each, in order.
+    pub(super) fn get_all(
+        &mut self,
+        messages: Vec<RouteNetlinkMessage>,
+    ) -> Result<Vec<Result<Option<RouteNetlinkMessage>, KernelError>>, KernelError> {
+        let mut all = Vec::with_capacity(messages.len());
+        let mut messages =
+            messages.into_iter().map(|message| (message, NLM_F_REQUEST | NLM_F_ACK)).peekable();
+        while messages.peek().is_some() {
+            let chunk: Vec<_> = messages.by_ref().take(BATCH).collect();
+            let first = self.send(&chunk)?;
+            let mut objects = BTreeMap::new();
+            let mut answers = BTreeMap::new();
+            while answers.len() < chunk.len() {
+                for message in self.receive()? {
+                    let place = message.header.sequence_number.wrapping_sub(first) as usize;
+                    match message.payload {
+                        _ if place >= chunk.len() => {}
+                        NetlinkPayload::InnerMessage(inner) => {
+                            objects.insert(place, inner);
+                        }
+                        NetlinkPayload::Error(error) => {
+                            answers.insert(place, errno(error.code.map_or(0, |c| c.get())));
+                        }
+                        _ => {}
+                    }
+                }
+            }
+            all.extend(answers.into_iter().map(|(place, answer)| answer.map(|()| objects.remove(&place))));
+        }
+        Ok(all)
+    }
+
     /// Lists everything that `message` asks for, consistently.
     pub(super) fn dump(
         &mut self,

@@ -34,6 +34,8 @@ pub struct Memory {
     settled: Option<u64>,
     /// Routes of a flanneld that ran here before have been taken over.
     adopted: bool,
+    /// What was on-link in the last pass: when that changes, what follows is no repair.
+    on_link: BTreeSet<IpAddr>,
     /// Our devices as they were last in place.
     known: BTreeMap<IfName, DeviceFacts>,
 }
@@ -103,12 +105,14 @@ fn look_and_mend(
     revision: u64,
     now: Instant,
 ) -> Result<Report, Aborted> {
-    let settled = memory.settled == Some(revision);
+    let mut settled = memory.settled == Some(revision);
     let mut report = Report::default();
     let mut failed = memory.deferred(now);
     for round in 0..ROUNDS {
         let dump = kernel.dump(node.backend.plane().device())?;
         let local = local_node(kernel, node, inputs, &dump)?;
+        settled &= memory.on_link == local.on_link;
+        memory.on_link.clone_from(&local.on_link);
         let (peers, over_our_pods) = apart_from_pods(inputs);
         // Without an underlay pods keep their bridge, and nothing is taken away.
         let mut wanted = local.as_ref().map(|local| node.backend.desired(local, &peers)).unwrap_or_default();

@@ -16,11 +16,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use weft_shared::netconf::EXAMPLE;
 
+use crate::before::Before;
 use crate::bringup::{bring_up, snapshot_file};
 use crate::config::{Config, StoreConfig};
 use crate::durable::snapshot::save_changes;
 use crate::ipam::{self, Boottime, Ipam};
-use crate::kernel::{LinuxKernel, Monitor};
+use crate::kernel::{LinuxKernel, Monitor, Remembering};
 use crate::lease::{EmbeddedStore, EtcdStore, LeaseStore, Store, StoreError, StoreHealth};
 use crate::metrics::Metrics;
 use crate::node::{Node, NodeFabric};
@@ -46,7 +47,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     }
     let _only = only_agent_here()?;
     let kernel = LinuxKernel::open().context("a netlink socket cannot be opened")?;
-    let reconcile = Handle::start(kernel, config.resync).context("the reconcile thread")?;
+    let before = weft_shared::tombstone::boot_id().and_then(|boot| Before::load(&config.run_dir, &boot));
+    let before = before.with_context(|| format!("--run-dir = {}", config.run_dir.display()))?;
+    let reconcile =
+        Handle::start(Remembering::new(kernel, before), config.resync).context("the reconcile thread")?;
     let monitor = config.netlink_monitor.then(|| start_monitor(&reconcile)).flatten();
 
     let (ports_sender, ports) = watch::channel(PodPorts::default());
@@ -108,7 +112,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
 
 /// Two agents in one network namespace would mend each other's work for ever. An abstract socket's name (unix(7)) is
 /// taken per network namespace and goes with the process.
-fn only_agent_here() -> anyhow::Result<UnixDatagram> {
+pub(crate) fn only_agent_here() -> anyhow::Result<UnixDatagram> {
     let name = SocketAddr::from_abstract_name("weftd")?;
     match UnixDatagram::bind_addr(&name) {
         Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {

@@ -7,6 +7,7 @@ pub mod snapshot;
 
 use std::fs;
 use std::io;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,9 @@ use weft_shared::replace::{Survive, replace_file};
 pub struct Durable {
     pub lease: Option<LeaseKey>,
     pub vtep_mac: Option<Mac>,
+    /// The lease's: whoever gives the lease back needs it to prove that it is ours.
+    #[serde(default)]
+    pub public_ip: Option<Ipv4Addr>,
 }
 
 #[derive(Debug, Clone)]
@@ -46,6 +50,11 @@ impl DurableFile {
         }
     }
 
+    /// What is on disk, without anything being set aside: nothing, if it cannot be read.
+    pub fn peek(&self) -> Durable {
+        fs::read(&self.0).ok().and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default()
+    }
+
     pub fn save(&self, durable: &Durable) -> io::Result<()> {
         if let Some(dir) = self.0.parent() {
             fs::create_dir_all(dir)?;
@@ -63,8 +72,11 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let file = DurableFile::in_dir(&dir.path().join("weft"));
         assert_eq!(file.load().expect("load"), None);
-        let durable =
-            Durable { lease: "10.5.1.0-24".parse().ok(), vtep_mac: "02:00:00:00:00:01".parse().ok() };
+        let durable = Durable {
+            lease: "10.5.1.0-24".parse().ok(),
+            vtep_mac: "02:00:00:00:00:01".parse().ok(),
+            public_ip: "192.0.2.1".parse().ok(),
+        };
         file.save(&durable).expect("save");
         assert_eq!(file.load().expect("load"), Some(durable));
         fs::write(dir.path().join("weft/node.json"), "{").expect("write");

@@ -10,6 +10,7 @@
 //! what it composes (`node`, `bringup`) see both sides.
 
 pub mod app;
+pub mod before;
 pub mod bringup;
 pub mod config;
 pub mod ctl;
@@ -20,6 +21,7 @@ mod inotify;
 pub mod ipam;
 pub mod kernel;
 pub mod lease;
+pub mod leave;
 pub mod log;
 pub mod metrics;
 pub mod netconf;

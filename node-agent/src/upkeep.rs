@@ -116,8 +116,9 @@ impl Upkeep {
         self.node.update(|serving| serving.lease = state);
         let Some(own) = held else { return };
         self.peers_changed();
-        if self.durable.lease != Some(own.key) {
-            self.durable.lease = Some(own.key);
+        let known = (Some(own.key), Some(own.attrs.public_ip));
+        if (self.durable.lease, self.durable.public_ip) != known {
+            (self.durable.lease, self.durable.public_ip) = known;
             self.files.save(&self.durable);
         }
     }

@@ -27,8 +27,9 @@ pub const VXLAN_PORT: u16 = 8472;
 /// `rtm_protocol` of the routes that weft makes (linux/rtnetlink.h leaves numbers above 4 to routing daemons;
 /// 87 is in nobody's `rt_protos`).
 pub const ROUTE_PROTOCOL: u8 = 87;
-/// Link group (`IFLA_GROUP`) of host-side veths: "weft" in ASCII. With the name it marks a veth as ours from the very
-/// message that creates it.
+/// Link group (`IFLA_GROUP`) of host-side veths, and of the bridge and the VXLAN device that weft makes: "weft" in ASCII.
+/// With the name it marks a veth as ours from the very message that creates it; a bridge or device without it was
+/// adopted.
 pub const VETH_GROUP: u32 = 0x7765_6674;
 
 const VETH_PREFIX: &str = "veth";

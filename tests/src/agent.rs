@@ -121,6 +121,16 @@ impl Agent {
         Some(log.lines().next()?.strip_prefix(START_MARK)?.trim_end().to_owned())
     }
 
+    /// Everything that it is started with.
+    pub fn options(&self) -> Vec<String> {
+        self.fixed.iter().chain(&self.flags).cloned().collect()
+    }
+
+    /// The directory that its files lie in.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     pub fn cni_socket(&self) -> PathBuf {
         self.dir.join("run/cni.sock")
     }

@@ -9,6 +9,8 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::netns::Netns;
+
 /// Kernel parameters that move by themselves.
 const RESTLESS_SYSCTLS: [&str; 12] = [
     "/proc/sys/fs/aio-nr",
@@ -38,37 +40,12 @@ pub struct HostSnapshot {
 impl HostSnapshot {
     pub fn take() -> Result<Self> {
         let mut facts = BTreeSet::new();
-        for command in [
-            "ip -o -details link show",
-            "ip route show table all",
-            "ip -6 route show table all",
-            "ip rule show",
-            "ip -6 rule show",
-            "nft --stateless list ruleset",
-        ] {
-            let mut chain = String::new();
-            for line in run(command)?.lines() {
-                // Lines of a ruleset mean little without their table and chain.
-                if !line.starts_with(['\t', ' ', '}']) {
-                    chain = line.to_owned();
-                }
-                facts.insert(format!("{command}: {} {}", chain.trim(), stable(line)));
-            }
-        }
-        for line in run("ip -o address show")?.lines() {
-            facts.insert(format!("address: {}", line.split(" valid_lft").next().unwrap_or(line)));
-        }
+        network_facts(&mut facts)?;
         for line in fs::read_to_string("/proc/self/mountinfo")?.lines() {
             // Mount ids are numbers of the moment.
             facts.insert(format!("mount: {}", line.split_whitespace().skip(2).collect::<Vec<_>>().join(" ")));
         }
-        walk(Path::new("/proc/sys"), &mut |path, metadata| {
-            if metadata.is_file() && !RESTLESS_SYSCTLS.iter().any(|restless| path.starts_with(restless)) {
-                // Some can be written only.
-                let value = fs::read_to_string(path).unwrap_or_default();
-                facts.insert(format!("sysctl: {} = {}", path.display(), value.trim()));
-            }
-        })?;
+        sysctl_facts(Path::new("/proc/sys"), &mut facts)?;
         for directory in DIRECTORIES {
             walk(Path::new(directory), &mut |path, metadata| {
                 if !NOT_THE_LABS.iter().any(|other| path.starts_with(other)) {
@@ -76,6 +53,22 @@ impl HostSnapshot {
                 }
             })?;
         }
+        Ok(Self { facts })
+    }
+
+    /// The same of a node: its namespace, and what lies in a directory, but the files that the harness keeps there.
+    pub fn of_node(netns: &Netns, directory: &Path, except: &[&str]) -> Result<Self> {
+        let mut facts = BTreeSet::new();
+        netns.enter(|| {
+            network_facts(&mut facts)?;
+            // Only here does the reader's namespace decide.
+            sysctl_facts(Path::new("/proc/sys/net"), &mut facts)
+        })?;
+        walk(directory, &mut |path, metadata| {
+            if !except.iter().any(|name| path.ends_with(name)) {
+                facts.insert(file_fact(path, metadata));
+            }
+        })?;
         Ok(Self { facts })
     }
 
@@ -106,6 +99,45 @@ pub fn marked_processes(mark: &str) -> Result<Vec<String>> {
     Ok(found)
 }
 
+/// Of the namespace of the calling thread.
+fn network_facts(facts: &mut BTreeSet<String>) -> Result<()> {
+    for command in [
+        "ip -o -details link show",
+        "ip route show table all",
+        "ip -6 route show table all",
+        "ip neighbor show nud permanent",
+        "bridge fdb show",
+        "ip rule show",
+        "ip -6 rule show",
+        "nft --stateless list ruleset",
+        "iptables-legacy-save",
+        "ip6tables-legacy-save",
+    ] {
+        let mut chain = String::new();
+        for line in run(command)?.lines().filter(|line| !line.starts_with('#')) {
+            // Lines of a ruleset mean little without their table and chain.
+            if !line.starts_with(['\t', ' ', '}']) {
+                chain = stable(line);
+            }
+            facts.insert(format!("{command}: {chain} {}", stable(line)));
+        }
+    }
+    for line in run("ip -o address show")?.lines() {
+        facts.insert(format!("address: {}", stable(line.split(" valid_lft").next().unwrap_or(line))));
+    }
+    Ok(())
+}
+
+fn sysctl_facts(below: &Path, facts: &mut BTreeSet<String>) -> Result<()> {
+    walk(below, &mut |path, metadata| {
+        if metadata.is_file() && !RESTLESS_SYSCTLS.iter().any(|restless| path.starts_with(restless)) {
+            // Some can be written only.
+            let value = fs::read_to_string(path).unwrap_or_default();
+            facts.insert(format!("sysctl: {} = {}", path.display(), value.trim()));
+        }
+    })
+}
+
 fn file_fact(path: &Path, metadata: &fs::Metadata) -> String {
     let kind = metadata.file_type();
     let content = if kind.is_file() {
@@ -121,14 +153,14 @@ fn file_fact(path: &Path, metadata: &fs::Metadata) -> String {
     format!("file: {} {:o} {}:{} {content}", path.display(), metadata.mode(), metadata.uid(), metadata.gid())
 }
 
-/// Lifetimes count down.
+/// Lifetimes and a bridge's timers run; an address is tentative for a moment.
 fn stable(line: &str) -> String {
     let mut words = line.split_whitespace();
     let mut kept = Vec::new();
     while let Some(word) = words.next() {
-        if word == "expires" {
+        if word == "expires" || word.ends_with("_timer") {
             words.next();
-        } else {
+        } else if word != "tentative" {
             kept.push(word);
         }
     }

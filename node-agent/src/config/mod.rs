@@ -110,6 +110,11 @@ pub fn from_process() -> Result<Invocation, UsageError> {
         .skip(1)
         .map(|arg| arg.into_string().map_err(not_text))
         .collect::<Result<_, _>>()?;
+    read(args, own_variables()?, &crate::host::hostname())
+}
+
+/// The variables of this process that are weft's and flannel's.
+pub fn own_variables() -> Result<Vec<(String, String)>, UsageError> {
     let mut variables = Vec::new();
     for (name, value) in std::env::vars_os() {
         // Other programs' variables may hold anything.
@@ -119,7 +124,7 @@ pub fn from_process() -> Result<Invocation, UsageError> {
             variables.push((name, value));
         }
     }
-    read(args, variables, &crate::host::hostname())
+    Ok(variables)
 }
 
 /// Reads a command line without the program's name, and variables, of which only weft's and flannel's count.

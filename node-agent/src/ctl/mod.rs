@@ -7,6 +7,7 @@ mod client;
 mod render;
 #[cfg(test)]
 mod tests;
+mod uninstall;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -66,6 +67,11 @@ enum Verb {
         #[arg(long, short, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
         count: u32,
     },
+    /// Take weft off this node: devices, routes, tables, state and conflist. Needs no weftd, and refuses while one runs
+    ///
+    /// What weft found here when it came stays or is put back; the programs stay. Reads the settings that weftd had:
+    /// /etc/weft/weftd.env or --env-file, the variables that are set, and the options after `--`.
+    Uninstall(uninstall::Uninstall),
     /// The versions of weftctl and of the agent
     Version,
 }
@@ -86,17 +92,28 @@ struct Versions<'a> {
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Verb::Uninstall(uninstall) = &cli.verb {
+        return uninstall.run(cli.json);
+    }
     match cli.answer(&cli.socket(std::env::var_os(SOCKET_VARIABLE))) {
         Ok(answer) => {
-            // A reader that has seen enough (`weftctl peers | head`) is no error.
-            let _ = std::io::stdout().write_all(answer.text.as_bytes());
+            write_out(&answer.text);
             if answer.well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "weftctl: {error}");
+            write_err(&format!("weftctl: {error}"));
             ExitCode::from(error.exit_status())
         }
     }
+}
+
+fn write_out(text: &str) {
+    // A reader that has seen enough (`weftctl peers | head`) is no error.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+fn write_err(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 impl Cli {
@@ -130,6 +147,7 @@ impl Cli {
                 let well = reports.iter().all(|report| report.reachable);
                 Ok(Answer { well, text: self.print(&reports, |r| render::ping(r)) })
             }
+            Verb::Uninstall(_) => unreachable!("asks no agent: see main"),
             Verb::Version => {
                 // The own version is worth printing without an agent.
                 let agent = status(socket).ok().map(|status| status.version);

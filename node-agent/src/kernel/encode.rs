@@ -26,7 +26,8 @@ pub(super) fn family(ip: IpAddr) -> AddressFamily {
     if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
 }
 
-/// `ip link add NAME address MAC mtu MTU type KIND ...`, brought up in the same message.
+/// `ip link add NAME group GROUP address MAC mtu MTU type KIND ...`, brought up in the same message. The group marks the
+/// device as made by us, and not adopted, from its first moment.
 pub(super) fn new_link(name: &IfName, link: &Link) -> LinkMessage {
     let mut info = Vec::new();
     match &link.kind {
@@ -40,6 +41,7 @@ pub(super) fn new_link(name: &IfName, link: &Link) -> LinkMessage {
     let mut message = up_or_down(0, link.up);
     message.attributes = vec![
         LinkAttribute::IfName(name.to_string()),
+        LinkAttribute::Group(VETH_GROUP),
         LinkAttribute::Address(link.mac.value().0.to_vec()),
         LinkAttribute::Mtu(link.mtu),
         LinkAttribute::LinkInfo(info),

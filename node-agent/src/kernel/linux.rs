@@ -18,7 +18,7 @@ use crate::object::{LinkKind, Op, Route};
 
 #[derive(Debug)]
 pub struct LinuxKernel {
-    socket: RouteSocket,
+    pub(super) socket: RouteSocket,
     indices: Indices,
 }
 

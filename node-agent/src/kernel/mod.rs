@@ -5,6 +5,8 @@ mod decode;
 mod encode;
 mod linux;
 mod monitor;
+mod own;
+mod remember;
 mod socket;
 mod sysctl;
 
@@ -23,6 +25,8 @@ use crate::object::{AddrForm, AddrScope, BridgePort, FdbPath, Link, Op, Route};
 
 pub use linux::LinuxKernel;
 pub use monitor::{Monitor, Neighbours};
+pub use own::OwnRoute;
+pub use remember::Remembering;
 
 /// A kernel that can be looked at and changed; blocking, one caller at a time.
 pub trait Kernel {

@@ -10,7 +10,8 @@ use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
 use weft_shared::netconf::NetworkConfig;
 
 use super::{
-    AcquireRequest, Departure, LeaseStore, LeaseUpdate, OwnedLease, StoreError, StoreHealth, StoredConfig,
+    AcquireRequest, Departure, LeaseStore, LeaseUpdate, OwnedLease, Released, StoreError, StoreHealth,
+    StoredConfig,
 };
 
 /// Longest wait for anything that must happen.
@@ -37,7 +38,7 @@ macro_rules! contract {
         $crate::lease::contract::contract!(@ $fixture:
             configuration, takes_a_subnet_in_range_and_keeps_it, previous_subnet, own_lease_that_no_longer_fits,
             contenders_never_overlap, renewal, renewal_never_overwrites_another_owner,
-            another_value_under_the_same_key, reservation,
+            another_value_under_the_same_key, reservation, giving_back,
             watch_sends_a_snapshot_then_changes, watch_sees_a_lease_expire, watch_survives_malformed_entries,
             watch_ends_with_its_receiver, watch_tells_a_removal_by_hand_from_an_expiry,
             watch_tells_of_the_configuration,
@@ -362,6 +363,30 @@ pub(super) async fn reservation(fixture: &impl Fixture) {
     fixture.delete("10.5.0.96-28").await;
     let gone = StoreError::Lost { key: held.lease.key, owner: None };
     assert_eq!(store.renew(&held, DAY).await, Err(gone));
+}
+
+pub(super) async fn giving_back(fixture: &impl Fixture) {
+    let (store, config) = (fixture.store(), small_pool());
+    let mut watching = Watching::start(fixture.store());
+    let held = acquire(&store, &want(&config, "192.0.2.1", None)).await;
+    let key = held.lease.key;
+    let ours = "192.0.2.1".parse().expect("address");
+    let theirs = "192.0.2.2".parse().expect("address");
+    watching.until("the lease", |w| !w.world.is_empty()).await;
+    let foreign = Ok(Released::Foreign { owner: "192.0.2.1".into() });
+    assert_eq!(store.release(&key, theirs).await, foreign);
+    // Whatever was renewed since.
+    store.renew(&held, DAY).await.expect("renewed");
+    assert_eq!(store.release(&key, ours).await, Ok(Released::Done));
+    assert_eq!(fixture.get(&key.to_string()).await, None);
+    watching.until("the others to hear of it", |w| w.world.is_empty()).await;
+    assert_eq!(watching.departed, [(key.to_string(), Departure::ByHand)], "on purpose, not by expiry");
+    assert_eq!(store.release(&key, ours).await, Ok(Released::Gone));
+    fixture.put(&key.to_string(), &value("192.0.2.1"), None).await;
+    assert_eq!(store.release(&key, ours).await, Ok(Released::Reserved));
+    assert!(fixture.get(&key.to_string()).await.is_some());
+    fixture.put(&key.to_string(), "no lease", Some(DAY)).await;
+    assert!(matches!(store.release(&key, ours).await, Ok(Released::Foreign { .. })));
 }
 
 pub(super) async fn watch_sends_a_snapshot_then_changes(fixture: &impl Fixture) {

@@ -26,6 +26,7 @@ pub use store::Store;
 pub use table::LeaseTable;
 
 use std::future::Future;
+use std::net::Ipv4Addr;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, watch};
@@ -66,6 +67,13 @@ pub trait LeaseStore: Send + Sync + 'static {
     /// dead when they do not answer in time.
     fn reconnect(&self);
 
+    /// Gives the lease of this public IP back, if the key is still its: for a node that leaves for good.
+    fn release(
+        &self,
+        key: &LeaseKey,
+        public_ip: Ipv4Addr,
+    ) -> impl Future<Output = Result<Released, StoreError>> + Send;
+
     /// Sends a full snapshot, then every change, until the receiver is gone. A broken watch is resumed, or begun anew
     /// with another snapshot; nothing is ever sent that would read as an empty world because the store is away.
     fn watch(
@@ -94,6 +102,20 @@ pub struct OwnedLease {
     pub lease_id: i64,
     /// `None` for a reservation, which never expires and is never renewed.
     pub expires: Option<SystemTime>,
+}
+
+/// What became of a lease that was to be given back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Released {
+    Done,
+    /// It had expired, or was removed by hand.
+    Gone,
+    /// An operator's reservation, which only an operator removes.
+    Reserved,
+    /// Somebody else holds the subnet by now.
+    Foreign {
+        owner: String,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,10 +1,12 @@
 //! Which subnet a node takes, given everything in the store: the rules of flannel's `tryAcquireLease`, for every store
 //! alike. Pure; stores turn the answer into one transaction.
 
+use std::net::Ipv4Addr;
+
 use weft_shared::lease::{BadLeaseKey, Lease, LeaseAttrs, LeaseKey};
 
 use super::allocator::allocate;
-use super::{AcquireRequest, Malformed, StoreError};
+use super::{AcquireRequest, Malformed, Released, StoreError};
 
 /// An entry of a store, as far as choosing and proving ownership need it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -145,6 +147,15 @@ impl Entry {
     /// Whether the node at `attrs` may go on using it.
     pub fn belongs_to(&self, attrs: &LeaseAttrs) -> bool {
         self.attrs.as_ref().is_some_and(|own| own.public_ip == attrs.public_ip)
+    }
+
+    /// What is to become of it when the node of this public IP gives its lease back.
+    pub fn release(&self, public_ip: Ipv4Addr) -> Released {
+        match &self.attrs {
+            _ if self.reserved => Released::Reserved,
+            Some(attrs) if attrs.public_ip == public_ip => Released::Done,
+            _ => Released::Foreign { owner: self.owner() },
+        }
     }
 
     /// Who holds it, for people.

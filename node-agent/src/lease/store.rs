@@ -1,13 +1,15 @@
 //! The store that the settings name. Generic code takes a [`LeaseStore`]; the choice is made once, here.
 
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use weft_shared::lease::LeaseAttrs;
+use weft_shared::lease::{LeaseAttrs, LeaseKey};
 use weft_shared::netconf::NetworkConfig;
 
 use super::{
-    AcquireRequest, EmbeddedStore, EtcdStore, LeaseStore, LeaseUpdate, OwnedLease, StoreError, StoreHealth,
+    AcquireRequest, EmbeddedStore, EtcdStore, LeaseStore, LeaseUpdate, OwnedLease, Released, StoreError,
+    StoreHealth,
 };
 
 #[derive(Debug, Clone)]
@@ -76,6 +78,13 @@ impl LeaseStore for Store {
         match self {
             Self::Etcd(store) => store.reconnect(),
             Self::Embedded(store) => store.reconnect(),
+        }
+    }
+
+    async fn release(&self, key: &LeaseKey, public_ip: Ipv4Addr) -> Result<Released, StoreError> {
+        match self {
+            Self::Etcd(store) => store.release(key, public_ip).await,
+            Self::Embedded(store) => store.release(key, public_ip).await,
         }
     }
 

@@ -9,15 +9,17 @@ mod database;
 mod own;
 mod watch;
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, watch as latest};
-use weft_shared::lease::LeaseAttrs;
+use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
 use weft_shared::netconf::{EXAMPLE, NetworkConfig};
 
 use self::database::Database;
-use super::{AcquireRequest, LeaseStore, LeaseUpdate, OwnedLease, StoreError, StoreHealth};
+use super::selection::Entry;
+use super::{AcquireRequest, LeaseStore, LeaseUpdate, OwnedLease, Released, StoreError, StoreHealth};
 
 /// How often the file is read without having been told to.
 const SWEEP: Duration = Duration::from_secs(10);
@@ -44,6 +46,12 @@ impl EmbeddedStore {
         NetworkConfig::parse(json)?;
         let json = json.to_owned();
         self.write(move |database| database.put_config(&json)).await
+    }
+
+    /// Every lease that has not expired.
+    pub async fn leases(&self) -> Result<Vec<Lease>, StoreError> {
+        let entries = self.write(|database| database.entries()).await?;
+        Ok(entries.iter().filter_map(Entry::lease).collect())
     }
 
     /// One writing transaction, on a thread that may wait for the file. What has expired is gone before `work` looks.
@@ -108,6 +116,11 @@ impl LeaseStore for EmbeddedStore {
 
     /// A file has no connections.
     fn reconnect(&self) {}
+
+    async fn release(&self, key: &LeaseKey, public_ip: Ipv4Addr) -> Result<Released, StoreError> {
+        let key = *key;
+        self.write(move |database| own::release(database, &key, public_ip)).await
+    }
 
     async fn watch(&self, updates: mpsc::Sender<LeaseUpdate>, health: latest::Sender<StoreHealth>) {
         watch::run(self, updates, health).await;

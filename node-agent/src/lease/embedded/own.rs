@@ -1,12 +1,13 @@
 //! The own lease, inside a transaction that holds the file's write lock: no race is left to lose.
 
+use std::net::Ipv4Addr;
 use std::time::{Duration, SystemTime};
 
-use weft_shared::lease::{Lease, LeaseAttrs};
+use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
 
 use super::super::backoff::random;
 use super::super::selection::{Action, Entry, select};
-use super::super::{AcquireRequest, OwnedLease, StoreError};
+use super::super::{AcquireRequest, OwnedLease, Released, StoreError};
 use super::database::Database;
 
 pub(super) fn acquire(database: &Database, want: &AcquireRequest) -> Result<OwnedLease, StoreError> {
@@ -46,6 +47,20 @@ pub(super) fn rewrite(
         other => other?,
     };
     write(database, target.lease, Some(ttl).filter(|_| !current.reserved))
+}
+
+/// In the file's write lock: what is looked at is what is deleted.
+pub(super) fn release(
+    database: &Database,
+    key: &LeaseKey,
+    public_ip: Ipv4Addr,
+) -> Result<Released, StoreError> {
+    let Some(entry) = database.entry(key)? else { return Ok(Released::Gone) };
+    let verdict = entry.release(public_ip);
+    if verdict == Released::Done {
+        database.delete(key)?;
+    }
+    Ok(verdict)
 }
 
 /// What is under our key now; an error when it is not ours any more.

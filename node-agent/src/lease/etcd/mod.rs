@@ -11,6 +11,7 @@ mod own;
 mod watch;
 
 use std::borrow::Cow;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +25,8 @@ pub use self::config::{BadTlsFile, ClientCert, EtcdConfig, Login, Secret};
 use self::connection::Connection;
 use super::selection::{Entry, Stored};
 use super::{
-    AcquireRequest, LeaseStore, LeaseUpdate, Malformed, OwnedLease, StoreError, StoreHealth, StoredConfig,
+    AcquireRequest, LeaseStore, LeaseUpdate, Malformed, OwnedLease, Released, StoreError, StoreHealth,
+    StoredConfig,
 };
 
 /// How often a healthy watch is checked against a fresh snapshot.
@@ -140,6 +142,10 @@ impl LeaseStore for EtcdStore {
 
     fn reconnect(&self) {
         self.connection.reset();
+    }
+
+    async fn release(&self, key: &LeaseKey, public_ip: Ipv4Addr) -> Result<Released, StoreError> {
+        own::release(self, key, public_ip).await
     }
 
     async fn watch(&self, updates: mpsc::Sender<LeaseUpdate>, health: latest::Sender<StoreHealth>) {

@@ -1,5 +1,6 @@
 //! The own lease: taken and renewed by transactions that compare revisions.
 
+use std::net::Ipv4Addr;
 use std::time::{Duration, SystemTime};
 
 use etcd_client::{Compare, CompareOp, LeaseTimeToLiveOptions, PutOptions, Txn, TxnOp};
@@ -9,7 +10,7 @@ use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
 
 use super::super::backoff::{Backoff, random};
 use super::super::selection::{Action, Entry, select};
-use super::super::{AcquireRequest, OwnedLease, StoreError};
+use super::super::{AcquireRequest, OwnedLease, Released, StoreError};
 use super::EtcdStore;
 
 /// Races lost in a row before the caller hears of it.
@@ -129,6 +130,36 @@ pub(super) async fn rewrite(
         };
     }
     Err(StoreError::Contended(2))
+}
+
+/// Deletes the key if it is as it was when it was found ours: a renewal or another owner in between is looked at anew.
+/// The lease object is left to expire: while it lives, the other nodes can tell that the key was removed on purpose.
+pub(super) async fn release(
+    store: &EtcdStore,
+    key: &LeaseKey,
+    public_ip: Ipv4Addr,
+) -> Result<Released, StoreError> {
+    for _ in 0..ATTEMPTS {
+        let path = store.paths.lease(key);
+        let get = path.clone();
+        let found =
+            store.connection.call(|client| async move { client.kv_client().get(get, None).await }).await?;
+        let Some(kv) = found.kvs().first() else { return Ok(Released::Gone) };
+        let Some(entry) = store.paths.parse(kv).0 else { return Ok(Released::Gone) };
+        let verdict = entry.release(public_ip);
+        if verdict != Released::Done {
+            return Ok(verdict);
+        }
+        let txn = Txn::new()
+            .when([Compare::mod_revision(path.clone(), CompareOp::Equal, entry.mod_revision as i64)])
+            .and_then([TxnOp::delete(path, None)]);
+        let response =
+            store.connection.call(|client| async move { client.kv_client().txn(txn).await }).await?;
+        if response.succeeded() {
+            return Ok(Released::Done);
+        }
+    }
+    Err(StoreError::Contended(ATTEMPTS))
 }
 
 /// `None`: the race was lost.

@@ -1,0 +1,264 @@
+//! `weftctl uninstall`: the settings of the agent that was here, the list, and what became of it. The work is
+//! [`crate::leave`]'s.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use serde::Serialize;
+
+use crate::config::{Config, Invocation, UsageError, own_variables, read};
+use crate::leave::{LeaveError, Thing, Wishes, survey};
+
+/// Where conf/weftd.env says that it is to lie.
+const ENV_FILE: &str = "/etc/weft/weftd.env";
+const CNI_CONF_DIR: &str = "/etc/cni/net.d";
+
+#[derive(Debug, Args)]
+pub(super) struct Uninstall {
+    /// Show what would be removed, and remove nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Also while pods are attached: they lose the network
+    #[arg(long)]
+    force: bool,
+    /// Give this node's lease back at once; without it the lease expires by itself
+    #[arg(long)]
+    release_lease: bool,
+    /// Also remove an embedded store: the network configuration and the leases of all its nodes
+    #[arg(long)]
+    remove_store: bool,
+    /// weftd's settings, as systemd reads them; variables that are set here win [default: /etc/weft/weftd.env, if it is there]
+    #[arg(long, value_name = "FILE")]
+    env_file: Option<PathBuf>,
+    /// Where the runtime's network configurations lie
+    #[arg(long, value_name = "DIR", default_value = CNI_CONF_DIR)]
+    cni_conf_dir: PathBuf,
+    /// Options that weftd was started with, such as --run-dir=DIR
+    #[arg(last = true, value_name = "WEFTD OPTIONS")]
+    options: Vec<String>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Wrong {
+    #[error("{0}")]
+    Usage(String),
+    #[error(transparent)]
+    Settings(#[from] UsageError),
+    #[error("the node could not be looked at: {0}")]
+    Look(#[from] LeaveError),
+}
+
+#[derive(Debug, Serialize)]
+struct Answer {
+    removes: Vec<Line>,
+    stays: Vec<String>,
+    refused: Vec<String>,
+    failed: Vec<Failed>,
+    removed: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Line {
+    kind: String,
+    what: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Failed {
+    #[serde(flatten)]
+    thing: Line,
+    error: String,
+}
+
+impl Uninstall {
+    pub(super) fn run(&self, json: bool) -> ExitCode {
+        match self.answer() {
+            Ok(answer) => {
+                let text = if json { super::json(&answer) } else { answer.text(self.dry_run) };
+                super::write_out(&text);
+                let well = answer.refused.is_empty() && answer.failed.is_empty();
+                if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+            }
+            Err(wrong) => {
+                super::write_err(&format!("weftctl uninstall: {wrong}"));
+                ExitCode::from(if matches!(wrong, Wrong::Look(_)) { 1 } else { 2 })
+            }
+        }
+    }
+
+    fn answer(&self) -> Result<Answer, Wrong> {
+        let config = self.config()?;
+        let wishes = Wishes {
+            cni_conf_dir: self.cni_conf_dir.clone(),
+            force: self.force,
+            release_lease: self.release_lease,
+            remove_store: self.remove_store,
+        };
+        let mut plan = survey(&config, &wishes)?;
+        let removes: Vec<Line> = plan.things.iter().map(line).collect();
+        let removed = plan.refusals.is_empty() && !self.dry_run;
+        let failed = if removed { plan.carry_out() } else { Vec::new() };
+        let failed =
+            failed.into_iter().map(|(thing, error)| Failed { thing: line(&thing), error: error.to_string() });
+        Ok(Answer {
+            removes,
+            failed: failed.collect(),
+            stays: plan.stays.clone(),
+            refused: plan.refusals.clone(),
+            removed,
+        })
+    }
+
+    /// As the agent had them: options, then variables, then the file that systemd gives it.
+    fn config(&self) -> Result<Config, Wrong> {
+        let file = match &self.env_file {
+            Some(file) => Some(file.as_path()),
+            None => Some(Path::new(ENV_FILE)).filter(|file| file.exists()),
+        };
+        let mut variables = match file {
+            Some(file) => {
+                let text = std::fs::read_to_string(file);
+                let text = text.map_err(|e| Wrong::Usage(format!("--env-file = {}: {e}", file.display())))?;
+                environment(&text).map_err(|why| Wrong::Usage(format!("{}: {why}", file.display())))?
+            }
+            None => Vec::new(),
+        };
+        let set = own_variables()?;
+        variables.retain(|(name, _)| !set.iter().any(|(other, _)| other == name));
+        variables.extend(set);
+        match read(self.options.iter().cloned(), variables, &crate::host::hostname())? {
+            Invocation::Run(config) => Ok(*config),
+            Invocation::Print(_) => Err(Wrong::Usage(
+                "--help and --version are no settings: after -- expected options that weftd was started with"
+                    .into(),
+            )),
+        }
+    }
+}
+
+fn line(thing: &Thing) -> Line {
+    Line { kind: thing.kind().to_owned(), what: thing.to_string() }
+}
+
+impl Answer {
+    fn text(&self, dry_run: bool) -> String {
+        let mut text = String::new();
+        let mut say = |line: String| text.push_str(&(line + "\n"));
+        for line in &self.removes {
+            let verb = if self.removed { "removed" } else { "removes" };
+            match self.failed.iter().find(|f| f.thing.kind == line.kind && f.thing.what == line.what) {
+                Some(failed) => say(format!("FAILED   {:<9} {}: {}", line.kind, line.what, failed.error)),
+                None => say(format!("{verb:<8} {:<9} {}", line.kind, line.what)),
+            }
+        }
+        for stays in &self.stays {
+            say(format!("stays    {stays}"));
+        }
+        for refused in &self.refused {
+            say(format!("REFUSED  {refused}"));
+        }
+        say(match (self.removes.len(), self.failed.len()) {
+            _ if !self.refused.is_empty() => "nothing was removed".to_owned(),
+            (0, _) => "nothing of weft is on this node".to_owned(),
+            _ if dry_run => "a dry run: nothing was removed".to_owned(),
+            (all, 0) => format!("all {all} removed; the programs are left to whoever installed them"),
+            (all, failed) => format!("{failed} of {all} are left: mend what is wrong and run it again"),
+        });
+        text
+    }
+}
+
+/// The assignments of a systemd EnvironmentFile (systemd.exec(5)): one a line, comments begin with # or ;, a value may
+/// be quoted, a backslash at the end goes on in the next line.
+fn environment(text: &str) -> Result<Vec<(String, String)>, String> {
+    let mut variables = Vec::new();
+    let joined = text.replace("\\\n", "");
+    for line in joined.lines().map(str::trim) {
+        if line.is_empty() || line.starts_with(['#', ';']) {
+            continue;
+        }
+        let assignment = line.split_once('=').filter(|(name, _)| {
+            !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
+        });
+        let (name, value) = assignment
+            .ok_or_else(|| format!("{line:?}: expected NAME=VALUE, or a comment that begins with #"))?;
+        variables.push((name.to_owned(), unquoted(value.trim()).to_owned()));
+    }
+    Ok(variables)
+}
+
+fn unquoted(value: &str) -> &str {
+    let within = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
+    within('"').or_else(|| within('\'')).unwrap_or(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::super::{Cli, Verb};
+    use super::*;
+
+    fn parsed(args: &[&str]) -> Uninstall {
+        let cli = Cli::try_parse_from(["weftctl", "uninstall"].iter().chain(args)).expect("usage");
+        match cli.verb {
+            Verb::Uninstall(uninstall) => uninstall,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn settings_come_from_options_and_from_the_file() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let file = dir.path().join("weftd.env");
+        std::fs::write(
+            &file,
+            "# weftd\nWEFTD_RUN_DIR=/run/of-file\nWEFTD_STATE_DIR=\"/var/of-file\"\nPATH=/bin\n",
+        )
+        .expect("write");
+        let file = file.to_str().expect("UTF-8");
+        let config =
+            parsed(&["--env-file", file, "--", "--run-dir=/run/of-options"]).config().expect("settings");
+        assert_eq!(config.run_dir, Path::new("/run/of-options"));
+        assert_eq!(config.cni_socket, Path::new("/run/of-options/cni.sock"));
+        assert_eq!(config.state_dir, Path::new("/var/of-file"));
+    }
+
+    #[test]
+    fn wrong_settings_are_usage() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let file = dir.path().join("weftd.env");
+        let wrong = |content: &str, options: &[&str]| {
+            std::fs::write(&file, content).expect("write");
+            let file = file.to_str().expect("UTF-8");
+            let error = parsed(&[&["--env-file", file, "--"], options].concat()).config().expect_err("wrong");
+            assert!(!matches!(error, Wrong::Look(_)), "exit status 2");
+            error.to_string()
+        };
+        assert!(wrong("export WEFTD_RUN_DIR=/x", &[]).contains("expected NAME=VALUE"));
+        assert!(
+            wrong("WEFTD_RUN_DIR=relative", &[])
+                .contains("WEFTD_RUN_DIR = \"relative\": expected an absolute path")
+        );
+        assert!(wrong("", &["--run-dri=/x"]).contains("did you mean --run-dir?"));
+        assert!(wrong("", &["--help"]).contains("no settings"));
+        let missing =
+            parsed(&["--env-file", "/nowhere/weftd.env"]).config().expect_err("missing").to_string();
+        assert!(missing.contains("--env-file = /nowhere/weftd.env: No such file"), "{missing}");
+        assert!(Cli::try_parse_from(["weftctl", "uninstall", "--releaselease"]).is_err());
+    }
+
+    #[test]
+    fn an_environment_file_is_read_as_systemd_reads_it() {
+        let text = "\n; comment\n  A = 1\n";
+        assert!(environment(text).is_err(), "systemd knows no blank before the equals sign");
+        let text = "A=1\nB='two words'\n  C=\"a=b\"\nD=\nE=x\\\ny\n";
+        let read: Vec<String> = environment(text)
+            .expect("good")
+            .into_iter()
+            .map(|(name, value)| format!("{name}:{value}"))
+            .collect();
+        assert_eq!(read, ["A:1", "B:two words", "C:a=b", "D:", "E:xy"]);
+    }
+}

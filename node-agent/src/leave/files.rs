@@ -1,0 +1,146 @@
+//! Which files are weft's: by name, one by one. A directory of the settings may hold more than ours (`--run-dir=/run`),
+//! so nothing is ever removed for where it lies alone.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use weft_shared::IfName;
+use weft_shared::names::{CNI_SOCKET, host_ifname};
+use weft_shared::protocol::Attachment;
+use weft_shared::replace::is_leftover;
+use weft_shared::tombstone::dir_beside;
+
+use super::Thing;
+use crate::config::Config;
+
+/// Directory entries, none if there is no directory.
+fn entries(dir: &Path) -> Vec<PathBuf> {
+    let mut entries: Vec<PathBuf> =
+        fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    entries.sort();
+    entries
+}
+
+fn has_extension(path: &Path, extensions: &[&str]) -> bool {
+    path.extension().and_then(|e| e.to_str()).is_some_and(|e| extensions.contains(&e))
+}
+
+fn is_named(path: &Path, names: &[&str]) -> bool {
+    path.file_name().and_then(|n| n.to_str()).is_some_and(|n| names.contains(&n))
+}
+
+/// Records, tombstones, sockets, remembered settings.
+pub(super) fn of_this_boot(config: &Config, before: &Path) -> Option<Thing> {
+    let (records, tombstones) = (config.run_dir.join("attachments"), dir_beside(&config.cni_socket));
+    let in_records = entries(&records).into_iter().filter(|path| {
+        has_extension(path, &["json", "damaged"]) || is_leftover(path) || is_named(path, &["lock", "boot_id"])
+    });
+    let in_tombstones = entries(&tombstones)
+        .into_iter()
+        .filter(|path| has_extension(path, &["json"]) || is_leftover(path) || is_named(path, &["lock"]));
+    let sockets = [&config.cni_socket, &config.admin_socket].into_iter().flat_map(|socket| {
+        let mut unfinished = socket.clone().into_os_string();
+        unfinished.push(".new");
+        [socket.clone(), unfinished.into()]
+    });
+    let single = sockets.chain([before.to_owned()]).filter(|path| path.symlink_metadata().is_ok());
+    let files: Vec<PathBuf> = in_records.chain(in_tombstones).chain(single).collect();
+    let dirs = existing([records, tombstones, config.run_dir.clone()]);
+    some_files(&config.run_dir, files, dirs, false)
+}
+
+/// In the state directory; the one that names lease and VTEP comes last.
+const STATE_FILES: [&str; 2] = ["snapshot", "node"];
+
+/// What outlives a reboot, but the embedded store: each file, what was set aside of it (`node.json.unreadable`), and
+/// what a writer that was cut short has left.
+pub(super) fn of_every_boot(config: &Config) -> Option<Thing> {
+    let all = entries(&config.state_dir);
+    let of = |stem: &str| {
+        let (file, aside) = (format!("{stem}.json"), format!("{stem}.json."));
+        let left = |path: &PathBuf| is_leftover(path) && path.file_stem().is_some_and(|found| found == stem);
+        let named = move |path: &PathBuf| {
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            name == file || name.starts_with(&aside)
+        };
+        all.iter().filter(|path| left(path) || named(path)).cloned().collect::<Vec<_>>()
+    };
+    let files = STATE_FILES.into_iter().flat_map(of).collect();
+    some_files(&config.state_dir, files, existing([config.state_dir.clone()]), true)
+}
+
+fn existing<const N: usize>(dirs: [PathBuf; N]) -> Vec<PathBuf> {
+    dirs.into_iter().filter(|dir| dir.is_dir()).collect()
+}
+
+/// An empty directory alone is ours only if nothing stands in it.
+fn some_files(dir: &Path, files: Vec<PathBuf>, dirs: Vec<PathBuf>, last_word: bool) -> Option<Thing> {
+    let only_empty = files.is_empty() && (dirs.is_empty() || !entries(dir).is_empty());
+    (!only_empty).then(|| Thing::Files { dir: dir.to_owned(), files, dirs, last_word })
+}
+
+/// What lies in directories of ours and is not ours.
+pub(super) fn foreign(thing: &Thing, spared: &[&Path]) -> Vec<PathBuf> {
+    let Thing::Files { files, dirs, .. } = thing else { return Vec::new() };
+    let all = dirs.iter().flat_map(|dir| entries(dir));
+    all.filter(|path| !files.contains(path) && !dirs.contains(path) && !spared.contains(&path.as_path()))
+        .collect()
+}
+
+/// Whom each veth of the records belongs to, for people.
+pub(super) fn pods(run_dir: &Path) -> BTreeMap<IfName, String> {
+    let of_record = |path: PathBuf| {
+        let record: Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+        let attachment: Attachment = serde_json::from_value(record["attachment"].clone()).ok()?;
+        let pod = record["pod"].as_str().map_or_else(|| attachment.container_id.to_string(), str::to_owned);
+        Some((host_ifname(&attachment), pod))
+    };
+    entries(&run_dir.join("attachments")).into_iter().filter_map(of_record).collect()
+}
+
+/// Network configurations that no runtime can use without this agent.
+pub(super) fn conflists(dir: &Path, socket: &Path) -> Vec<PathBuf> {
+    let names = |path: &PathBuf| has_extension(path, &["conf", "conflist", "json"]);
+    entries(dir).into_iter().filter(names).filter(|path| is_ours(path, socket)).collect()
+}
+
+fn is_ours(path: &Path, socket: &Path) -> bool {
+    let json = fs::read(path).ok().and_then(|json| serde_json::from_slice::<Value>(&json).ok());
+    let Some(json) = json else { return false };
+    let plugins = match json["plugins"].as_array() {
+        Some(plugins) => plugins.clone(),
+        None => vec![json],
+    };
+    plugins.iter().any(|plugin| {
+        plugin["type"] == "weft" && Path::new(plugin["socket"].as_str().unwrap_or(CNI_SOCKET)) == socket
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_conflists_of_this_agent() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        for (name, json) in [
+            ("10-weft.conflist", r#"{"name":"weft","plugins":[{"type":"weft"},{"type":"portmap"}]}"#),
+            ("20-one.conf", r#"{"name":"one","type":"weft"}"#),
+            ("30-other-agent.conflist", r#"{"plugins":[{"type":"weft","socket":"/run/other/cni.sock"}]}"#),
+            ("40-flannel.conflist", r#"{"plugins":[{"type":"flannel"}]}"#),
+            ("50-torn.conflist", "{"),
+            ("60-weft.conflist.bak", r#"{"plugins":[{"type":"weft"}]}"#),
+        ] {
+            fs::write(dir.path().join(name), json).expect("write");
+        }
+        let found = |socket: &str| -> Vec<String> {
+            let names = conflists(dir.path(), Path::new(socket)).into_iter();
+            names.map(|p| p.file_name().expect("name").to_string_lossy().into_owned()).collect()
+        };
+        assert_eq!(found(CNI_SOCKET), ["10-weft.conflist", "20-one.conf"]);
+        assert_eq!(found("/run/other/cni.sock"), ["30-other-agent.conflist"]);
+        assert!(conflists(&dir.path().join("none"), Path::new(CNI_SOCKET)).is_empty());
+    }
+}

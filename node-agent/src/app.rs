@@ -47,6 +47,11 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let _only = only_agent_here()?;
     let kernel = LinuxKernel::open().context("a netlink socket cannot be opened")?;
     let reconcile = Handle::start(kernel, config.resync).context("the reconcile thread")?;
+    let settings = config.firewall.clone();
+    reconcile.update_if(|inputs| {
+        inputs.firewall = settings;
+        true
+    });
     let monitor = config.netlink_monitor.then(|| start_monitor(&reconcile)).flatten();
 
     let (ports_sender, ports) = watch::channel(PodPorts::default());

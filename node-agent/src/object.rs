@@ -10,11 +10,15 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use weft_shared::{IfName, Mac, Subnet};
 
+use crate::firewall::{Part, PartKey};
+
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Key {
     Link(IfName),
     /// Path below `/proc/sys`.
     Sysctl(String),
+    /// Before anything that lets packets through: a connection keeps the translation it began with.
+    Firewall(PartKey),
     Port(IfName),
     Addr(IfName, IpNetwork),
     Neigh(IfName, IpAddr),
@@ -27,6 +31,7 @@ pub enum Key {
 pub enum Object {
     Link { name: IfName, link: Link },
     Sysctl { path: String, value: String },
+    Firewall(Part),
     Port { veth: IfName, port: BridgePort },
     Addr { dev: IfName, addr: IpNetwork, scope: AddrScope },
     Neigh { dev: IfName, ip: IpAddr, mac: Mac },
@@ -119,6 +124,7 @@ impl Object {
         match self {
             Self::Link { name, .. } => Key::Link(name.clone()),
             Self::Sysctl { path, .. } => Key::Sysctl(path.clone()),
+            Self::Firewall(part) => Key::Firewall(part.key()),
             Self::Port { veth, .. } => Key::Port(veth.clone()),
             Self::Addr { dev, addr, .. } => Key::Addr(dev.clone(), *addr),
             Self::Neigh { dev, ip, .. } => Key::Neigh(dev.clone(), *ip),
@@ -154,7 +160,7 @@ impl Object {
     /// The device that takes this object with it when it is deleted.
     pub fn stands_on(&self) -> Option<&IfName> {
         match self {
-            Self::Link { .. } | Self::Sysctl { .. } | Self::Port { .. } => None,
+            Self::Link { .. } | Self::Sysctl { .. } | Self::Firewall(_) | Self::Port { .. } => None,
             Self::Addr { dev, .. } | Self::Neigh { dev, .. } | Self::Fdb { dev, .. } => Some(dev),
             Self::Route { route, .. } => Some(&route.dev),
         }
@@ -232,6 +238,7 @@ impl fmt::Display for Key {
         match self {
             Self::Link(name) => write!(f, "link {name}"),
             Self::Sysctl(path) => write!(f, "sysctl {}", path.replace('/', ".")),
+            Self::Firewall(part) => write!(f, "{part}"),
             Self::Port(veth) => write!(f, "bridge port {veth}"),
             Self::Addr(dev, addr) => write!(f, "address {addr} dev {dev}"),
             Self::Neigh(dev, ip) => write!(f, "neighbour {ip} dev {dev}"),

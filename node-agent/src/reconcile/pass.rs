@@ -12,6 +12,7 @@ use super::observe::{Ownership, observe};
 use super::plan::plan;
 use super::{Aborted, Inputs, NodeInputs, PeerReport, Pending, Report, pods};
 use crate::dataplane::{LocalNode, PeerPlan};
+use crate::firewall::{self, Ruleset, advice};
 use crate::kernel::{Dump, Kernel, KernelError};
 use crate::object::{Desired, Key, Object, Op};
 use crate::pods::{DeviceFacts, PodPorts, SeenVeth};
@@ -32,6 +33,8 @@ pub struct Memory {
     revision: u64,
     /// Revision of the inputs that the last pass brought about completely.
     settled: Option<u64>,
+    /// When iptables-legacy, which announces nothing, is to be looked at again.
+    legacy_due: Option<Instant>,
     /// Routes of a flanneld that ran here before have been taken over.
     adopted: bool,
 }
@@ -46,7 +49,7 @@ struct Failed {
 impl Memory {
     /// When something that failed is due again.
     pub(super) fn retry_at(&self) -> Option<Instant> {
-        self.failed.values().map(|failed| failed.retry_at).chain(self.resume_at).min()
+        self.failed.values().map(|failed| failed.retry_at).chain(self.resume_at).chain(self.legacy_due).min()
     }
 
     /// What is not due yet. A failing operation is announced by the kernel as well, and those announcements must not
@@ -113,10 +116,16 @@ fn look_and_mend(
         wanted.peers.extend(over_our_pods);
         let mut desired = pods::desired(&inputs.pods, node.underlay.public_ip);
         desired.extend(wanted.desired);
-        desired.insert(Object::Sysctl { path: IP_FORWARD.into(), value: "1".into() });
-        let sysctls = kernel.sysctls(&desired.sysctl_paths())?;
+        desired.extend(forwarding(inputs, node));
+        let networks = firewall_networks(node, inputs);
+        let firewall = look_at_firewall(kernel, inputs, &networks, &mut failed);
+        desired.extend(firewall::desired(&inputs.firewall, &networks, &firewall));
+        let mut paths = desired.sysctl_paths();
+        paths.extend(advice::SYSCTLS);
+        let sysctls = kernel.sysctls(&paths)?;
         let ownership = ownership(node, inputs, memory);
-        let observed = observe(&dump, &sysctls, &desired, &ownership);
+        let mut observed = observe(&dump, &sysctls, &desired, &ownership);
+        observed.objects.extend(firewall::found(&firewall));
         let ops = plan(&desired, &observed, inputs.has_snapshot && local.is_some());
         let still_wrong: BTreeSet<Key> = ops.iter().map(Op::key).collect();
         // What failed a moment ago fails again: a later pass tries it.
@@ -126,6 +135,10 @@ fn look_and_mend(
             for op in ops {
                 failed.entry(op.key()).or_insert(KernelError::Contested);
             }
+            // A moment late, so that the look is not answered from memory.
+            let period = inputs.firewall.legacy_period + Duration::from_millis(100);
+            memory.legacy_due = firewall.legacy.is_some().then(|| now + period);
+            report.advice = advice::of(&inputs.firewall, &networks, &firewall, &sysctls);
             finish(&mut report, &dump, &desired, &wanted.peers, &failed, &inputs.pods);
             look_at_underlay(&mut report, &dump, node, local);
             break;
@@ -156,8 +169,43 @@ fn apart_from_pods(inputs: &Inputs) -> (Vec<Lease>, Vec<(LeaseKey, PeerPlan)>) {
     (apart, over.into_iter().map(refuse).collect())
 }
 
-/// A node carries its pods' packets between interfaces.
-const IP_FORWARD: &str = "net/ipv4/ip_forward";
+/// A node carries its pods' packets between interfaces. The setting of the whole node gives every interface its own
+/// (net/ipv4/devinet.c, `inet_forward_change`), which can be taken away from each of them again.
+fn forwarding(inputs: &Inputs, node: &NodeInputs) -> Desired {
+    let devices =
+        inputs.pods.bridges.keys().chain(node.backend.plane().device()).chain([&node.underlay.iface]);
+    let own = devices.map(|dev| format!("net/ipv4/conf/{dev}/forwarding"));
+    let mut desired = Desired::default();
+    for path in own.chain(["net/ipv4/ip_forward".to_owned()]) {
+        desired.insert(Object::Sysctl { path, value: "1".into() });
+    }
+    desired
+}
+
+fn firewall_networks(node: &NodeInputs, inputs: &Inputs) -> firewall::Networks {
+    let mut local: Vec<Subnet> = node.lease.subnets().collect();
+    local.extend(inputs.pods.bridges.values().flat_map(|need| need.subnets.clone()));
+    local.sort_unstable();
+    local.dedup();
+    let overlay = [Some(node.config.v4), node.config.v6].into_iter().flatten().map(|range| range.network);
+    firewall::Networks { overlay: overlay.collect(), local }
+}
+
+/// A packet filter that cannot be looked at leaves the rest of the node to be kept: what should be in it is pending.
+fn look_at_firewall(
+    kernel: &mut impl Kernel,
+    inputs: &Inputs,
+    networks: &firewall::Networks,
+    failed: &mut BTreeMap<Key, KernelError>,
+) -> Ruleset {
+    kernel.firewall(&inputs.firewall).unwrap_or_else(|error| {
+        let unseen = Ruleset::default();
+        for (key, _) in firewall::desired(&inputs.firewall, networks, &unseen).objects() {
+            failed.entry(key.clone()).or_insert_with(|| error.clone());
+        }
+        unseen
+    })
+}
 
 fn ownership(node: &NodeInputs, inputs: &Inputs, memory: &Memory) -> Ownership {
     Ownership {

@@ -51,6 +51,11 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let before = before.with_context(|| format!("--run-dir = {}", config.run_dir.display()))?;
     let reconcile =
         Handle::start(Remembering::new(kernel, before), config.resync).context("the reconcile thread")?;
+    let settings = config.firewall.clone();
+    reconcile.update_if(|inputs| {
+        inputs.firewall = settings;
+        true
+    });
     let monitor = config.netlink_monitor.then(|| start_monitor(&reconcile)).flatten();
 
     let (ports_sender, ports) = watch::channel(PodPorts::default());

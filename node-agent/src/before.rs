@@ -95,7 +95,7 @@ mod tests {
 
     fn set(kernel: &mut impl Kernel, old: &str, new: &str) {
         let object = |value: &str| Object::Sysctl { path: FORWARD.into(), value: value.into() };
-        let found = Some(Found { object: object(old), ours: false });
+        let found = Some(Found { object: object(old), ours: false, overruled: false });
         kernel.apply(&[Op::Set { object: object(new), found }]);
     }
 

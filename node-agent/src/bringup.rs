@@ -51,7 +51,8 @@ pub async fn bring_up(
     let first_start = durable.is_none();
     let mut durable = durable.unwrap_or_default();
     let vtep_mac = vtep_mac(&network, &underlay, durable.vtep_mac).await?;
-    let files = Files { durable: file, subnet_env: config.subnet_file.clone() };
+    let files =
+        Files { durable: file, subnet_env: config.subnet_file.clone(), ip_masq: config.firewall.masquerade };
     let previous = durable.lease.or_else(|| left_in(&config.subnet_file));
     durable.vtep_mac = Some(vtep_mac);
     files.save(&durable);

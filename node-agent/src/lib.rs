@@ -16,6 +16,7 @@ pub mod config;
 pub mod ctl;
 pub mod dataplane;
 pub mod durable;
+pub mod firewall;
 pub mod host;
 mod inotify;
 pub mod ipam;

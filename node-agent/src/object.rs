@@ -11,6 +11,8 @@ use ipnetwork::IpNetwork;
 use weft_shared::names::ROUTE_PROTOCOL;
 use weft_shared::{IfName, Mac, Subnet};
 
+use crate::firewall::{Part, PartKey};
+
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Key {
     /// The name that a device of ours should have, when somebody has given it another.
@@ -18,6 +20,8 @@ pub enum Key {
     Link(IfName),
     /// Path below `/proc/sys`.
     Sysctl(String),
+    /// Before anything that lets packets through: a connection keeps the translation it began with.
+    Firewall(PartKey),
     Port(IfName),
     Addr(IfName, IpNetwork),
     /// Before the neighbour: a peer's new MAC must lead somewhere when packets begin to carry it.
@@ -42,6 +46,7 @@ pub enum Object {
         path: String,
         value: String,
     },
+    Firewall(Part),
     Port {
         veth: IfName,
         port: BridgePort,
@@ -276,6 +281,7 @@ impl Object {
             Self::Name { name, .. } => Key::Name(name.clone()),
             Self::Link { name, .. } => Key::Link(name.clone()),
             Self::Sysctl { path, .. } => Key::Sysctl(path.clone()),
+            Self::Firewall(part) => Key::Firewall(part.key()),
             Self::Port { veth, .. } => Key::Port(veth.clone()),
             Self::Addr { dev, addr, .. } => Key::Addr(dev.clone(), *addr),
             Self::Neigh { dev, ip, .. } => Key::Neigh(dev.clone(), *ip),
@@ -313,7 +319,11 @@ impl Object {
     /// The device that takes this object with it when it is deleted.
     pub fn stands_on(&self) -> Option<&IfName> {
         match self {
-            Self::Name { .. } | Self::Link { .. } | Self::Sysctl { .. } | Self::Port { .. } => None,
+            Self::Name { .. }
+            | Self::Link { .. }
+            | Self::Sysctl { .. }
+            | Self::Firewall(_)
+            | Self::Port { .. } => None,
             Self::Addr { dev, .. } | Self::Neigh { dev, .. } | Self::Fdb { dev, .. } => Some(dev),
             Self::Route { route, .. } => route.dev.as_ref(),
         }
@@ -424,6 +434,7 @@ impl fmt::Display for Key {
             Self::Name(name) => write!(f, "name {name}"),
             Self::Link(name) => write!(f, "link {name}"),
             Self::Sysctl(path) => write!(f, "sysctl {}", path.replace('/', ".")),
+            Self::Firewall(part) => write!(f, "{part}"),
             Self::Port(veth) => write!(f, "bridge port {veth}"),
             Self::Addr(dev, addr) => write!(f, "address {addr} dev {dev}"),
             Self::Neigh(dev, ip) => write!(f, "neighbour {ip} dev {dev}"),

@@ -24,6 +24,9 @@ pub struct Status {
     pub refused: Vec<RefusedLease>,
     pub pods: PodStatus,
     pub host: HostStatus,
+    /// Settings of the host that stand in packets' way and are not weft's to change.
+    #[serde(default)]
+    pub advice: Vec<HostAdvice>,
 }
 
 impl Status {
@@ -135,6 +138,13 @@ pub struct PendingObject {
     pub object: String,
     pub error: String,
     pub attempts: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostAdvice {
+    pub problem: String,
+    /// The command, or the setting, that mends it.
+    pub fix: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -365,6 +375,12 @@ pub(crate) mod sample {
                 agent_memory: 9_437_184,
                 agent_cpu: 12.25,
             },
+            advice: vec![HostAdvice {
+                problem:
+                    "nftables chain inet firewalld filter_FORWARD drops forwarded packets of 10.5.0.0/16"
+                        .into(),
+                fix: "firewall-cmd --permanent --zone=trusted --add-source=10.5.0.0/16".into(),
+            }],
         }
     }
 

@@ -39,6 +39,8 @@ pub struct Upkeep {
 pub struct Files {
     pub durable: DurableFile,
     pub subnet_env: PathBuf,
+    /// What the latter says of masquerade.
+    pub ip_masq: bool,
 }
 
 impl Files {
@@ -231,7 +233,9 @@ impl Upkeep {
                 }
             });
         }
-        let Some(env) = self.node.serving(|serving| subnet_env(serving, report)).flatten() else {
+        let Some(env) =
+            self.node.serving(|serving| subnet_env(serving, report, self.files.ip_masq)).flatten()
+        else {
             return;
         };
         let file = &self.files.subnet_env;
@@ -262,7 +266,7 @@ async fn reached(moment: Option<Instant>) {
 }
 
 /// What flannel's plugin and docker are told; nothing while no pod could be added.
-fn subnet_env(serving: &Serving, report: &Report) -> Option<SubnetEnv> {
+fn subnet_env(serving: &Serving, report: &Report, ip_masq: bool) -> Option<SubnetEnv> {
     let in_place = report.usable && serving.peers_in_place(report) && report.underlay.is_some();
     let key = serving.key_for_pods(SystemTime::now()).ok().filter(|_| in_place)?;
     Some(SubnetEnv {
@@ -270,6 +274,6 @@ fn subnet_env(serving: &Serving, report: &Report) -> Option<SubnetEnv> {
         subnet: key.v4,
         ipv6: None,
         mtu: serving.pod_mtu(report),
-        ip_masq: false,
+        ip_masq,
     })
 }

@@ -16,6 +16,7 @@ pub mod books;
 pub mod capture;
 pub mod cluster;
 pub mod etcd;
+pub mod firewall;
 pub mod host;
 pub mod kernel;
 pub mod lab;

@@ -2,8 +2,8 @@
 //!
 //! Names, syntax and variables are flanneld's (main.go), and weft's own settings stand beside them. A unit file of
 //! flanneld's therefore starts weftd unchanged if it gives none of the options that this version lacks
-//! (`options::NOT_YET`: `--ip-masq` and `--kube-subnet-mgr`, which most manifests give, are among them): those are
-//! refused by name, unless they are off (`--ip-masq=false`), which is what weftd does. Unlike flanneld's, a wrong option exits with status 2 and none is ignored.
+//! (`options::NOT_YET`: `--kube-subnet-mgr`, which most manifests give, is among them): those are
+//! refused by name, unless they are off (`--kube-subnet-mgr=false`), which is what weftd does. Unlike flanneld's, a wrong option exits with status 2 and none is ignored.
 
 mod help;
 mod options;
@@ -16,16 +16,18 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::firewall;
 use crate::lease::EtcdConfig;
 use crate::lease::etcd::{ClientCert, Login, Secret};
 use crate::underlay::{IfaceSpec, UnderlayChoice};
 use tracing::Level;
+use weft_shared::Subnet;
 use weft_shared::names::MAX_SOCKET_PATH;
 
 pub use settings::Source;
 
 use settings::Settings;
-use values::{absolute, clean_key, duration, endpoint, node_name, regex, socket_path};
+use values::{absolute, clean_key, duration, endpoint, network, node_name, regex, socket_path};
 
 /// What the command line asks for.
 #[derive(Debug)]
@@ -49,6 +51,7 @@ pub struct Config {
     /// Period of the sweep over the kernel.
     pub resync: Duration,
     pub netlink_monitor: bool,
+    pub firewall: firewall::Settings,
     pub run_dir: PathBuf,
     pub state_dir: PathBuf,
     pub cni_socket: PathBuf,
@@ -176,6 +179,7 @@ impl Config {
                     .filter(|d| (Duration::from_millis(100)..=Duration::from_secs(3600)).contains(d))
             })?,
             netlink_monitor: settings.switch("netlink-monitor")?,
+            firewall: firewall_settings(settings)?,
             cni_socket: socket("cni-socket", "cni.sock")?,
             admin_socket: socket("admin-socket", "admin.sock")?,
             admin_listen: settings.required(
@@ -285,6 +289,27 @@ fn lease_times(settings: &Settings) -> Result<(Duration, Duration), UsageError> 
         Some(_) => Ok((ttl, margin)),
         None => Ok((ttl, margin.min(ttl / 2))),
     }
+}
+
+fn firewall_settings(settings: &Settings) -> Result<firewall::Settings, UsageError> {
+    let never = settings.list(
+        "ip-masq-exclude",
+        "comma-separated IPv4 networks such as 172.16.0.0/12,192.168.0.0/16",
+        |list| list.split(',').map(|net| network(net.trim())).collect::<Option<Vec<Subnet>>>(),
+    )?;
+    let masquerade = settings.switch("ip-masq")?;
+    if let Some(given) = settings.source("ip-masq-exclude").filter(|_| !masquerade) {
+        return Err(clash(given, "only with --ip-masq: without it no packet is masqueraded"));
+    }
+    Ok(firewall::Settings {
+        masquerade,
+        fully_random: !settings.switch("ip-masq-fully-random-disable")?,
+        never_masqueraded: never.concat(),
+        forward: settings.switch("iptables-forward-rules")?,
+        legacy_period: settings.required("iptables-resync", "whole seconds from 1 to 3600", |text| {
+            text.parse().ok().filter(|s| (1..=3600).contains(s)).map(Duration::from_secs)
+        })?,
+    })
 }
 
 /// klog's verbosity counts upwards without end; its users run 2 by default, 4 to debug and more to trace.

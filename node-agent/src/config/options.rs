@@ -37,6 +37,7 @@ pub(super) enum Group {
     Etcd,
     Lease,
     Underlay,
+    Firewall,
     Agent,
     Log,
 }
@@ -64,8 +65,8 @@ impl Opt {
 }
 
 impl Group {
-    pub(super) const ALL: [Group; 6] =
-        [Group::Store, Group::Etcd, Group::Underlay, Group::Lease, Group::Agent, Group::Log];
+    pub(super) const ALL: [Group; 7] =
+        [Group::Store, Group::Etcd, Group::Underlay, Group::Lease, Group::Firewall, Group::Agent, Group::Log];
 
     pub(super) fn title(self) -> &'static str {
         match self {
@@ -73,6 +74,7 @@ impl Group {
             Group::Etcd => "etcd (only with --store etcd)",
             Group::Underlay => "Underlay (the interface whose address peers send to)",
             Group::Lease => "Subnet lease",
+            Group::Firewall => "Masquerade and forwarding (always nftables, whatever EnableNFTables says)",
             Group::Agent => "Agent",
             Group::Log => "Log",
         }
@@ -99,7 +101,7 @@ const fn own(
     Opt { name, origin: Origin::Weft, shape, group, default, help }
 }
 
-use Group::{Agent, Etcd, Lease, Log, Store, Underlay};
+use Group::{Agent, Etcd, Firewall, Lease, Log, Store, Underlay};
 use Shape::{List, Switch, Value};
 
 pub(super) const OPTIONS: &[Opt] = &[
@@ -205,6 +207,42 @@ pub(super) const OPTIONS: &[Opt] = &[
         "10m",
         "how long a peer whose lease expired stays in use, unless another takes its subnet or address; 0 for not at all",
     ),
+    flannel(
+        "ip-masq",
+        Firewall,
+        Switch,
+        "false",
+        "pods leave the overlay with the node's address; without it nothing outside can answer them unless it has \
+         routes to the overlay",
+    ),
+    flannel(
+        "ip-masq-fully-random-disable",
+        Firewall,
+        Switch,
+        "false",
+        "masquerade keeps source ports where it can, instead of drawing them at random",
+    ),
+    own(
+        "ip-masq-exclude",
+        Firewall,
+        List("CIDRS"),
+        "",
+        "comma-separated destinations to which pods go with their own address; may be repeated",
+    ),
+    flannel(
+        "iptables-forward-rules",
+        Firewall,
+        Switch,
+        "true",
+        "accept the overlay's packets in whatever chain of the forward hook would drop them",
+    ),
+    flannel(
+        "iptables-resync",
+        Firewall,
+        Value("SECONDS"),
+        "5",
+        "look at iptables-legacy this often where it is in use, 1 to 3600; changes of nftables are announced",
+    ),
     own("node-name", Agent, Value("NAME"), "", "name in logs and status (default: the host's name)"),
     own(
         "resync",
@@ -241,16 +279,12 @@ pub(super) const OPTIONS: &[Opt] = &[
 /// [`is_off`] knows the values that ask for nothing.
 pub(super) const NOT_YET: &[(&str, &str)] = &[
     ("public-ipv6", ""),
-    ("ip-masq", ""),
-    ("ip-masq-fully-random-disable", ""),
     ("kube-subnet-mgr", ""),
     ("kube-api-url", ""),
     ("kube-annotation-prefix", ""),
     ("kubeconfig-file", ""),
     ("healthz-ip", "use --admin-listen=ADDRESS:PORT, which answers /healthz and /readyz"),
     ("healthz-port", "use --admin-listen=ADDRESS:PORT, which answers /healthz and /readyz"),
-    ("iptables-resync", "use --resync"),
-    ("iptables-forward-rules", ""),
     ("ip-blackhole-route", ""),
     ("net-config-path", "with --store embedded, use --net-config"),
     ("set-node-network-unavailable", ""),
@@ -259,14 +293,7 @@ pub(super) const NOT_YET: &[(&str, &str)] = &[
 ];
 
 /// Of [`NOT_YET`], the switches that may be off: weftd does nothing of the kind anyway.
-const OFF_SWITCHES: &[&str] = &[
-    "ip-masq",
-    "ip-masq-fully-random-disable",
-    "ip-blackhole-route",
-    "iptables-forward-rules",
-    "kube-subnet-mgr",
-    "set-node-network-unavailable",
-];
+const OFF_SWITCHES: &[&str] = &["ip-blackhole-route", "kube-subnet-mgr", "set-node-network-unavailable"];
 
 /// The option of flannel's, absent here, of which `value` says that it is not wanted.
 pub(super) fn is_off(name: &str, value: &str) -> Option<&'static str> {

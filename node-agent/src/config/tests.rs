@@ -186,9 +186,21 @@ fn refusals_name_setting_value_and_expectation() {
             "FLANNELD_ETCD_ENDPOINT is no setting of weftd; did you mean FLANNELD_ETCD_ENDPOINTS?",
         ),
         (&[], &[("WEFTD_IFACE", "a")], "WEFTD_IFACE is no setting of weftd; did you mean FLANNELD_IFACE?"),
-        (&["--ip-masq"], &[], "--ip-masq is a setting of flannel's that this version of weftd does not have"),
+        (
+            &["--kube-subnet-mgr"],
+            &[],
+            "--kube-subnet-mgr is a setting of flannel's that this version of weftd does not have",
+        ),
+        (&["--ip-masq=maybe"], &[], "--ip-masq = \"maybe\": expected true or false"),
+        (
+            &["--ip-masq", "--ip-masq-exclude=10.0.0.0/8,x"],
+            &[],
+            "--ip-masq-exclude = \"10.0.0.0/8,x\": expected comma-separated IPv4 networks",
+        ),
+        (&["--ip-masq-exclude=10.0.0.0/8"], &[], "--ip-masq-exclude: only with --ip-masq"),
+        (&["--iptables-resync=0"], &[], "--iptables-resync = \"0\": expected whole seconds from 1 to 3600"),
         (&["--healthz-port=1"], &[], "does not have; use --admin-listen=ADDRESS:PORT"),
-        (&[], &[("FLANNELD_IP_MASQ", "true")], "FLANNELD_IP_MASQ is a setting of flannel's"),
+        (&[], &[("FLANNELD_KUBE_SUBNET_MGR", "true")], "FLANNELD_KUBE_SUBNET_MGR is a setting of flannel's"),
         (&[], &[("FLANNELD_LOG_BACKTRACE_AT", "x:1")], "FLANNELD_LOG_BACKTRACE_AT is a setting of flannel's"),
     ] {
         let error = run(args, variables).expect_err(&format!("{args:?} {variables:?}")).to_string();
@@ -197,19 +209,15 @@ fn refusals_name_setting_value_and_expectation() {
             "{args:?} {variables:?}\n  gave     {error}\n  expected {expected}"
         );
     }
-    assert!(run(&[], &[("FLANNELD_IP_MASQ", ""), ("FLANNELD_NO_SUCH", "")]).is_ok(), "empty is unset");
+    assert!(
+        run(&[], &[("FLANNELD_KUBE_SUBNET_MGR", ""), ("FLANNELD_NO_SUCH", "")]).is_ok(),
+        "empty is unset"
+    );
 }
 
 #[test]
 fn what_weftd_has_not_may_be_off() {
-    let switches = [
-        "ip-masq",
-        "kube-subnet-mgr",
-        "ip-blackhole-route",
-        "iptables-forward-rules",
-        "ip-masq-fully-random-disable",
-        "set-node-network-unavailable",
-    ];
+    let switches = ["kube-subnet-mgr", "ip-blackhole-route", "set-node-network-unavailable"];
     let refused = |args: &[&str], variables: &[(&str, &str)]| {
         let error = run(args, variables).expect_err(&format!("{args:?} {variables:?}"));
         assert!(matches!(error, UsageError::NotYet { .. }), "{error}");
@@ -238,7 +246,30 @@ fn what_weftd_has_not_may_be_off() {
     refused(&["--healthz-port=false"], &[]);
     refused(&["--healthz-ip=0"], &[]);
     refused(&["--kubeconfig-file=false"], &[]);
-    refused(&[], &[("WEFTD_IP_MASQ", "false")]);
+    refused(&[], &[("WEFTD_KUBE_SUBNET_MGR", "false")]);
+}
+
+#[test]
+fn masquerade_and_forwarding_are_flannels() {
+    let of = |args: &[&str]| config(args, &[]).firewall;
+    let off = of(&[]);
+    assert_eq!(off, crate::firewall::Settings::default());
+    assert!(!off.masquerade && off.fully_random && off.forward);
+    assert_eq!(off.legacy_period, Duration::from_secs(5));
+    let on = of(&[
+        "-ip-masq",
+        "--ip-masq-fully-random-disable",
+        "--iptables-forward-rules=false",
+        "--iptables-resync=30",
+        "--ip-masq-exclude=172.16.0.0/12, 192.168.0.0/16",
+        "--ip-masq-exclude=10.9.0.0/16",
+    ]);
+    let never: Vec<String> = on.never_masqueraded.iter().map(ToString::to_string).collect();
+    assert_eq!(never, ["172.16.0.0/12", "192.168.0.0/16", "10.9.0.0/16"]);
+    assert!(on.masquerade && !on.fully_random && !on.forward);
+    assert_eq!(on.legacy_period, Duration::from_secs(30));
+    let by_variable = config(&[], &[("FLANNELD_IP_MASQ", "true"), ("WEFTD_IP_MASQ_EXCLUDE", "10.9.0.0/16")]);
+    assert_eq!(by_variable.firewall.never_masqueraded.len(), 1);
 }
 
 #[test]
@@ -268,7 +299,7 @@ fn no_password_in_a_log() {
 fn help_and_version_come_before_any_refusal() {
     let print = |args: &[&str]| match read(
         args.iter().map(|a| (*a).to_owned()),
-        [("FLANNELD_IP_MASQ".into(), "true".into())],
+        [("FLANNELD_KUBE_SUBNET_MGR".into(), "true".into())],
         "n",
     ) {
         Ok(Invocation::Print(text)) => text,
@@ -282,18 +313,21 @@ fn help_and_version_come_before_any_refusal() {
     assert!(help.lines().all(|line| line.len() <= 120), "{help}");
 }
 
-/// Every option stands in `conf/weftd.env`, commented out, with its default as value.
+/// Every option stands in `conf/weftd.env`, commented out, with its default as value; set is masquerade alone, as in
+/// what flannel ships.
 #[test]
 fn the_shipped_environment_file_is_complete_and_true() {
     let text = include_str!("../../../conf/weftd.env");
     let mut lines = Vec::new();
-    for line in text.lines().filter(|l| !l.is_empty()) {
-        let bare = line.strip_prefix('#').unwrap_or_else(|| panic!("{line:?} is not commented out"));
+    let set: Vec<&str> = text.lines().filter(|l| !l.is_empty() && !l.starts_with('#')).collect();
+    assert_eq!(set, ["FLANNELD_IP_MASQ=true"]);
+    for line in text.lines() {
+        let Some(bare) = line.strip_prefix('#') else { continue };
         if options::Origin::ALL.iter().any(|origin| bare.starts_with(origin.prefix())) {
             lines.push(bare.split_once('=').expect(line));
         }
     }
-    for opt in options::OPTIONS.iter().filter(|o| o.name != "version") {
+    for opt in options::OPTIONS.iter().filter(|o| !matches!(o.name, "version" | "ip-masq")) {
         let line = lines.iter().find(|(name, _)| *name == opt.variable());
         assert_eq!(line.map(|(_, value)| *value), Some(opt.default), "{}", opt.variable());
     }

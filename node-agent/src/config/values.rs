@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use regex::bytes::{Regex, RegexBuilder};
+use weft_shared::Subnet;
 use weft_shared::names::MAX_SOCKET_PATH;
 
 pub(super) fn absolute(text: &str) -> Option<PathBuf> {
@@ -43,6 +44,14 @@ pub(super) fn clean_key(text: &str) -> Option<String> {
     Some(format!("{}{}", if text.starts_with('/') { "/" } else { "" }, parts.join("/")))
 }
 
+/// A network of IPv4 unicast addresses, not all of them, and without host bits: a slip of the pen that would otherwise
+/// exempt more, or other, addresses than were meant.
+pub(super) fn network(text: &str) -> Option<Subnet> {
+    let subnet: Subnet = text.parse().ok()?;
+    let exact = text.split_once('/').and_then(|(addr, _)| addr.parse().ok()) == Some(subnet.addr());
+    Some(subnet).filter(|s| s.is_ipv4() && s.len() > 0 && exact)
+}
+
 /// Go's durations (time.ParseDuration) without the units nobody sets: `24h`, `1h30m`, `500ms`; a bare number is seconds.
 pub(super) fn duration(text: &str) -> Option<Duration> {
     if let Ok(seconds) = text.parse::<f64>() {
@@ -79,6 +88,16 @@ mod tests {
         assert!(digit.is_match(b"eth0"));
         assert!(!digit.is_match("eth٣".as_bytes()), "RE2's classes are ASCII");
         assert!(regex(r"eth(?=0)").is_none(), "RE2 has no look-ahead");
+    }
+
+    #[test]
+    fn networks() {
+        for good in ["172.16.0.0/12", "10.0.0.1/32"] {
+            assert_eq!(network(good).map(|n| n.to_string()).as_deref(), Some(good));
+        }
+        for bad in ["", "10.0.0.0", "10.0.0.1/8", "0.0.0.0/0", "fd00::/8", "10.0.0.0/33", "10.0.0.0/x"] {
+            assert_eq!(network(bad), None, "{bad}");
+        }
     }
 
     #[test]

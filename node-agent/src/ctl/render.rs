@@ -72,6 +72,10 @@ pub(super) fn status(status: &Status) -> String {
             span(host.host_uptime)
         ),
     );
+    for advice in &status.advice {
+        page.line("", format!("ADVICE {}", advice.problem));
+        page.line("", format!("       to mend it: {}", advice.fix));
+    }
     let memory = host.agent_memory as f64 / f64::from(1 << 20);
     page.line(
         "agent",

@@ -56,6 +56,8 @@ peers      1 of 2 programmed
            REFUSED 10.9.1.0-24: outside Network 10.5.0.0/16
 pods       2 on cni0, 2 of 253 addresses used
 host       node-a, Debian GNU/Linux 12, Linux 6.18.0, up 1 d 1 h
+           ADVICE nftables chain inet firewalld filter_FORWARD drops forwarded packets of 10.5.0.0/16
+                  to mend it: firewall-cmd --permanent --zone=trusted --add-source=10.5.0.0/16
 agent      up 2 h 2 min, 9.0 MiB, 12.25 s of CPU
 "
         );

@@ -8,6 +8,7 @@ use nix::libc::{EADDRNOTAVAIL, EBUSY, EEXIST, ENODEV, ENOENT, ESRCH};
 use weft_shared::IfName;
 
 use super::encode;
+use super::nft::Firewall;
 use super::socket::{Request, RouteSocket};
 use super::{Errno, KernelError};
 use crate::object::{Found, Link, LinkKind, Object, Op, RouteChange};
@@ -18,6 +19,7 @@ pub(super) type Indices = BTreeMap<IfName, u32>;
 pub(super) fn apply(
     socket: &mut RouteSocket,
     indices: &mut Indices,
+    firewall: &mut Firewall,
     ops: &[Op],
 ) -> Vec<Result<(), KernelError>> {
     let mut results = vec![Ok(()); ops.len()];
@@ -36,6 +38,8 @@ pub(super) fn apply(
             Op::Set { object: Object::Sysctl { path, value }, .. } => {
                 results[place] = super::sysctl::write(path, value);
             }
+            Op::Set { object: Object::Firewall(part), .. } => results[place] = firewall.set(part),
+            Op::Remove(Object::Firewall(part)) => results[place] = firewall.remove(part),
             Op::Set { object, found } => match requests(indices, object, found.as_ref()) {
                 Ok(requests) => batch.push(place, requests),
                 Err(error) => results[place] = Err(error),
@@ -170,7 +174,7 @@ fn change_link(socket: &mut RouteSocket, index: u32, link: &Link, have: &Link) -
 fn requests(indices: &Indices, object: &Object, found: Option<&Found>) -> Result<Vec<Step>, KernelError> {
     let replace = NLM_F_CREATE | NLM_F_REPLACE;
     Ok(match object {
-        Object::Name { .. } | Object::Link { .. } | Object::Sysctl { .. } => Vec::new(),
+        Object::Name { .. } | Object::Link { .. } | Object::Sysctl { .. } | Object::Firewall(_) => Vec::new(),
         Object::Port { veth, port } => {
             let index = index_of(indices, veth)?;
             let mut steps = Vec::new();
@@ -232,7 +236,9 @@ fn requests(indices: &Indices, object: &Object, found: Option<&Found>) -> Result
 fn removal(indices: &Indices, object: &Object) -> Option<Step> {
     let message = match object {
         Object::Link { name, .. } => Message::DelLink(encode::link_by_index(*indices.get(name)?)),
-        Object::Name { .. } | Object::Sysctl { .. } | Object::Port { .. } => return None,
+        Object::Name { .. } | Object::Sysctl { .. } | Object::Firewall(_) | Object::Port { .. } => {
+            return None;
+        }
         Object::Addr { dev, addr, form, .. } => {
             Message::DelAddress(encode::address(*indices.get(dev)?, *addr, *form))
         }

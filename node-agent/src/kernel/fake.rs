@@ -8,6 +8,8 @@ use weft_shared::names::VETH_GROUP;
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError};
+use crate::firewall::forward::place;
+use crate::firewall::{self, Part, Ruleset};
 use crate::object::{
     AddrForm, AddrScope, Alterations, BridgePort, FdbPath, Found, Key, Link, LinkKind, LinkMac, Object, Op,
     Route, RouteChange, RouteForm,
@@ -18,6 +20,9 @@ use crate::reconcile::observe::PROTOCOL_KERNEL;
 pub(crate) struct FakeKernel {
     pub(crate) dump: Dump,
     sysctls: BTreeMap<String, String>,
+    pub(crate) ruleset: Ruleset,
+    /// Why the packet filter cannot be looked at.
+    pub(crate) firewall_fault: Option<KernelError>,
     pub(crate) on_link: BTreeSet<IpAddr>,
     /// One answer for each coming operation: `true` refuses it. Empty: everything succeeds.
     pub(crate) faults: VecDeque<bool>,
@@ -156,6 +161,7 @@ impl FakeKernel {
             Object::Sysctl { path, value } => {
                 self.sysctls.insert(path.clone(), value.clone());
             }
+            Object::Firewall(part) => self.set_firewall(part),
             Object::Port { veth, port } => {
                 let found =
                     self.dump.links.get_mut(veth).ok_or_else(|| KernelError::NoDevice(veth.clone()))?;
@@ -211,6 +217,7 @@ impl FakeKernel {
     fn remove(&mut self, object: &Object) {
         match object {
             Object::Link { name, .. } => self.delete_link(name),
+            Object::Firewall(part) => self.remove_firewall(part),
             Object::Name { .. } | Object::Sysctl { .. } | Object::Port { .. } => {}
             Object::Addr { dev, addr, form, .. } => {
                 let is_it = |a: &mut FoundAddr| a.dev == *dev && a.addr == *addr && a.form == *form;
@@ -222,6 +229,39 @@ impl FakeKernel {
                 self.dump.fdb.retain(|entry| *entry != (dev.clone(), *mac, *dst, *path))
             }
             Object::Route { dst, route } => self.dump.routes.retain(|(d, r)| d != dst || r != route),
+        }
+    }
+
+    fn set_firewall(&mut self, part: &Part) {
+        self.remove_firewall(part);
+        match part {
+            Part::Table { .. } => self.ruleset.own.push(part.clone()),
+            Part::Accepts { chain, rules, .. } => {
+                if let Some(host) = self.ruleset.forward.iter_mut().find(|host| host.id == *chain) {
+                    let at = place(host).unwrap_or(host.rules.len());
+                    host.rules.splice(at..at, rules.iter().cloned());
+                }
+            }
+            Part::Legacy { rules, .. } => {
+                if let Some(table) = &mut self.ruleset.legacy {
+                    table.chains.entry("FORWARD".into()).or_default().extend(rules.iter().cloned());
+                }
+            }
+        }
+    }
+
+    fn remove_firewall(&mut self, part: &Part) {
+        match part {
+            Part::Table { .. } => self.ruleset.own.retain(|own| own.key() != part.key()),
+            Part::Accepts { chain, .. } => {
+                let host = self.ruleset.forward.iter_mut().filter(|host| host.id == *chain);
+                host.for_each(|host| host.rules.retain(|rule| !rule.is_marked()));
+            }
+            Part::Legacy { rules, .. } => {
+                if let Some(table) = &mut self.ruleset.legacy {
+                    table.chains.values_mut().for_each(|chain| chain.retain(|rule| !rules.contains(rule)));
+                }
+            }
         }
     }
 
@@ -263,6 +303,10 @@ impl Kernel for FakeKernel {
     fn sysctls(&mut self, paths: &[&str]) -> Result<BTreeMap<String, String>, KernelError> {
         let value = |path: &str| self.sysctls.get(path).cloned().unwrap_or_else(|| "unset".into());
         Ok(paths.iter().map(|path| ((*path).to_owned(), value(path))).collect())
+    }
+
+    fn firewall(&mut self, _: &firewall::Settings) -> Result<Ruleset, KernelError> {
+        self.firewall_fault.clone().map_or_else(|| Ok(self.ruleset.clone()), Err)
     }
 
     fn on_link(&mut self, _: &IfName, peers: &BTreeSet<IpAddr>) -> Result<BTreeSet<IpAddr>, KernelError> {

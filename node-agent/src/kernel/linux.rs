@@ -12,19 +12,22 @@ use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage};
 use weft_shared::IfName;
 
 use super::apply::{self, Indices};
+use super::nft::Firewall;
 use super::socket::{Request, RouteSocket};
 use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError, decode, encode, sysctl};
+use crate::firewall::{self, Ruleset};
 use crate::object::{LinkKind, Op, Route};
 
 #[derive(Debug)]
 pub struct LinuxKernel {
     pub(super) socket: RouteSocket,
     indices: Indices,
+    firewall: Firewall,
 }
 
 impl LinuxKernel {
     pub fn open() -> Result<Self, KernelError> {
-        Ok(Self { socket: RouteSocket::open()?, indices: Indices::new() })
+        Ok(Self { socket: RouteSocket::open()?, indices: Indices::new(), firewall: Firewall::default() })
     }
 
     /// Every link and every address: for choosing the underlay.
@@ -206,6 +209,10 @@ impl Kernel for LinuxKernel {
         Ok(found)
     }
 
+    fn firewall(&mut self, settings: &firewall::Settings) -> Result<Ruleset, KernelError> {
+        self.firewall.look(settings)
+    }
+
     fn on_link(&mut self, dev: &IfName, peers: &BTreeSet<IpAddr>) -> Result<BTreeSet<IpAddr>, KernelError> {
         let Some(index) = self.indices.get(dev).copied() else {
             return Ok(BTreeSet::new());
@@ -228,7 +235,7 @@ impl Kernel for LinuxKernel {
     }
 
     fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>> {
-        apply::apply(&mut self.socket, &mut self.indices, ops)
+        apply::apply(&mut self.socket, &mut self.indices, &mut self.firewall, ops)
     }
 }
 

@@ -3,8 +3,10 @@
 mod apply;
 mod decode;
 mod encode;
+mod iptables;
 mod linux;
 mod monitor;
+mod nft;
 mod own;
 mod remember;
 mod socket;
@@ -21,6 +23,7 @@ use ipnetwork::IpNetwork;
 use weft_shared::names::{VETH_GROUP, is_host_ifname};
 use weft_shared::{IfName, Mac, Subnet};
 
+use crate::firewall::{self, Ruleset};
 use crate::object::{AddrForm, AddrScope, BridgePort, FdbPath, Link, Op, Route};
 
 pub use linux::LinuxKernel;
@@ -36,6 +39,9 @@ pub trait Kernel {
 
     /// Settings by their path below `/proc/sys`; one that this kernel does not have is absent.
     fn sysctls(&mut self, paths: &[&str]) -> Result<BTreeMap<String, String>, KernelError>;
+
+    /// The packet filter, as far as it concerns us. A look that finds it unchanged costs next to nothing.
+    fn firewall(&mut self, settings: &firewall::Settings) -> Result<Ruleset, KernelError>;
 
     /// Those of `peers` that are reached through `dev` without a gateway, by the kernel's own route lookup.
     fn on_link(&mut self, dev: &IfName, peers: &BTreeSet<IpAddr>) -> Result<BTreeSet<IpAddr>, KernelError>;
@@ -98,6 +104,12 @@ pub enum KernelError {
     Socket(String),
     #[error("netlink: a message could not be read: {0}")]
     Malformed(String),
+    #[error(
+        "this kernel has no nf_tables (module nf_tables): neither masquerade nor accept rules are possible"
+    )]
+    NoNftables,
+    #[error("{0}")]
+    Iptables(String),
     #[error("does not stay as it was set: somebody else changes it")]
     Contested,
     #[error("/proc/sys/{path}: {reason}")]

@@ -12,8 +12,8 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 use tracing::warn;
 
-use super::KernelError;
 use super::socket::receive_timeout;
+use super::{KernelError, nft};
 
 // linux/rtnetlink.h, enum rtnetlink_groups.
 const GROUPS: [u32; 8] = [
@@ -62,7 +62,8 @@ impl Neighbours {
     }
 }
 
-/// A thread that listens in the network namespace it was started in. Ends when dropped.
+/// Threads that listen in the network namespace they were started in: one for devices, addresses and routes, one for
+/// the packet filter. They end when dropped.
 #[derive(Debug)]
 pub struct Monitor {
     stop: Arc<AtomicBool>,
@@ -75,22 +76,36 @@ impl Monitor {
     pub fn start(wake: Wake) -> Result<Self, KernelError> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind(&SocketAddr::new(0, 0))?;
-        let _ = socket.set_rx_buf_sz(RECEIVE_BUFFER);
-        receive_timeout(&socket, CHECK_SECONDS)?;
         for group in GROUPS {
             socket.add_membership(group)?;
         }
         let monitor = Self { stop: Arc::default(), neighbours: Arc::default(), overruns: Arc::default() };
-        let (stop, neighbours, overruns) =
-            (monitor.stop.clone(), monitor.neighbours.clone(), monitor.overruns.clone());
-        thread::Builder::new().name("netlink-monitor".into()).spawn(move || {
+        // A kernel without nf_tables has nothing to announce either; the look at it says so.
+        if let Ok(packet_filter) = nft::listen() {
+            monitor.hear("nftables-monitor", packet_filter, wake.clone(), nft::is_commit)?;
+        }
+        let neighbours = monitor.neighbours.clone();
+        monitor.hear("netlink-monitor", socket, wake, move |datagram| {
+            matters(datagram, Neighbours::decode(neighbours.load(Ordering::Relaxed)))
+        })?;
+        Ok(monitor)
+    }
+
+    /// Starts a thread that wakes for every datagram that matters.
+    fn hear(
+        &self,
+        name: &'static str,
+        socket: Socket,
+        wake: Wake,
+        matters: impl Fn(&[u8]) -> bool + Send + 'static,
+    ) -> Result<(), KernelError> {
+        let _ = socket.set_rx_buf_sz(RECEIVE_BUFFER);
+        receive_timeout(&socket, CHECK_SECONDS)?;
+        let (stop, overruns) = (self.stop.clone(), self.overruns.clone());
+        thread::Builder::new().name(name.into()).spawn(move || {
             while !stop.load(Ordering::Relaxed) {
                 match socket.recv_from_full() {
-                    Ok((datagram, _))
-                        if matters(&datagram, Neighbours::decode(neighbours.load(Ordering::Relaxed))) =>
-                    {
-                        wake()
-                    }
+                    Ok((datagram, _)) if matters(&datagram) => wake(),
                     Ok(_) => {}
                     Err(e) if e.raw_os_error() == Some(nix::libc::ENOBUFS) => {
                         overruns.fetch_add(1, Ordering::Relaxed);
@@ -98,13 +113,13 @@ impl Monitor {
                     }
                     Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
                     Err(error) => {
-                        warn!(%error, "netlink monitor ended; changes are now found by the sweep alone");
+                        warn!(%error, "{name} ended; changes are now found by the sweep alone");
                         return;
                     }
                 }
             }
         })?;
-        Ok(monitor)
+        Ok(())
     }
 
     pub fn watch(&self, neighbours: Neighbours) {

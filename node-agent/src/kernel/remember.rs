@@ -9,6 +9,7 @@ use weft_shared::IfName;
 
 use super::{Dump, Kernel, KernelError};
 use crate::before::Before;
+use crate::firewall::{self, Ruleset};
 use crate::object::{Object, Op};
 
 #[derive(Debug)]
@@ -30,6 +31,10 @@ impl<K: Kernel> Kernel for Remembering<K> {
 
     fn sysctls(&mut self, paths: &[&str]) -> Result<BTreeMap<String, String>, KernelError> {
         self.kernel.sysctls(paths)
+    }
+
+    fn firewall(&mut self, settings: &firewall::Settings) -> Result<Ruleset, KernelError> {
+        self.kernel.firewall(settings)
     }
 
     fn on_link(&mut self, dev: &IfName, peers: &BTreeSet<IpAddr>) -> Result<BTreeSet<IpAddr>, KernelError> {

@@ -8,12 +8,13 @@ use weft_shared::netconf::{BackendConfig, NetworkConfig};
 
 use super::{Node, Serving};
 use crate::durable::snapshot::seconds;
+use crate::firewall::advice::Advice;
 use crate::kernel::Monitor;
 use crate::lease::{LeaseState, LeaseStore};
 use crate::reconcile::{Pending, Report};
 use crate::status::{
-    ConfigNoticeStatus, DataplaneStatus, LeaseStatus, NetworkStatus, PeerStatus, PendingObject, PodStatus,
-    Status, StoreStatus, UnderlayStatus,
+    ConfigNoticeStatus, DataplaneStatus, HostAdvice, LeaseStatus, NetworkStatus, PeerStatus, PendingObject,
+    PodStatus, Status, StoreStatus, UnderlayStatus,
 };
 
 impl Node {
@@ -60,6 +61,7 @@ impl Node {
             peers: serving.map(|serving| serving.peer_status(&report)).unwrap_or_default(),
             refused: serving.map(|serving| serving.refused.clone()).unwrap_or_default(),
             pods,
+            advice: report.advice.iter().map(HostAdvice::from).collect(),
             host: self.host.lock().unwrap_or_else(PoisonError::into_inner).status(),
         }
     }
@@ -117,6 +119,12 @@ impl Serving {
                 self.peers.iter().find(|lease| lease.key.subnets().any(|s| s.overlaps(stranded.subnet)));
             stranded.owner = owner.map(|lease| lease.attrs.public_ip.into());
         }
+    }
+}
+
+impl From<&Advice> for HostAdvice {
+    fn from(advice: &Advice) -> Self {
+        Self { problem: advice.problem.clone(), fix: advice.fix.clone() }
     }
 }
 

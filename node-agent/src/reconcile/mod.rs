@@ -22,6 +22,7 @@ use weft_shared::netconf::NetworkConfig;
 use weft_shared::{IfName, Subnet};
 
 use crate::dataplane::Backend;
+use crate::firewall::{self, advice::Advice};
 use crate::kernel::{Kernel, KernelError};
 use crate::object::Key;
 use crate::pods::{DeviceFacts, PodPorts, SeenVeths};
@@ -43,6 +44,7 @@ pub struct Inputs {
     /// The first full snapshot is in: what nobody wants may now be removed.
     pub has_snapshot: bool,
     pub pods: PodPorts,
+    pub firewall: firewall::Settings,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,6 +86,8 @@ pub struct Report {
     pub underlay_problem: Option<String>,
     /// Its interface or its address is gone: another may have to be chosen.
     pub underlay_lost: bool,
+    /// What stands in packets' way and is not ours to change.
+    pub advice: Vec<Advice>,
     /// Gateways that each bridge carries.
     pub gateways: BTreeMap<IfName, Vec<Subnet>>,
 }

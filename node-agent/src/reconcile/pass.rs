@@ -12,6 +12,7 @@ use super::observe::{Ownership, observe};
 use super::plan::plan;
 use super::{Aborted, Inputs, NodeInputs, PeerReport, Pending, Report, pods};
 use crate::dataplane::{LocalNode, PeerPlan};
+use crate::firewall::{self, Ruleset, advice};
 use crate::kernel::{Dump, Kernel, KernelError};
 use crate::object::{Desired, Key, Object, Op};
 use crate::pods::{DeviceFacts, PodPorts, SeenVeth};
@@ -32,6 +33,8 @@ pub struct Memory {
     revision: u64,
     /// Revision of the inputs that the last pass brought about completely.
     settled: Option<u64>,
+    /// When iptables-legacy, which announces nothing, is to be looked at again.
+    legacy_due: Option<Instant>,
     /// Routes of a flanneld that ran here before have been taken over.
     adopted: bool,
     /// What was on-link in the last pass: when that changes, what follows is no repair.
@@ -50,7 +53,7 @@ struct Failed {
 impl Memory {
     /// When something that failed is due again.
     pub(super) fn retry_at(&self) -> Option<Instant> {
-        self.failed.values().map(|failed| failed.retry_at).chain(self.resume_at).min()
+        self.failed.values().map(|failed| failed.retry_at).chain(self.resume_at).chain(self.legacy_due).min()
     }
 
     /// What is not due yet. A failing operation is announced by the kernel as well, and those announcements must not
@@ -111,8 +114,10 @@ fn look_and_mend(
     for round in 0..ROUNDS {
         let dump = kernel.dump(node.backend.plane().device())?;
         let local = local_node(kernel, node, inputs, &dump)?;
-        settled &= memory.on_link == local.on_link;
-        memory.on_link.clone_from(&local.on_link);
+        if let Some(local) = &local {
+            settled &= memory.on_link == local.on_link;
+            memory.on_link.clone_from(&local.on_link);
+        }
         let (peers, over_our_pods) = apart_from_pods(inputs);
         // Without an underlay pods keep their bridge, and nothing is taken away.
         let mut wanted = local.as_ref().map(|local| node.backend.desired(local, &peers)).unwrap_or_default();
@@ -120,9 +125,15 @@ fn look_and_mend(
         let mut desired = pods::desired(&inputs.pods, node.underlay.public_ip, &dump, &memory.known);
         desired.extend(wanted.desired);
         desired.extend(forwarding(node, inputs));
-        let sysctls = kernel.sysctls(&desired.sysctl_paths())?;
+        let networks = firewall_networks(node, inputs);
+        let firewall = look_at_firewall(kernel, inputs, &networks, &mut failed);
+        desired.extend(firewall::desired(&inputs.firewall, &networks, &firewall));
+        let mut paths = desired.sysctl_paths();
+        paths.extend(advice::SYSCTLS);
+        let sysctls = kernel.sysctls(&paths)?;
         let ownership = ownership(node, inputs, memory);
         let mut observed = observe(&dump, &sysctls, &desired, &ownership);
+        observed.objects.extend(firewall::found(&firewall));
         observed.renamed.retain(|name, _| !failed.contains_key(&Key::Name(name.clone())));
         let ops = plan(&desired, &observed, inputs.has_snapshot && local.is_some());
         let still_wrong: BTreeSet<Key> = ops.iter().map(Op::key).collect();
@@ -133,6 +144,10 @@ fn look_and_mend(
             for op in ops {
                 failed.entry(op.key()).or_insert(KernelError::Contested);
             }
+            // A moment late, so that the look is not answered from memory.
+            let period = inputs.firewall.legacy_period + Duration::from_millis(100);
+            memory.legacy_due = firewall.legacy.is_some().then(|| now + period);
+            report.advice = advice::of(&inputs.firewall, &networks, &firewall, &sysctls);
             finish(&mut report, &dump, &desired, &wanted.peers, &failed, &inputs.pods);
             look_at_underlay(&mut report, &dump, node, local);
             break;
@@ -164,7 +179,8 @@ fn apart_from_pods(inputs: &Inputs) -> (Vec<Lease>, Vec<(LeaseKey, PeerPlan)>) {
     (apart, over.into_iter().map(refuse).collect())
 }
 
-/// A node carries its pods' packets between interfaces. Setting the first sets the others; they can be unset alone.
+/// A node carries its pods' packets between interfaces. The setting of the whole node gives every interface its own
+/// (net/ipv4/devinet.c, `inet_forward_change`), which can be taken away from each of them again.
 fn forwarding(node: &NodeInputs, inputs: &Inputs) -> Desired {
     let devices = node.backend.plane().device().into_iter().chain(inputs.pods.bridges.keys());
     let devices = devices.chain([&node.underlay.iface]);
@@ -174,6 +190,31 @@ fn forwarding(node: &NodeInputs, inputs: &Inputs) -> Desired {
         desired.insert(Object::Sysctl { path, value: "1".into() });
     }
     desired
+}
+
+fn firewall_networks(node: &NodeInputs, inputs: &Inputs) -> firewall::Networks {
+    let mut local: Vec<Subnet> = node.lease.subnets().collect();
+    local.extend(inputs.pods.bridges.values().flat_map(|need| need.subnets.clone()));
+    local.sort_unstable();
+    local.dedup();
+    let overlay = [Some(node.config.v4), node.config.v6].into_iter().flatten().map(|range| range.network);
+    firewall::Networks { overlay: overlay.collect(), local }
+}
+
+/// A packet filter that cannot be looked at leaves the rest of the node to be kept: what should be in it is pending.
+fn look_at_firewall(
+    kernel: &mut impl Kernel,
+    inputs: &Inputs,
+    networks: &firewall::Networks,
+    failed: &mut BTreeMap<Key, KernelError>,
+) -> Ruleset {
+    kernel.firewall(&inputs.firewall).unwrap_or_else(|error| {
+        let unseen = Ruleset::default();
+        for (key, _) in firewall::desired(&inputs.firewall, networks, &unseen).objects() {
+            failed.entry(key.clone()).or_insert_with(|| error.clone());
+        }
+        unseen
+    })
 }
 
 fn ownership(node: &NodeInputs, inputs: &Inputs, memory: &Memory) -> Ownership {

@@ -7,9 +7,12 @@ use weft_shared::netconf::NetworkConfig;
 
 use super::*;
 use crate::dataplane::Backend;
+use crate::firewall::forward::{HostChain, Keeper};
+use crate::firewall::legacy::LegacyTable;
+use crate::firewall::{ChainId, ChainPolicy, Family, Part};
 use crate::kernel::fake::FakeKernel;
 use crate::object::Route;
-use crate::pods::{BridgeNeed, PodPorts};
+use crate::pods::BridgeNeed;
 
 fn inputs(config: &str, peers: &[(&str, &str)]) -> Inputs {
     let config = NetworkConfig::parse(config).expect("valid");
@@ -35,7 +38,7 @@ fn inputs(config: &str, peers: &[(&str, &str)]) -> Inputs {
         create_revision: 1,
     };
     let peers = peers.iter().map(lease).collect();
-    Inputs { node: Some(node), peers, has_snapshot: true, pods: PodPorts::default() }
+    Inputs { node: Some(node), peers, has_snapshot: true, ..Inputs::default() }
 }
 
 /// Later than every backoff so far.
@@ -97,8 +100,11 @@ fn a_foreign_hand_is_a_repair_and_a_changed_input_is_not() {
 fn a_refused_operation_is_pending_and_tried_again() {
     let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
     let inputs = inputs(VXLAN, &[PEER]);
-    // Device, four sysctls, address and forwarding entry succeed; the neighbour does not, in one pass.
-    kernel.faults = [false, false, false, false, false, false, false, true].into();
+    // Everything before the neighbour succeeds; the neighbour does not, in one pass.
+    let mut willing = FakeKernel::with_underlay("eth0");
+    looked(pass(&mut willing, &mut Memory::default(), &inputs, 1, soon()));
+    let before = willing.applied.iter().take_while(|op| !matches!(op.key(), Key::Neigh(..))).count();
+    kernel.faults = std::iter::repeat_n(false, before).chain([true]).collect();
     let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     assert_eq!(report.pending.len(), 1, "{:?}", report.pending);
     assert_eq!(report.pending[0].key.to_string(), "neighbour 10.5.2.0 dev flannel.1");
@@ -216,4 +222,80 @@ fn a_bridge_named_like_the_overlays_device_does_not_take_its_place() {
     looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     let device = &kernel.dump.links[&"flannel.1".parse::<weft_shared::IfName>().expect("name")];
     assert!(matches!(device.link.kind, crate::object::LinkKind::Vxlan(_)), "{device:?}");
+}
+
+#[test]
+fn the_packet_filter_is_kept_like_everything_else() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let mut inputs = inputs(VXLAN, &[PEER]);
+    inputs.firewall.masquerade = true;
+    let host = HostChain {
+        id: ChainId::new(Family::Inet, "host", "forward"),
+        policy: ChainPolicy::Drop,
+        keeper: Keeper::Anybody,
+        rules: vec![],
+        called: BTreeMap::new(),
+    };
+    kernel.ruleset.forward.push(host);
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert_eq!((report.pending.len(), kernel.ruleset.own.len()), (0, 1));
+    assert_eq!(kernel.ruleset.forward[0].rules.len(), 2);
+    // Before any port, address or route: what a connection begins with it keeps.
+    let place = |wanted: fn(&Key) -> bool| kernel.applied.iter().position(|op| wanted(&op.key()));
+    assert!(place(|key| matches!(key, Key::Firewall(_))) < place(|key| matches!(key, Key::Addr(..))));
+
+    kernel.ruleset.own.clear();
+    kernel.ruleset.forward[0].rules.pop();
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert_eq!((report.repairs, report.pending.len()), (2, 0));
+    let made = kernel.applied.len();
+    looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert_eq!(kernel.applied.len(), made, "what is right is not touched");
+
+    // A new subnet beside the old one, whose pods are still there: both are local.
+    let need = BridgeNeed { subnets: vec!["10.5.9.0/24".parse().expect("net")], mtu: 1450 };
+    inputs.pods.bridges.insert("cni0".parse().expect("name"), need);
+    looked(pass(&mut kernel, &mut memory, &inputs, 2, soon()));
+    let Part::Table { chains, .. } = &kernel.ruleset.own[0] else { panic!("{:?}", kernel.ruleset.own) };
+    assert_eq!(chains[1].rules.len(), 1 + 2 * 3 + 2);
+
+    kernel.ruleset.forward[0].policy = ChainPolicy::Accept;
+    inputs.firewall.masquerade = false;
+    inputs.firewall.forward = false;
+    looked(pass(&mut kernel, &mut memory, &inputs, 3, soon()));
+    assert!(kernel.ruleset.own.is_empty() && kernel.ruleset.forward[0].rules.is_empty());
+}
+
+#[test]
+fn a_packet_filter_that_cannot_be_looked_at_is_pending_and_nothing_else_waits_for_it() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let mut inputs = inputs(VXLAN, &[PEER]);
+    inputs.firewall.masquerade = true;
+    kernel.firewall_fault = Some(KernelError::NoNftables);
+    for attempts in 1..3 {
+        let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+        let pending: Vec<_> = report.pending.iter().map(|p| (p.key.to_string(), p.attempts)).collect();
+        assert_eq!(pending, [("nftables table ip flannel-ipv4".to_owned(), attempts)]);
+        assert!(report.pending[0].error.to_string().contains("module nf_tables"));
+        assert!(report.usable && report.peers.values().all(|peer| peer.problem().is_none()));
+    }
+    kernel.firewall_fault = None;
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert_eq!((report.pending.len(), kernel.ruleset.own.len()), (0, 1));
+}
+
+#[test]
+fn iptables_legacy_is_looked_at_again_where_it_is_in_use() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let inputs = inputs(VXLAN, &[PEER]);
+    let now = soon();
+    looked(pass(&mut kernel, &mut memory, &inputs, 1, now));
+    assert_eq!(memory.retry_at(), None);
+    let saved = "*filter\n:FORWARD DROP [0:0]\nCOMMIT\n";
+    kernel.ruleset.legacy = Some(LegacyTable::parse(saved));
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, now));
+    assert_eq!(report.pending.len(), 0);
+    assert_eq!(kernel.ruleset.legacy.as_ref().map(|table| table.chains["FORWARD"].len()), Some(2));
+    let due = memory.retry_at().expect("announced by nobody");
+    assert!(due > now + inputs.firewall.legacy_period && due < now + Duration::from_secs(6));
 }

@@ -47,6 +47,7 @@ pub fn up(nodes: u8, backend: Backend, store: StoreKind) -> Result<()> {
         StoreKind::Embedded => Spec::embedded(nodes, backend),
         StoreKind::Etcd => Spec::etcd(nodes, backend),
     };
+    let spec = spec.flag("--ip-masq");
     let cluster = Cluster::start(Bed::create(Path::new(ROOT))?, spec)?;
     say(format!(
         "{nodes} agents are ready and know each other after {:.1} s.",

@@ -1,0 +1,255 @@
+//! What weft keeps in the host's packet filter, as values and pure functions: masquerade in tables of its own, and
+//! accepts in whatever chain of the forward hook would drop pods' packets.
+//!
+//! An accept in one chain does not overrule a drop in another: a packet passes the hook only when every base chain on
+//! it lets it through (net/netfilter/nf_tables_core.c). So accepts of our own table are worth nothing on a host whose
+//! `FORWARD` has policy drop, and ours go into that very chain. They stand before what drops everything nobody spoke
+//! for (the policy, or a last rule without a condition) and behind what somebody decided: a network policy, Docker's
+//! isolation, an operator's rule keep their effect, as they do with flannel's rules, which are appended too.
+//!
+//! The tables have flanneld's names, so that flanneld refills or removes them after a roll-back
+//! (pkg/trafficmngr/nftables). How often the kernel is looked at costs nothing on a quiet host: see `kernel::nft`.
+
+pub mod advice;
+pub mod forward;
+pub mod legacy;
+pub mod masquerade;
+pub mod rule;
+
+use std::fmt;
+use std::time::Duration;
+
+use weft_shared::Subnet;
+
+use crate::object::{Desired, Found, Key, Object};
+use forward::HostChain;
+use legacy::LegacyTable;
+pub use rule::{Expr, Rule};
+
+/// What the operator asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    pub masquerade: bool,
+    /// Source ports out of the whole range, at random: two flows that begin at once do not take the same.
+    pub fully_random: bool,
+    /// Destinations to which pods go with their own address.
+    pub never_masqueraded: Vec<Subnet>,
+    pub forward: bool,
+    /// iptables-legacy announces nothing: it is looked at this often.
+    pub legacy_period: Duration,
+}
+
+impl Default for Settings {
+    /// As flanneld without any flag (main.go).
+    fn default() -> Self {
+        Self {
+            masquerade: false,
+            fully_random: true,
+            never_masqueraded: Vec::new(),
+            forward: true,
+            legacy_period: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Whose packets the rules are about.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Networks {
+    /// The overlay's, one of a family.
+    pub overlay: Vec<Subnet>,
+    /// Those whose pods live here: the leased subnet, and older ones with pods left.
+    pub local: Vec<Subnet>,
+}
+
+impl Networks {
+    pub fn families(&self) -> impl Iterator<Item = (Family, Subnet)> {
+        self.overlay.iter().map(|network| (Family::of(*network), *network))
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Family {
+    Ip,
+    Ip6,
+    /// Both, in one table.
+    Inet,
+}
+
+impl Family {
+    pub const ALL: [Family; 3] = [Family::Ip, Family::Ip6, Family::Inet];
+
+    pub fn of(subnet: Subnet) -> Self {
+        if subnet.is_ipv4() { Self::Ip } else { Self::Ip6 }
+    }
+
+    /// Whether packets of `other` come by chains of this family.
+    pub fn sees(self, other: Family) -> bool {
+        self == other || self == Self::Inet
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ip => "ip",
+            Self::Ip6 => "ip6",
+            Self::Inet => "inet",
+        })
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TableId {
+    pub family: Family,
+    pub name: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ChainId {
+    pub table: TableId,
+    pub name: String,
+}
+
+impl ChainId {
+    pub fn new(family: Family, table: &str, name: &str) -> Self {
+        Self { table: TableId { family, name: table.into() }, name: name.into() }
+    }
+}
+
+impl fmt::Display for TableId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.family, self.name)
+    }
+}
+
+impl fmt::Display for ChainId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.table, self.name)
+    }
+}
+
+/// Where a base chain hangs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hook {
+    /// `filter` or `nat`.
+    pub kind: String,
+    /// `enum nf_inet_hooks`.
+    pub number: u32,
+    pub priority: i32,
+    pub policy: ChainPolicy,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChainPolicy {
+    Accept,
+    Drop,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain {
+    pub name: String,
+    pub hook: Option<Hook>,
+    pub rules: Vec<Rule>,
+}
+
+/// One thing that weft keeps in the packet filter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Part {
+    /// A table of ours with everything in it.
+    Table { id: TableId, chains: Vec<Chain> },
+    /// Our rules in a chain of somebody else's; `in_place` when they stand before what drops.
+    Accepts { chain: ChainId, rules: Vec<Rule>, in_place: bool },
+    /// The same by iptables-legacy, which is another packet filter: rules in the words of `iptables-save`.
+    Legacy { rules: Vec<String>, in_place: bool },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum PartKey {
+    Table(TableId),
+    Accepts(ChainId),
+    Legacy,
+}
+
+impl Part {
+    pub fn key(&self) -> PartKey {
+        match self {
+            Self::Table { id, .. } => PartKey::Table(id.clone()),
+            Self::Accepts { chain, .. } => PartKey::Accepts(chain.clone()),
+            Self::Legacy { .. } => PartKey::Legacy,
+        }
+    }
+}
+
+impl fmt::Display for PartKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Table(id) => write!(f, "nftables table {id}"),
+            Self::Accepts(chain) => write!(f, "accept rules in nftables chain {chain}"),
+            Self::Legacy => write!(f, "accept rules in iptables-legacy FORWARD"),
+        }
+    }
+}
+
+/// One look at the packet filter, as far as it concerns us.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ruleset {
+    /// Tables with our names.
+    pub own: Vec<Part>,
+    /// Chains of others on the forward hook, in the families asked for.
+    pub forward: Vec<HostChain>,
+    /// `None`: nobody uses it here, or it cannot be read.
+    pub legacy: Option<LegacyTable>,
+    /// iptables-legacy is in use and its program is missing, or fails.
+    pub legacy_unreadable: bool,
+    /// The kernel knows `masquerade fully-random`, as far as it has been asked.
+    pub fully_random: bool,
+    /// kube-proxy's rules are here.
+    pub kube_proxy: bool,
+    /// What a flanneld in iptables mode has left behind.
+    pub left: Vec<advice::Leftover>,
+}
+
+impl Default for Ruleset {
+    fn default() -> Self {
+        Self {
+            own: Vec::new(),
+            forward: Vec::new(),
+            legacy: None,
+            legacy_unreadable: false,
+            fully_random: true,
+            kube_proxy: false,
+            left: Vec::new(),
+        }
+    }
+}
+
+/// What should be there, given what others have there.
+pub fn desired(settings: &Settings, networks: &Networks, seen: &Ruleset) -> Desired {
+    let mut desired = Desired::default();
+    let mut want = |part| desired.insert(Object::Firewall(part));
+    for (family, network) in networks.families() {
+        if let Some(table) = masquerade::table(settings, networks, family, network, seen.fully_random) {
+            want(table);
+        }
+    }
+    if settings.forward {
+        forward::desired(networks, seen).into_iter().for_each(&mut want);
+        legacy::desired(networks, seen).into_iter().for_each(&mut want);
+    }
+    desired
+}
+
+/// What of ours is there, whether it is wanted or not.
+pub fn found(seen: &Ruleset) -> impl Iterator<Item = (Key, Found)> {
+    let tables = seen.own.iter().cloned();
+    let accepts = seen.forward.iter().filter_map(forward::found);
+    let legacy = seen.legacy.iter().filter_map(legacy::found);
+    tables.chain(accepts).chain(legacy).map(|part| {
+        let object = Object::Firewall(part);
+        (object.key(), Found { object, ours: true, overruled: false })
+    })
+}
+
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;

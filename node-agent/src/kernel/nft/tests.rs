@@ -1,0 +1,347 @@
+//! Against nf_tables itself, with nft and iptables as foreign hands and independent readers. Each test has a network
+//! namespace of its own; root is needed, and a refusal is a failure.
+
+use std::process::{Command, Stdio};
+use std::thread;
+
+use nix::sched::{CloneFlags, unshare};
+
+use super::*;
+use crate::firewall::{self, Networks, PartKey};
+use crate::object::{Key, Object};
+
+fn in_namespace(test: impl FnOnce() + Send + 'static) {
+    let run = move || {
+        unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace of its own needs root");
+        test();
+    };
+    if let Err(panic) = thread::spawn(run).join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// Runs `sh -c` and returns what it prints.
+fn sh(script: &str) -> String {
+    let output = Command::new("sh").args(["-ec", script]).stdin(Stdio::null()).output().expect("sh");
+    let (said, cried) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{script}: {cried}");
+    said.into_owned()
+}
+
+fn networks() -> Networks {
+    let net = |text: &str| text.parse().expect(text);
+    Networks { overlay: vec![net("10.5.0.0/16")], local: vec![net("10.5.1.0/24")] }
+}
+
+fn settings() -> Settings {
+    Settings {
+        masquerade: true,
+        never_masqueraded: vec!["172.16.0.0/12".parse().expect("net")],
+        ..Settings::default()
+    }
+}
+
+/// What is wanted and not there, or there and not wanted, as the reconciler finds it.
+fn wrong(firewall: &mut Firewall, settings: &Settings) -> Vec<(Key, bool)> {
+    let seen = firewall.look(settings).expect("look");
+    let desired = firewall::desired(settings, &networks(), &seen);
+    let found: BTreeMap<Key, Object> =
+        firewall::found(&seen).map(|(key, found)| (key, found.object)).collect();
+    let missing = desired.objects().filter(|(key, object)| found.get(*key) != Some(*object));
+    let spare = found.keys().filter(|key| desired.get(key).is_none());
+    missing.map(|(key, _)| (key.clone(), true)).chain(spare.map(|key| (key.clone(), false))).collect()
+}
+
+fn mend(firewall: &mut Firewall, settings: &Settings) {
+    let seen = firewall.look(settings).expect("look");
+    let desired = firewall::desired(settings, &networks(), &seen);
+    for (key, set) in wrong(firewall, settings) {
+        let done = match (set, desired.get(&key)) {
+            (true, Some(Object::Firewall(part))) => firewall.set(part),
+            _ => match firewall::found(&seen).find(|(k, _)| *k == key) {
+                Some((_, crate::object::Found { object: Object::Firewall(part), .. })) => {
+                    firewall.remove(&part)
+                }
+                other => panic!("{key}: {other:?}"),
+            },
+        };
+        done.unwrap_or_else(|e| panic!("{key}: {e}"));
+    }
+    assert_eq!(wrong(firewall, settings), []);
+}
+
+#[test]
+fn our_tables_are_made_whole_and_every_alteration_is_seen_and_mended() {
+    in_namespace(|| {
+        let (mut firewall, settings) = (Firewall::default(), settings());
+        assert_eq!(wrong(&mut firewall, &settings).len(), 1);
+        mend(&mut firewall, &settings);
+        let listed = sh("nft -n -s list table ip flannel-ipv4");
+        let rules: Vec<&str> =
+            listed.lines().map(str::trim).filter(|l| l.contains("counter") || l.contains("hook")).collect();
+        assert_eq!(
+            rules,
+            [
+                "type filter hook forward priority 0; policy accept;",
+                "ip saddr 10.5.0.0/16 counter accept",
+                "ip daddr 10.5.0.0/16 counter accept",
+                "type nat hook postrouting priority 100; policy accept;",
+                "meta mark & 0x00004000 == 0x00004000 counter return",
+                "ip saddr 10.5.1.0/24 ip daddr 10.5.0.0/16 counter return",
+                "ip saddr 10.5.0.0/16 ip daddr 10.5.1.0/24 counter return",
+                "ip saddr != 10.5.0.0/16 ip daddr 10.5.1.0/24 counter return",
+                "ip saddr 10.5.0.0/16 ip daddr 172.16.0.0/12 counter return",
+                "ip saddr 10.5.0.0/16 ip daddr != 224.0.0.0/4 counter masquerade fully-random",
+                "ip saddr != 10.5.0.0/16 ip daddr 10.5.0.0/16 counter masquerade fully-random",
+            ],
+            "{listed}"
+        );
+        let second = "$(nft -a list chain ip flannel-ipv4 postrtg | sed -n 's/.*10.5.1.0.24 ip daddr.*handle //p' | head -1)";
+        for hand in [
+            "nft flush ruleset".to_owned(),
+            "nft delete table ip flannel-ipv4".to_owned(),
+            "nft flush chain ip flannel-ipv4 postrtg".to_owned(),
+            "nft delete chain ip flannel-ipv4 forward".to_owned(),
+            format!("nft delete rule ip flannel-ipv4 postrtg handle {second}"),
+            format!(
+                "nft replace rule ip flannel-ipv4 postrtg handle {second} ip saddr 10.5.2.0/24 ip daddr 10.5.0.0/16 counter return"
+            ),
+            "nft insert rule ip flannel-ipv4 postrtg masquerade".to_owned(),
+            "nft add rule ip flannel-ipv4 forward drop".to_owned(),
+            "nft add chain ip flannel-ipv4 spare".to_owned(),
+            "nft chain ip flannel-ipv4 forward '{ policy drop; }'".to_owned(),
+            "nft add table ip flannel-ipv4 '{ flags dormant; }'".to_owned(),
+        ] {
+            sh(&hand);
+            assert_eq!(wrong(&mut firewall, &settings).len(), 1, "{hand}");
+            mend(&mut firewall, &settings);
+            assert_eq!(sh("nft -n -s list table ip flannel-ipv4"), listed, "{hand}");
+        }
+        // Nothing wanted: the table goes.
+        mend(&mut firewall, &Settings { masquerade: false, forward: false, ..settings });
+        assert_eq!(sh("nft list ruleset"), "");
+    });
+}
+
+#[test]
+fn a_quiet_ruleset_is_not_listed_again_however_long_it_is() {
+    in_namespace(|| {
+        let (mut firewall, settings) = (Firewall::default(), settings());
+        let rules: String = (0..5000)
+            .map(|n| format!("add rule ip nat KUBE-SVC ip daddr 10.96.{}.{} return\n", n / 250, n % 250))
+            .collect();
+        let script =
+            format!("add table ip nat\nadd chain ip nat KUBE-SERVICES\nadd chain ip nat KUBE-SVC\n{rules}");
+        let file = format!("/tmp/weft-nft-{}", std::process::id());
+        std::fs::write(&file, script).expect("write");
+        sh(&format!("nft -f {file}; rm {file}"));
+        mend(&mut firewall, &settings);
+        assert!(firewall.look(&settings).expect("look").kube_proxy);
+        let listed = firewall.listed;
+        for _ in 0..100 {
+            assert_eq!(wrong(&mut firewall, &settings), []);
+        }
+        assert_eq!(firewall.listed, listed, "a look at an unchanged ruleset listed something");
+        sh("nft add table ip another");
+        assert_eq!(wrong(&mut firewall, &settings), []);
+        assert_eq!(firewall.listed, listed + 1);
+    });
+}
+
+/// A foreign chain, where in it ours belong (rules of others before ours), and what iptables says of it.
+#[test]
+fn accepts_stand_in_the_chain_that_drops_behind_decisions_and_before_the_catch_all() {
+    for (hand, chain, before) in [
+        ("iptables-nft -P FORWARD DROP", "ip filter FORWARD", 0),
+        (
+            "iptables-nft -P FORWARD DROP; iptables-nft -A FORWARD -s 10.5.9.0/24 -j DROP",
+            "ip filter FORWARD",
+            1,
+        ),
+        (
+            "iptables-nft -A FORWARD -m conntrack --ctstate INVALID -j DROP; iptables-nft -A FORWARD -j REJECT; iptables-nft -A FORWARD -s 1.2.3.4 -j ACCEPT",
+            "ip filter FORWARD",
+            1,
+        ),
+        (
+            "iptables-nft -N TAIL; iptables-nft -A TAIL -m comment --comment 'all the rest' -j DROP; iptables-nft -A FORWARD -i lo -j ACCEPT; iptables-nft -A FORWARD -j TAIL",
+            "ip filter FORWARD",
+            1,
+        ),
+        (
+            "nft add table inet f; nft 'add chain inet f onward { type filter hook forward priority 10; policy drop; }'; nft add rule inet f onward ct state invalid drop",
+            "inet f onward",
+            1,
+        ),
+        (
+            "nft add table inet f; nft 'add chain inet f onward { type filter hook forward priority 0; }'; nft add rule inet f onward iif lo accept; nft add rule inet f onward meta nfproto ipv4 counter log prefix '\"no \"' drop",
+            "inet f onward",
+            1,
+        ),
+        (
+            "nft add table ip f; nft 'add chain ip f onward { type filter hook forward priority 0; }'; nft 'add rule ip f onward reject with icmp type admin-prohibited'",
+            "ip f onward",
+            0,
+        ),
+    ] {
+        in_namespace(move || {
+            let (mut firewall, settings) = (Firewall::default(), settings());
+            mend(&mut firewall, &settings);
+            sh(hand);
+            let (key, _) = wrong(&mut firewall, &settings).pop().expect(hand);
+            assert_eq!(key.to_string(), format!("accept rules in nftables chain {chain}"), "{hand}");
+            let place = |what: &str| {
+                let listed = sh(&format!("nft -s list chain {chain}"));
+                let rules: Vec<String> =
+                    listed.lines().skip(3).map(str::to_owned).filter(|l| l.starts_with("\t\t")).collect();
+                let ours: Vec<usize> = rules
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, r)| r.contains("weft forward"))
+                    .map(|(n, _)| n)
+                    .collect();
+                assert_eq!(ours, [before, before + 1], "{hand}, {what}: {listed}");
+            };
+            mend(&mut firewall, &settings);
+            place("first");
+            // Ours are to be the only ones, and none behind what drops.
+            sh(&format!("nft add rule {chain} ip daddr 10.5.0.0/16 accept comment '\"weft forward\"'"));
+            assert_eq!(wrong(&mut firewall, &settings).len(), 1, "{hand}: a third");
+            mend(&mut firewall, &settings);
+            place("one too many");
+            let handle =
+                format!("$(nft -a list chain {chain} | sed -n 's/.*weft forward.*handle //p' | head -1)");
+            sh(&format!("nft delete rule {chain} handle {handle}"));
+            mend(&mut firewall, &settings);
+            place("one deleted");
+            sh(&format!(
+                "nft replace rule {chain} handle {handle} ip saddr 10.6.0.0/16 accept comment '\"weft forward\"'"
+            ));
+            mend(&mut firewall, &settings);
+            place("one altered");
+            sh(&format!("nft insert rule {chain} drop"));
+            assert_eq!(wrong(&mut firewall, &settings).len(), 1, "{hand}: a catch-all before ours");
+            mend(&mut firewall, &settings);
+            let moved = sh(&format!("nft -s list chain {chain}"));
+            assert!(moved.find("weft forward") < moved.find("\t\tdrop"), "{moved}");
+            sh(&format!(
+                "nft delete rule {chain} handle $(nft -a list chain {chain} | sed -n 's/^\t\tdrop # handle //p')"
+            ));
+            mend(&mut firewall, &settings);
+            place("the catch-all gone again");
+            if chain == "ip filter FORWARD" {
+                let saved = sh("iptables-nft -S FORWARD");
+                assert_eq!(
+                    saved.matches("-m comment --comment \"weft forward\" -j ACCEPT").count(),
+                    2,
+                    "{saved}"
+                );
+                // What iptables-nft writes back is still ours.
+                sh(
+                    "iptables-nft-save > /tmp/weft-save-$$; iptables-nft-restore /tmp/weft-save-$$; rm /tmp/weft-save-$$",
+                );
+                assert_eq!(wrong(&mut firewall, &settings), [], "{}", sh("iptables-nft-save"));
+            }
+            // Nothing of ours is left where it is not wanted.
+            mend(&mut firewall, &Settings { masquerade: false, forward: false, ..settings });
+            assert!(!sh("nft list ruleset").contains("weft"));
+        });
+    }
+}
+
+#[test]
+fn a_chain_that_drops_no_more_loses_our_rules() {
+    in_namespace(|| {
+        let (mut firewall, settings) = (Firewall::default(), settings());
+        sh("iptables-nft -P FORWARD DROP");
+        mend(&mut firewall, &settings);
+        assert_eq!(sh("iptables-nft -S FORWARD").lines().count(), 3);
+        sh("iptables-nft -P FORWARD ACCEPT");
+        assert!(matches!(
+            &wrong(&mut firewall, &settings)[..],
+            [(Key::Firewall(PartKey::Accepts(_)), false)]
+        ));
+        mend(&mut firewall, &settings);
+        assert_eq!(sh("iptables-nft -S FORWARD"), "-P FORWARD ACCEPT\n");
+    });
+}
+
+#[test]
+fn iptables_legacy_is_mended_by_its_own_programs_and_only_where_it_is_in_use() {
+    in_namespace(|| {
+        let settings = Settings { legacy_period: std::time::Duration::ZERO, ..settings() };
+        let mut firewall = Firewall::default();
+        mend(&mut firewall, &settings);
+        assert_eq!(firewall.look(&settings).expect("look").legacy, None);
+        let legacy = |rule: &str| sh(&format!("iptables-legacy -w {rule}"));
+        legacy("-P FORWARD DROP");
+        legacy("-N TAIL");
+        legacy("-A TAIL -j REJECT");
+        legacy("-A FORWARD -s 10.5.9.0/24 -j DROP");
+        legacy("-A FORWARD -j TAIL");
+        mend(&mut firewall, &settings);
+        let ours = "-A FORWARD -s 10.5.0.0/16 -m comment --comment \"weft forward\" -j ACCEPT\n\
+                    -A FORWARD -d 10.5.0.0/16 -m comment --comment \"weft forward\" -j ACCEPT\n";
+        let right = format!("-P FORWARD DROP\n-A FORWARD -s 10.5.9.0/24 -j DROP\n{ours}-A FORWARD -j TAIL\n");
+        assert_eq!(legacy("-S FORWARD"), right);
+        for hand in [
+            "-D FORWARD 2",
+            "-I FORWARD -j DROP",
+            "-R FORWARD 2 -s 10.6.0.0/16 -m comment --comment \"weft forward\" -j ACCEPT",
+        ] {
+            legacy(hand);
+            assert_eq!(wrong(&mut firewall, &settings).len(), 1, "{hand}");
+            mend(&mut firewall, &settings);
+            if hand.starts_with("-I") {
+                assert_eq!(
+                    legacy("-S FORWARD").lines().nth(1),
+                    Some("-A FORWARD -s 10.5.0.0/16 -m comment --comment \"weft forward\" -j ACCEPT")
+                );
+                legacy("-D FORWARD -j DROP");
+                legacy("-F FORWARD");
+                legacy("-A FORWARD -s 10.5.9.0/24 -j DROP");
+                legacy("-A FORWARD -j TAIL");
+                mend(&mut firewall, &settings);
+            }
+            assert_eq!(legacy("-S FORWARD"), right, "{hand}");
+        }
+        legacy("-F FORWARD");
+        legacy("-P FORWARD ACCEPT");
+        mend(&mut firewall, &settings);
+        assert_eq!(legacy("-S FORWARD"), "-P FORWARD ACCEPT\n");
+    });
+}
+
+#[test]
+fn rules_that_a_flanneld_left_are_seen_in_both_packet_filters() {
+    for (program, legacy) in [("iptables-nft", false), ("iptables-legacy", true)] {
+        in_namespace(move || {
+            sh(&format!(
+                "{program} -t nat -N FLANNEL-POSTRTG
+                 {program} -t nat -A POSTROUTING -m comment --comment 'flanneld masq' -j FLANNEL-POSTRTG
+                 {program} -t nat -A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment 'flanneld masq' -j RETURN
+                 {program} -t nat -A FLANNEL-POSTRTG -s 10.5.1.0/24 -d 10.5.0.0/16 -m comment --comment 'flanneld masq' -j RETURN
+                 {program} -t nat -A FLANNEL-POSTRTG ! -s 10.5.0.0/16 -d 10.5.1.0/24 -m comment --comment 'flanneld masq' -j RETURN
+                 {program} -t nat -A FLANNEL-POSTRTG -s 10.5.0.0/16 ! -d 224.0.0.0/4 -m comment --comment 'flanneld masq' -j MASQUERADE --random-fully"
+            ));
+            let seen = Firewall::default().look(&settings()).expect("look");
+            let pair = ("10.5.1.0/24".parse().expect("net"), "10.5.0.0/16".parse().expect("net"));
+            assert_eq!(seen.left, [Leftover { legacy, spared: vec![pair] }]);
+        });
+    }
+}
+
+#[test]
+fn a_change_between_look_and_commit_is_not_written_over() {
+    in_namespace(|| {
+        sh("iptables-nft -P FORWARD DROP");
+        let mut socket = NftSocket::open().expect("socket");
+        let generation = socket.generation().expect("generation");
+        sh("iptables-nft -A FORWARD -s 1.2.3.4 -j DROP");
+        let chain = ChainId::new(Family::Ip, "filter", "FORWARD");
+        let rule = Rule::new(vec![], Expr::Accept);
+        let refused = socket.commit(vec![new_rule(&chain, &rule, None)], Some(generation));
+        assert_eq!(refused, Err(KernelError::Refused(Errno(nix::libc::ERESTART))));
+        assert!(!sh("iptables-nft -S FORWARD").contains("-j ACCEPT"));
+    });
+}

@@ -197,11 +197,12 @@ fn neighbours_learn_of_a_new_owner_of_an_address_at_once() {
 
 #[test]
 fn check_names_what_is_not_as_added() {
-    let foreign_hands: [(&[&str], &str); 6] = [
+    let foreign_hands: [(&[&str], &str); 7] = [
         (&["address", "del", "10.77.0.50/24", "dev", "eth0"], "10.77.0.50/24"),
         (&["route", "del", "10.76.0.0/15"], "10.76.0.0/15"),
         (&["route", "del", "default"], "0.0.0.0/0"),
         (&["link", "set", "eth0", "address", "02:00:00:00:00:77"], "02:00:00:00:00:77"),
+        (&["link", "set", "eth0", "mtu", "9000"], "MTU 9000: expected at most 1450"),
         (&["link", "set", "eth0", "down"], "down"),
         (&["link", "set", "eth0", "name", "eth7"], "gone"),
     ];
@@ -244,6 +245,8 @@ fn check_looks_at_the_host_side_and_into_the_books() {
     pod.ip(&["link", "set", "eth0", "address", "02:00:00:00:00:77"]);
     let mut tuned = result.clone();
     tuned["interfaces"][2]["mac"] = json!("02:00:00:00:00:77");
+    // The MTU it has lowered without saying so.
+    pod.ip(&["link", "set", "eth0", "mtu", "1300"]);
     check(&node.conf("1.1.0", json!({"prevResult": tuned}))).ok();
     assert!(check(&chained).refused(104).contains("MAC"));
     agent.books().records.clear();

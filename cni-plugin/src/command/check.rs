@@ -48,6 +48,7 @@ pub(crate) fn check(
 /// What `prevResult` says of our interface.
 struct Expected {
     mac: Option<Mac>,
+    mtu: Option<u32>,
     bridge: Option<String>,
     ips: Vec<IpConfig>,
     routes: Vec<Route>,
@@ -72,6 +73,7 @@ impl Expected {
         };
         Ok(Self {
             mac: result.interfaces[index].mac.parse().ok(),
+            mtu: result.interfaces[index].mtu,
             bridge: result.interfaces.first().filter(|i| i.sandbox.is_empty()).map(|i| i.name.clone()),
             routes: result.routes.iter().filter_map(route).collect(),
             ips,
@@ -96,6 +98,12 @@ fn check_container(pod: &mut Netlink, target: &Target, expected: &Expected) -> R
         && expected != found
     {
         return Err(wrong(format!("interface {name} has MAC address {found}: expected {expected}")));
+    }
+    // A lower one is a later plugin's right, and tuning does not say so in its result; a higher one loses packets.
+    if let (Some(expected), Some(found)) = (expected.mtu, link.mtu)
+        && found > expected
+    {
+        return Err(wrong(format!("interface {name} has MTU {found}: expected at most {expected}")));
     }
     let addresses = pod.addresses(link.index).map_err(unreadable)?;
     if let Some(ip) = expected.ips.iter().find(|ip| !addresses.contains(&ip.address)) {

@@ -15,6 +15,7 @@ pub(crate) struct Link {
     pub(crate) index: u32,
     pub(crate) up: bool,
     pub(crate) mac: Option<Mac>,
+    pub(crate) mtu: Option<u32>,
     pub(crate) group: u32,
     pub(crate) master: Option<u32>,
     /// Index of a veth's other end, in the other end's namespace.
@@ -177,6 +178,7 @@ fn parse_link(payload: &[u8]) -> Option<Link> {
         index: u32_at(payload, 4)?,
         up: u32_at(payload, 8)? & IFF_UP != 0,
         mac: None,
+        mtu: None,
         group: 0,
         master: None,
         peer: None,
@@ -186,6 +188,7 @@ fn parse_link(payload: &[u8]) -> Option<Link> {
     for (kind, value) in attributes(payload.get(16..)?) {
         match kind {
             IFLA_ADDRESS => link.mac = value.try_into().ok().map(Mac),
+            IFLA_MTU => link.mtu = u32_at(value, 0),
             IFLA_GROUP => link.group = u32_at(value, 0)?,
             IFLA_MASTER => link.master = u32_at(value, 0),
             IFLA_LINK => link.peer = u32_at(value, 0),

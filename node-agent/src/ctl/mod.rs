@@ -93,7 +93,7 @@ struct Versions<'a> {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Verb::Uninstall(uninstall) = &cli.verb {
-        return uninstall.run(cli.json);
+        return uninstall.run(cli.json, cli.socket.as_deref());
     }
     match cli.answer(&cli.socket(std::env::var_os(SOCKET_VARIABLE))) {
         Ok(answer) => {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
+use nix::unistd::Uid;
 use serde::Serialize;
 
 use crate::config::{Config, Invocation, UsageError, own_variables, read};
@@ -31,9 +32,9 @@ pub(super) struct Uninstall {
     /// weftd's settings, as systemd reads them; variables that are set here win [default: /etc/weft/weftd.env, if it is there]
     #[arg(long, value_name = "FILE")]
     env_file: Option<PathBuf>,
-    /// Where the runtime's network configurations lie
-    #[arg(long, value_name = "DIR", default_value = CNI_CONF_DIR)]
-    cni_conf_dir: PathBuf,
+    /// Where the runtime's network configurations lie [default: /etc/cni/net.d]
+    #[arg(long, value_name = "DIR")]
+    cni_conf_dir: Option<PathBuf>,
     /// Options that weftd was started with, such as --run-dir=DIR
     #[arg(last = true, value_name = "WEFTD OPTIONS")]
     options: Vec<String>,
@@ -45,6 +46,8 @@ enum Wrong {
     Usage(String),
     #[error(transparent)]
     Settings(#[from] UsageError),
+    #[error("only root may take weft off a node (try sudo weftctl uninstall)")]
+    NotRoot,
     #[error("the node could not be looked at: {0}")]
     Look(#[from] LeaveError),
 }
@@ -72,8 +75,8 @@ struct Failed {
 }
 
 impl Uninstall {
-    pub(super) fn run(&self, json: bool) -> ExitCode {
-        match self.answer() {
+    pub(super) fn run(&self, json: bool, socket: Option<&Path>) -> ExitCode {
+        match refuse_socket(socket).and_then(|()| self.answer()) {
             Ok(answer) => {
                 let text = if json { super::json(&answer) } else { answer.text(self.dry_run) };
                 super::write_out(&text);
@@ -82,15 +85,18 @@ impl Uninstall {
             }
             Err(wrong) => {
                 super::write_err(&format!("weftctl uninstall: {wrong}"));
-                ExitCode::from(if matches!(wrong, Wrong::Look(_)) { 1 } else { 2 })
+                ExitCode::from(if wrong.is_usage() { 2 } else { 1 })
             }
         }
     }
 
     fn answer(&self) -> Result<Answer, Wrong> {
         let config = self.config()?;
+        if !Uid::effective().is_root() {
+            return Err(Wrong::NotRoot);
+        }
         let wishes = Wishes {
-            cni_conf_dir: self.cni_conf_dir.clone(),
+            cni_conf_dir: self.conf_dir()?,
             force: self.force,
             release_lease: self.release_lease,
             remove_store: self.remove_store,
@@ -108,6 +114,17 @@ impl Uninstall {
             refused: plan.refusals.clone(),
             removed,
         })
+    }
+
+    /// One that was named must be there.
+    fn conf_dir(&self) -> Result<PathBuf, Wrong> {
+        match &self.cni_conf_dir {
+            Some(dir) if !dir.is_dir() => {
+                Err(Wrong::Usage(format!("--cni-conf-dir = {}: expected a directory", dir.display())))
+            }
+            Some(dir) => Ok(dir.clone()),
+            None => Ok(CNI_CONF_DIR.into()),
+        }
     }
 
     /// As the agent had them: options, then variables, then the file that systemd gives it.
@@ -134,6 +151,23 @@ impl Uninstall {
                     .into(),
             )),
         }
+    }
+}
+
+impl Wrong {
+    fn is_usage(&self) -> bool {
+        matches!(self, Self::Usage(_) | Self::Settings(_))
+    }
+}
+
+/// An option of the other commands that means nothing here.
+fn refuse_socket(socket: Option<&Path>) -> Result<(), Wrong> {
+    match socket {
+        Some(_) => Err(Wrong::Usage(
+            "--socket: uninstall asks no weftd; where its sockets lie is said after --, with --run-dir or --admin-socket"
+                .to_owned(),
+        )),
+        None => Ok(()),
     }
 }
 
@@ -233,7 +267,7 @@ mod tests {
             std::fs::write(&file, content).expect("write");
             let file = file.to_str().expect("UTF-8");
             let error = parsed(&[&["--env-file", file, "--"], options].concat()).config().expect_err("wrong");
-            assert!(!matches!(error, Wrong::Look(_)), "exit status 2");
+            assert!(error.is_usage(), "exit status 2");
             error.to_string()
         };
         assert!(wrong("export WEFTD_RUN_DIR=/x", &[]).contains("expected NAME=VALUE"));
@@ -246,6 +280,9 @@ mod tests {
         let missing =
             parsed(&["--env-file", "/nowhere/weftd.env"]).config().expect_err("missing").to_string();
         assert!(missing.contains("--env-file = /nowhere/weftd.env: No such file"), "{missing}");
+        let missing = parsed(&["--cni-conf-dir=/nowhere"]).conf_dir().expect_err("missing").to_string();
+        assert!(missing.contains("--cni-conf-dir = /nowhere: expected a directory"), "{missing}");
+        assert!(refuse_socket(Some(Path::new("/run/x.sock"))).expect_err("meaningless").is_usage());
         assert!(Cli::try_parse_from(["weftctl", "uninstall", "--releaselease"]).is_err());
     }
 

@@ -1,6 +1,8 @@
 //! `DirectRouting`: a plain route to peers in the same segment, the tunnel to the others, and no packet lost when a
 //! peer changes from one to the other.
 
+#![expect(clippy::print_stdout, reason = "the times that docs/faults.md shows")]
+
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};

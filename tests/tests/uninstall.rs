@@ -1,6 +1,8 @@
 //! `weftctl uninstall`: a node that weft leaves is as it was before weft came. The node is compared as a whole: links,
 //! addresses, routes, neighbours, rulesets, kernel settings, files; foreign things of every sort stand on it.
 
+#![expect(clippy::print_stdout, reason = "the figures that docs/faults.md shows")]
+
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -195,9 +197,9 @@ fn an_uninstall_that_is_cut_off_can_be_run_again() -> Result<()> {
             let pods = (0..3).map(|n| node.pod(&format!("{round}-{n}"))).collect::<Result<Vec<Pod>>>()?;
             // Every other time the agent was killed, and its socket and an ADD of its last moments lie there.
             if round % 2 == 0 {
-                node.agent.kill()?
+                node.agent.kill()?;
             } else {
-                drop(node.agent.stop()?)
+                node.agent.stop()?;
             }
             let mut running: Child = node.netns().spawn(&mut command(node, &["--force"]))?;
             // The moment is the test: three pods take it about 100 ms.

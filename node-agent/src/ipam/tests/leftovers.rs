@@ -5,6 +5,8 @@ use weft_shared::deadline;
 use weft_shared::names::host_ifname;
 
 use super::super::testing::{Node, STEP, addr, address, key, network, reserve, subnet};
+use crate::pods::NotReady;
+use crate::status::StrandedStatus;
 
 #[tokio::test]
 async fn gc_spares_what_is_valid_foreign_or_under_way() {
@@ -113,7 +115,12 @@ async fn pods_of_an_old_subnet_keep_their_addresses_and_gateway() {
         node.ipam().check(&key("a"), &[addr("10.5.1.2")]).expect("held");
         node.restart();
     }
+    assert_eq!(node.ipam().status().stranded, [], "not known before the node is");
+    node.ipam().tend().await;
+    let stranded = StrandedStatus { subnet: subnet("10.5.1.0/24"), pods: 1, owner: None };
+    assert_eq!(node.ipam().status().stranded, [stranded]);
     node.ipam().release(&key("a")).await.expect("DEL");
+    assert_eq!(node.ipam().status().stranded, []);
     assert_eq!(node.ports.borrow().bridges[&bridge].subnets, [subnet("10.5.9.0/24")]);
     // Changed without any ADD: the next round notices.
     if let Ok(network) = &mut node.fabric.world().network {
@@ -121,4 +128,28 @@ async fn pods_of_an_old_subnet_keep_their_addresses_and_gateway() {
     }
     node.ipam().tend().await;
     assert_eq!(node.ports.borrow().bridges[&bridge].subnets, [subnet("10.5.3.0/24"), subnet("10.5.9.0/24")]);
+}
+
+#[tokio::test]
+async fn a_bridge_is_remembered_as_it_was_last() {
+    let mut node = Node::new();
+    node.attach("a").await;
+    let bridge: IfName = "cni0".parse().expect("name");
+    let remembered = |node: &Node| {
+        let ports = node.ports.borrow();
+        (ports.bridges[&bridge].mtu, ports.bridge_macs[&bridge].to_string())
+    };
+    // The MAC that its pods know, whoever gave it.
+    assert_eq!(remembered(&node), (1450, "02:00:00:00:00:05".into()));
+    for mtu in [1350, 1400] {
+        if let Ok(network) = &mut node.fabric.world().network {
+            network.mtu = mtu;
+        }
+        node.ipam().tend().await;
+        assert_eq!(remembered(&node).0, mtu);
+    }
+    // The next agent asks for it before it knows the network: a wrong MTU would be set and unset.
+    node.fabric.world().network = Err(NotReady::Waiting("the store".into()));
+    node.restart();
+    assert_eq!(remembered(&node), (1400, "02:00:00:00:00:05".into()));
 }

@@ -83,6 +83,7 @@ impl Changes {
         self.note("Backend.MTU", &mtu(old), &mtu(new));
         self.note("Backend.GBP", &old.gbp, &new.gbp);
         self.note("Backend.Learning", &old.learning, &new.learning);
+        self.note("Backend.DirectRouting", &old.direct_routing, &new.direct_routing);
     }
 }
 
@@ -119,6 +120,10 @@ mod tests {
             (
                 r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan","VNI":7,"Port":4789,"MTU":1400}}"#,
                 "Backend.VNI = 7, in force: 1; Backend.Port = 4789, in force: 8472; Backend.MTU = 1400, in force: the interface's",
+            ),
+            (
+                r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}"#,
+                "Backend.DirectRouting = true, in force: false",
             ),
             (
                 r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan","Learning":true}}"#,

@@ -150,7 +150,10 @@ fn set_link(
         None => {}
     }
     let new = Message::NewLink(encode::new_link(name, link));
-    socket.request(Request { message: new, flags: NLM_F_CREATE | NLM_F_EXCL })?;
+    match socket.request(Request { message: new, flags: NLM_F_CREATE | NLM_F_EXCL }) {
+        Err(KernelError::Refused(Errno(EEXIST))) => return Err(KernelError::Taken(name.clone())),
+        other => other?,
+    }
     if let Some(Message::NewLink(made)) = socket.get(encode::link_by_name(name))? {
         indices.insert(name.clone(), made.header.index);
     }

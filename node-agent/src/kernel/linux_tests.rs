@@ -637,3 +637,65 @@ fn on_link_is_the_kernels_own_answer() {
         );
     });
 }
+
+#[test]
+fn a_dump_that_races_with_changes_is_complete_or_an_error() {
+    in_namespace(|| {
+        let mut kernel = LinuxKernel::open().expect("netlink");
+        underlay(&mut kernel);
+        let route = |n: u32| {
+            let dst = format!("10.{}.{}.0/24", n / 256, n % 256).parse().expect("net");
+            let route = Route::via("192.0.2.3".parse().expect("ip"), &name("eth0"), false);
+            Op::Set { object: Object::Route { dst, route }, found: None }
+        };
+        const ROUTES: u32 = 2000;
+        let made = kernel.apply(&(0..ROUTES).map(route).collect::<Vec<_>>());
+        assert!(made.iter().all(Result::is_ok));
+        let mut indices = kernel.indices.clone();
+        let over = std::sync::atomic::AtomicBool::new(false);
+        let (mut looks, begin) = (0, std::time::Instant::now());
+        thread::scope(|scope| {
+            // In this thread's namespace: routes that come and go as fast as the kernel does it.
+            scope.spawn(|| {
+                let mut socket = RouteSocket::open().expect("netlink");
+                let route = Route::via("192.0.2.3".parse().expect("ip"), &name("eth0"), false);
+                let object = Object::Route { dst: "10.99.0.0/24".parse().expect("net"), route };
+                let link = Link {
+                    kind: LinkKind::Bridge,
+                    mac: LinkMac::AtCreation("02:00:00:00:00:0b".parse().expect("mac")),
+                    mtu: 1500,
+                    up: false,
+                    altered: Alterations::default(),
+                };
+                let bridge = Object::Link { name: name("br7"), link };
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    for object in [&object, &bridge] {
+                        let set = Op::Set { object: object.clone(), found: None };
+                        for result in
+                            apply::apply(&mut socket, &mut indices, &[set, Op::Remove(object.clone())])
+                        {
+                            result.expect("the kernel takes it");
+                        }
+                    }
+                }
+            });
+            while kernel.socket.repeated_dumps < 5 && begin.elapsed().as_secs() < 30 {
+                looks += 1;
+                match kernel.dump(None) {
+                    Ok(dump) => {
+                        let ours =
+                            dump.routes.iter().filter(|(dst, _)| dst.addr().to_string() != "10.99.0.0");
+                        assert_eq!(ours.filter(|(_, r)| r.protocol == 87).count(), ROUTES as usize);
+                        assert!(
+                            dump.links.contains_key(&name("eth0")) && dump.links.contains_key(&veth_name())
+                        );
+                    }
+                    Err(KernelError::Interrupted(_)) => {}
+                    Err(other) => panic!("{other}"),
+                }
+            }
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        assert!(kernel.socket.repeated_dumps >= 5, "no dump raced in {looks} looks");
+    });
+}

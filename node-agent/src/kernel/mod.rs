@@ -100,6 +100,10 @@ pub enum KernelError {
     NoDevice(IfName),
     #[error("{name} exists and is a {kind}, not a bridge")]
     NotABridge { name: IfName, kind: String },
+    #[error(
+        "{0} exists: another device has the name, perhaps as its alternative name, or is a VXLAN device of the same VNI and port"
+    )]
+    Taken(IfName),
     #[error("netlink: {0}")]
     Socket(String),
     #[error("netlink: a message could not be read: {0}")]

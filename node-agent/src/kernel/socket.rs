@@ -28,6 +28,8 @@ const DUMP_TRIES: u32 = 10;
 pub(super) struct RouteSocket {
     socket: Socket,
     sequence: u32,
+    /// Dumps that were thrown away because the kernel changed meanwhile.
+    pub(super) repeated_dumps: u64,
 }
 
 /// A request and its flags beyond `NLM_F_REQUEST | NLM_F_ACK`.
@@ -53,7 +55,7 @@ impl RouteSocket {
         let _ = socket.set_netlink_get_strict_chk(true);
         let _ = socket.set_rx_buf_sz(RECEIVE_BUFFER);
         receive_timeout(&socket, ANSWER_SECONDS)?;
-        Ok(Self { socket, sequence: 0 })
+        Ok(Self { socket, sequence: 0, repeated_dumps: 0 })
     }
 
     /// Sends every request, in as few system calls as possible; one result for each, in order.
@@ -131,6 +133,7 @@ impl RouteSocket {
             if let Some(list) = self.dump_once(message.clone())? {
                 return Ok(list);
             }
+            self.repeated_dumps += 1;
         }
         Err(KernelError::Interrupted(DUMP_TRIES))
     }
@@ -141,23 +144,14 @@ impl RouteSocket {
         message: RouteNetlinkMessage,
     ) -> Result<Option<Vec<RouteNetlinkMessage>>, KernelError> {
         let sequence = self.send(&[(message, NLM_F_REQUEST | NLM_F_DUMP)])?;
-        let (mut list, mut consistent) = (Vec::new(), true);
+        let mut listing = Listing::default();
         loop {
             for message in self.receive()? {
                 if message.header.sequence_number != sequence {
                     continue;
                 }
-                consistent &= message.header.flags & NLM_F_DUMP_INTR == 0;
-                match message.payload {
-                    NetlinkPayload::InnerMessage(inner) => list.push(inner),
-                    NetlinkPayload::Done(done) => {
-                        errno(done.code)?;
-                        return Ok(consistent.then_some(list));
-                    }
-                    NetlinkPayload::Error(error) => {
-                        errno(error.code.map_or(0, |c| c.get()))?;
-                    }
-                    _ => {}
+                if let Some(list) = listing.hear(message)? {
+                    return Ok(list);
                 }
             }
         }
@@ -232,6 +226,34 @@ impl RouteSocket {
     }
 }
 
+/// A dump as it comes in.
+#[derive(Default)]
+struct Listing {
+    list: Vec<RouteNetlinkMessage>,
+    interrupted: bool,
+}
+
+impl Listing {
+    /// The outcome once the last message is in; inside it `None` when the list changed under the kernel's hands.
+    #[expect(clippy::type_complexity, reason = "not yet over, over and inconsistent, over and good")]
+    fn hear(
+        &mut self,
+        message: NetlinkMessage<RouteNetlinkMessage>,
+    ) -> Result<Option<Option<Vec<RouteNetlinkMessage>>>, KernelError> {
+        self.interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
+        match message.payload {
+            NetlinkPayload::InnerMessage(inner) => self.list.push(inner),
+            NetlinkPayload::Done(done) => {
+                errno(done.code)?;
+                return Ok(Some((!self.interrupted).then(|| std::mem::take(&mut self.list))));
+            }
+            NetlinkPayload::Error(error) => errno(error.code.map_or(0, |c| c.get()))?,
+            _ => {}
+        }
+        Ok(None)
+    }
+}
+
 fn errno(code: i32) -> Result<(), KernelError> {
     if code == 0 { Ok(()) } else { Err(KernelError::Refused(Errno(code.abs()))) }
 }
@@ -240,4 +262,61 @@ fn errno(code: i32) -> Result<(), KernelError> {
 pub(super) fn receive_timeout(socket: &Socket, seconds: i64) -> Result<(), KernelError> {
     setsockopt(socket, ReceiveTimeout, &TimeVal::seconds(seconds))
         .map_err(|e| KernelError::Socket(e.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_core::{DoneMessage, ErrorMessage};
+    use netlink_packet_route::link::LinkMessage;
+
+    use super::*;
+
+    fn message(
+        flags: u16,
+        payload: NetlinkPayload<RouteNetlinkMessage>,
+    ) -> NetlinkMessage<RouteNetlinkMessage> {
+        let mut header = NetlinkHeader::default();
+        header.flags = flags;
+        NetlinkMessage::new(header, payload)
+    }
+
+    fn link(flags: u16) -> NetlinkMessage<RouteNetlinkMessage> {
+        message(flags, NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(LinkMessage::default())))
+    }
+
+    fn done(flags: u16) -> NetlinkMessage<RouteNetlinkMessage> {
+        message(flags, NetlinkPayload::Done(DoneMessage::default()))
+    }
+
+    /// How many links a dump of these messages gives: none when it must be repeated.
+    fn heard(messages: Vec<NetlinkMessage<RouteNetlinkMessage>>) -> Result<Option<usize>, KernelError> {
+        let mut listing = Listing::default();
+        for message in messages {
+            if let Some(outcome) = listing.hear(message)? {
+                return Ok(outcome.map(|list| list.len()));
+            }
+        }
+        panic!("never over");
+    }
+
+    #[test]
+    fn an_interrupted_dump_is_none_wherever_it_was_interrupted() {
+        assert_eq!(heard(vec![link(0), link(0), done(0)]), Ok(Some(2)));
+        assert_eq!(heard(vec![done(0)]), Ok(Some(0)));
+        for place in 0..3 {
+            let flags = |n: usize| if n == place { NLM_F_DUMP_INTR } else { 0 };
+            assert_eq!(heard(vec![link(flags(0)), link(flags(1)), done(flags(2))]), Ok(None), "at {place}");
+        }
+    }
+
+    #[test]
+    fn a_dump_that_fails_says_so_at_its_beginning_and_at_its_end() {
+        let refused = Err(KernelError::Refused(Errno(nix::libc::EPERM)));
+        let mut error = ErrorMessage::default();
+        error.code = std::num::NonZeroI32::new(-nix::libc::EPERM);
+        assert_eq!(heard(vec![message(0, NetlinkPayload::Error(error))]), refused);
+        let mut end = DoneMessage::default();
+        end.code = -nix::libc::EPERM;
+        assert_eq!(heard(vec![link(0), message(0, NetlinkPayload::Done(end))]), refused);
+    }
 }

@@ -158,7 +158,7 @@ fn leaves_as_it_was(backend: Backend) -> Result<()> {
         assert_eq!((leases, cluster.etcd()?.lease_keys()?.len()), (2, 1), "leases before and after");
 
         let again = uninstall(&cluster.nodes[0], &["--release-lease"])?.well()?;
-        assert!(again.ends_with("nothing of weft is on this node\n"), "{again}");
+        assert!(again.ends_with("nothing of weft is left to remove\n"), "{again}");
         same(&before, &cluster.nodes[0], "the second time")?;
 
         // The others go on, and the node may come back.

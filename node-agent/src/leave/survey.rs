@@ -179,7 +179,10 @@ fn settings(
             _ => None,
         })
         .collect();
-    for (path, setting) in before.settings() {
+    // A setting of all devices, written, overwrites that of each.
+    let mut all: Vec<_> = before.settings().collect();
+    all.sort_by_key(|(path, _)| (path.contains("/conf/"), !path.contains("/conf/all/")));
+    for (path, setting) in all {
         if leaving.iter().any(|device| path.contains(device)) {
             continue;
         }

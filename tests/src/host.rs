@@ -160,11 +160,17 @@ fn stable(line: &str) -> String {
     while let Some(word) = words.next() {
         if word == "expires" || word.ends_with("_timer") {
             words.next();
-        } else if word != "tentative" {
+        } else if word != "tentative" && !is_counter(word) {
             kept.push(word);
         }
     }
     kept.join(" ")
+}
+
+/// Packets and bytes, as iptables-save prints them.
+fn is_counter(word: &str) -> bool {
+    let inner = word.strip_prefix('[').and_then(|word| word.strip_suffix(']'));
+    inner.is_some_and(|inner| inner.contains(':') && inner.bytes().all(|b| b.is_ascii_digit() || b == b':'))
 }
 
 fn walk(directory: &Path, visit: &mut dyn FnMut(&Path, &fs::Metadata)) -> Result<()> {

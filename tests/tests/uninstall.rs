@@ -91,7 +91,10 @@ fn furnish(node: &Node) -> Result<()> {
     ] {
         netns.ip(command)?;
     }
-    netns.run(Command::new("nft").arg("add table ip other { chain forward { type filter hook forward priority 0; policy drop; ip saddr 10.5.0.0/16 accept; }; }"))?;
+    netns.run(Command::new("nft").arg("add table ip other { chain forward { type filter hook forward priority 0; policy drop; ip saddr 10.97.0.0/16 accept; }; }"))?;
+    // What Docker and ufw leave: pods' packets pass by weft's accepts alone.
+    netns.run(Command::new("iptables-legacy").args(["-P", "FORWARD", "DROP"]))?;
+    netns.run(Command::new("iptables").args(["-P", "FORWARD", "DROP"]))?;
     fs::create_dir_all(conf_dir(node))?;
     fs::write(conf_dir(node).join("50-other.conflist"), r#"{"name":"other","plugins":[{"type":"bridge"}]}"#)?;
     netns.set_sysctl(FORWARD, "0")
@@ -105,7 +108,7 @@ fn install_conflist(node: &Node) -> Result<()> {
 }
 
 fn leaves_as_it_was(backend: Backend) -> Result<()> {
-    scenario_prepared(Spec::etcd(2, backend), |cluster| {
+    scenario_prepared(Spec::etcd(2, backend).flag("--ip-masq"), |cluster| {
         furnish(&cluster.nodes[0])?;
         let before = snapshot(&cluster.nodes[0])?;
         cluster.put_config()?;
@@ -129,7 +132,8 @@ fn leaves_as_it_was(backend: Backend) -> Result<()> {
             "{text}"
         );
         let text = uninstall(node, &["--force", "--dry-run", "--release-lease"])?.well()?;
-        for expected in ["conflist", "lease", "veth", "bridge", "ip_forward back to 0", "a dry run"] {
+        for expected in ["conflist", "lease", "rules", "veth", "bridge", "ip_forward back to 0", "a dry run"]
+        {
             assert!(text.contains(expected), "{expected}: {text}");
         }
         same(&installed, node, "a refusal and a dry run")?;
@@ -154,7 +158,7 @@ fn leaves_as_it_was(backend: Backend) -> Result<()> {
         assert_eq!((leases, cluster.etcd()?.lease_keys()?.len()), (2, 1), "leases before and after");
 
         let again = uninstall(&cluster.nodes[0], &["--release-lease"])?.well()?;
-        assert!(again.ends_with("nothing of weft is on this node\n"), "{again}");
+        assert!(again.ends_with("nothing of weft is left to remove\n"), "{again}");
         same(&before, &cluster.nodes[0], "the second time")?;
 
         // The others go on, and the node may come back.

@@ -194,7 +194,7 @@ impl Answer {
         }
         say(match (self.removes.len(), self.failed.len()) {
             _ if !self.refused.is_empty() => "nothing was removed".to_owned(),
-            (0, _) => "nothing of weft is on this node".to_owned(),
+            (0, _) => "nothing of weft is left to remove".to_owned(),
             _ if dry_run => "a dry run: nothing was removed".to_owned(),
             (all, 0) => format!("all {all} removed; the programs are left to whoever installed them"),
             (all, failed) => format!("{failed} of {all} are left: mend what is wrong and run it again"),

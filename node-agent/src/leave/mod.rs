@@ -9,7 +9,8 @@
 //! settings; files. The file that says which lease and which VTEP were ours is the last, so that a run that was cut off
 //! can be begun again.
 //!
-//! What is ours: routes by their protocol, veths by link group and name, bridges and VXLAN devices by link group. **A
+//! What is ours: routes by their protocol, rules by their comment and tables by their names, veths by link group and name,
+//! bridges and VXLAN devices by link group. **A
 //! VXLAN device that was adopted goes as well**: it is the one that bears our VTEP MAC. While no agent runs it would go
 //! on taking packets out of the tunnel into this host, with entries that nobody keeps; and flanneld, if it is to come
 //! back, makes its own at every start. **A bridge that was adopted stays**, with its addresses: it is the runtime's or
@@ -71,6 +72,8 @@ pub enum Thing {
         store: Box<Store>,
     },
     Route(OwnRoute),
+    /// In the packet filter: a table of ours, or our rules in somebody else's chain.
+    Rules(Object),
     Veth {
         name: IfName,
         index: u32,
@@ -112,6 +115,7 @@ impl Thing {
             Self::Conflist(_) => "conflist",
             Self::Lease { .. } => "lease",
             Self::Route(_) => "route",
+            Self::Rules(_) => "rules",
             Self::Veth { .. } => "veth",
             Self::Device { .. } => "device",
             Self::Sysctl { .. } => "sysctl",
@@ -132,6 +136,7 @@ impl fmt::Display for Thing {
                 write!(f, "{key} of {public_ip} in {}", store.location())
             }
             Self::Route(route) => route.fmt(f),
+            Self::Rules(object) => object.key().fmt(f),
             Self::Veth { name, pod: Some(pod), .. } => write!(f, "{name} of pod {pod}"),
             Self::Veth { name, pod: None, .. } => name.fmt(f),
             Self::Device { name, kind, .. } => write!(f, "{name}, {kind}"),
@@ -166,6 +171,7 @@ impl Plan {
             Thing::Conflist(path) | Thing::SubnetFile(path) | Thing::Store(path) => remove_file(path)?,
             Thing::Lease { key, public_ip, store } => self.release(key, *public_ip, store)?,
             Thing::Route(route) => self.kernel.remove_route(route)?,
+            Thing::Rules(object) => self.apply(Op::Remove(object.clone()))?,
             Thing::Veth { index, .. } | Thing::Device { index, .. } => self.kernel.delete_link(*index)?,
             Thing::Sysctl { path, value } => {
                 let object = Object::Sysctl { path: path.clone(), value: value.clone() };
@@ -184,6 +190,10 @@ impl Plan {
             }
         }
         Ok(())
+    }
+
+    fn apply(&mut self, op: Op) -> Result<(), KernelError> {
+        self.kernel.apply(&[op]).into_iter().collect()
     }
 
     fn release(&mut self, key: &LeaseKey, public_ip: Ipv4Addr, store: &Store) -> Result<(), LeaveError> {

@@ -14,7 +14,8 @@ use super::{LeaveError, Plan, Thing, Wishes, files, open_store, running};
 use crate::before::Before;
 use crate::config::{Config, StoreConfig};
 use crate::durable::{Durable, DurableFile};
-use crate::kernel::{FoundLink, Kernel, LinuxKernel};
+use crate::firewall;
+use crate::kernel::{FoundLink, Kernel, KernelError, LinuxKernel};
 use crate::lease::{EmbeddedStore, LeaseStore};
 use crate::object::LinkKind;
 
@@ -39,6 +40,7 @@ pub fn survey(config: &Config, wishes: &Wishes) -> Result<Plan, LeaveError> {
     let names: BTreeMap<u32, IfName> =
         links.iter().map(|(name, found)| (found.index, name.clone())).collect();
     things.extend(kernel.own_routes(&names)?.into_iter().map(Thing::Route));
+    rules(config, &mut kernel, &mut things, &mut stays)?;
     let pods = devices(config, &links, durable.vtep_mac, &mut things, &mut stays);
     if !pods.is_empty() && !wishes.force {
         refusals.push(format!(
@@ -93,6 +95,28 @@ fn lease(
             "lease {key} in {location}: it expires by itself; --release-lease gives it back now"
         ));
     }
+    Ok(())
+}
+
+/// Tables and accepts, whatever the settings say by now.
+fn rules(
+    config: &Config,
+    kernel: &mut LinuxKernel,
+    things: &mut Vec<Thing>,
+    stays: &mut Vec<String>,
+) -> Result<(), LeaveError> {
+    let seen = match kernel.firewall(&config.firewall) {
+        // Where there is no packet filter nothing was put into it.
+        Err(KernelError::NoNftables) => return Ok(()),
+        other => other?,
+    };
+    if seen.legacy_unreadable {
+        stays.push(
+            "iptables-legacy: it is in use and cannot be read (package iptables); rules of weft's may be in FORWARD"
+                .to_owned(),
+        );
+    }
+    things.extend(firewall::found(&seen).map(|(_, found)| Thing::Rules(found.object)));
     Ok(())
 }
 
@@ -155,7 +179,10 @@ fn settings(
             _ => None,
         })
         .collect();
-    for (path, setting) in before.settings() {
+    // A setting of all devices, written, overwrites that of each.
+    let mut all: Vec<_> = before.settings().collect();
+    all.sort_by_key(|(path, _)| (path.contains("/conf/"), !path.contains("/conf/all/")));
+    for (path, setting) in all {
         if leaving.iter().any(|device| path.contains(device)) {
             continue;
         }

@@ -6,7 +6,7 @@
 //! carry_out: each thing in order, errors are collected, the rest goes on   twice is as good as once
 //! ```
 //! The order: first the conflist, so that no runtime begins an ADD; the lease; then the kernel from routes to devices;
-//! settings; files. The file that says which lease and which VTEP were ours is the last, so that a run that was cut off
+//! the packet filter, which pods need to their end; settings; files. The file that says which lease and which VTEP were ours is the last, so that a run that was cut off
 //! can be begun again.
 //!
 //! What is ours: routes by their protocol, veths by link group and name, bridges and VXLAN devices by link group. **A
@@ -30,6 +30,7 @@ use weft_shared::lease::LeaseKey;
 
 use crate::before::Before;
 use crate::config::{Config, StoreConfig};
+use crate::firewall::Part;
 use crate::kernel::{Kernel, KernelError, LinuxKernel, OwnRoute};
 use crate::lease::{EmbeddedStore, EtcdStore, LeaseStore, Released, Store};
 use crate::object::{Object, Op};
@@ -81,6 +82,8 @@ pub enum Thing {
         index: u32,
         kind: &'static str,
     },
+    /// A table of ours, or our rules in a chain of somebody else's.
+    Firewall(Part),
     Sysctl {
         path: String,
         value: String,
@@ -114,6 +117,7 @@ impl Thing {
             Self::Route(_) => "route",
             Self::Veth { .. } => "veth",
             Self::Device { .. } => "device",
+            Self::Firewall(_) => "firewall",
             Self::Sysctl { .. } => "sysctl",
             Self::SubnetFile(_) => "file",
             Self::Store(_) => "store",
@@ -135,6 +139,7 @@ impl fmt::Display for Thing {
             Self::Veth { name, pod: Some(pod), .. } => write!(f, "{name} of pod {pod}"),
             Self::Veth { name, pod: None, .. } => name.fmt(f),
             Self::Device { name, kind, .. } => write!(f, "{name}, {kind}"),
+            Self::Firewall(part) => part.key().fmt(f),
             Self::Sysctl { path, value } => write!(f, "{} back to {value}", path.replace('/', ".")),
             Self::Files { dir, files, .. } => match files.len() {
                 1 => write!(f, "{}: 1 file", dir.display()),
@@ -167,6 +172,7 @@ impl Plan {
             Thing::Lease { key, public_ip, store } => self.release(key, *public_ip, store)?,
             Thing::Route(route) => self.kernel.remove_route(route)?,
             Thing::Veth { index, .. } | Thing::Device { index, .. } => self.kernel.delete_link(*index)?,
+            Thing::Firewall(part) => self.kernel.remove_firewall(part)?,
             Thing::Sysctl { path, value } => {
                 let object = Object::Sysctl { path: path.clone(), value: value.clone() };
                 self.kernel

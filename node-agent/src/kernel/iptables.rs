@@ -64,34 +64,40 @@ fn restore(edit: &str) -> Result<(), KernelError> {
 /// `iptables-legacy-save` and `-restore`; on systems that have no other, they are called `iptables-save` and
 /// `-restore`.
 fn run(verb: &str, args: &[&str], input: &str) -> Result<Output, KernelError> {
-    let failed = |text: String| KernelError::Iptables(text);
-    for program in [format!("iptables-legacy-{verb}"), format!("iptables-{verb}")] {
-        let is_other = program == format!("iptables-{verb}");
-        if is_other && speaks_nftables(&program) {
-            continue;
+    let (legacy, only) = (format!("iptables-legacy-{verb}"), format!("iptables-{verb}"));
+    match run_if_there(&legacy, args, input)? {
+        Some(output) => Ok(output),
+        None if speaks_nftables(&only) => Err(KernelError::Iptables(PACKAGE.into())),
+        None => {
+            let output = run_if_there(&only, args, input)?;
+            output.ok_or_else(|| KernelError::Iptables(PACKAGE.into()))
         }
-        let started = Command::new(&program)
-            .args(args)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn();
-        let mut child = match started {
-            Err(e) if e.kind() == ErrorKind::NotFound => continue,
-            other => other.map_err(|e| failed(format!("{program}: {e}")))?,
-        };
-        let written = child.stdin.take().map(|mut stdin| stdin.write_all(input.as_bytes()));
-        let output = child.wait_with_output().map_err(|e| failed(format!("{program}: {e}")))?;
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            return Err(failed(format!("{program}: {}: {}", output.status, said.trim())));
-        }
-        if let Some(Err(error)) = written {
-            return Err(failed(format!("{program}: {error}")));
-        }
-        return Ok(output);
     }
-    Err(failed(PACKAGE.into()))
+}
+
+/// `None`: there is no such program.
+fn run_if_there(program: &str, args: &[&str], input: &str) -> Result<Option<Output>, KernelError> {
+    let failed = |text: String| KernelError::Iptables(text);
+    let started = Command::new(program)
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut child = match started {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(|e| failed(format!("{program}: {e}")))?,
+    };
+    let written = child.stdin.take().map(|mut stdin| stdin.write_all(input.as_bytes()));
+    let output = child.wait_with_output().map_err(|e| failed(format!("{program}: {e}")))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(failed(format!("{program}: {}: {}", output.status, said.trim())));
+    }
+    if let Some(Err(error)) = written {
+        return Err(failed(format!("{program}: {error}")));
+    }
+    Ok(Some(output))
 }
 
 fn speaks_nftables(program: &str) -> bool {
@@ -113,4 +119,22 @@ fn leftover(saved: &str) -> Option<Leftover> {
         }
     };
     Some(Leftover { legacy: true, spared: rules.iter().filter_map(pair).collect() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_is_missing_is_told_from_one_that_fails() {
+        assert!(matches!(run_if_there("iptables-of-nobody-save", &[], ""), Ok(None)));
+        let refused =
+            run_if_there("iptables-legacy-restore", &["--noflush"], "*filter\n-A NOWHERE -j DROP\nCOMMIT\n");
+        let Err(KernelError::Iptables(text)) = refused else { panic!("{refused:?}") };
+        assert!(
+            text.starts_with("iptables-legacy-restore: exit status") && text.contains("line 2"),
+            "{text}"
+        );
+        assert!(speaks_nftables("iptables-nft-save") && !speaks_nftables("iptables-legacy-save"));
+    }
 }

@@ -6,7 +6,7 @@
 //! carry_out: each thing in order, errors are collected, the rest goes on   twice is as good as once
 //! ```
 //! The order: first the conflist, so that no runtime begins an ADD; the lease; then the kernel from routes to devices;
-//! settings; files. The file that says which lease and which VTEP were ours is the last, so that a run that was cut off
+//! the packet filter, which pods need to their end; settings; files. The file that says which lease and which VTEP were ours is the last, so that a run that was cut off
 //! can be begun again.
 //!
 //! What is ours: routes by their protocol, rules by their comment and tables by their names, veths by link group and name,
@@ -31,6 +31,7 @@ use weft_shared::lease::LeaseKey;
 
 use crate::before::Before;
 use crate::config::{Config, StoreConfig};
+use crate::firewall::Part;
 use crate::kernel::{Kernel, KernelError, LinuxKernel, OwnRoute};
 use crate::lease::{EmbeddedStore, EtcdStore, LeaseStore, Released, Store};
 use crate::object::{Object, Op};
@@ -84,6 +85,8 @@ pub enum Thing {
         index: u32,
         kind: &'static str,
     },
+    /// A table of ours, or our rules in a chain of somebody else's.
+    Firewall(Part),
     Sysctl {
         path: String,
         value: String,
@@ -118,6 +121,7 @@ impl Thing {
             Self::Rules(_) => "rules",
             Self::Veth { .. } => "veth",
             Self::Device { .. } => "device",
+            Self::Firewall(_) => "firewall",
             Self::Sysctl { .. } => "sysctl",
             Self::SubnetFile(_) => "file",
             Self::Store(_) => "store",
@@ -140,6 +144,7 @@ impl fmt::Display for Thing {
             Self::Veth { name, pod: Some(pod), .. } => write!(f, "{name} of pod {pod}"),
             Self::Veth { name, pod: None, .. } => name.fmt(f),
             Self::Device { name, kind, .. } => write!(f, "{name}, {kind}"),
+            Self::Firewall(part) => part.key().fmt(f),
             Self::Sysctl { path, value } => write!(f, "{} back to {value}", path.replace('/', ".")),
             Self::Files { dir, files, .. } => match files.len() {
                 1 => write!(f, "{}: 1 file", dir.display()),
@@ -173,6 +178,7 @@ impl Plan {
             Thing::Route(route) => self.kernel.remove_route(route)?,
             Thing::Rules(object) => self.apply(Op::Remove(object.clone()))?,
             Thing::Veth { index, .. } | Thing::Device { index, .. } => self.kernel.delete_link(*index)?,
+            Thing::Firewall(part) => self.kernel.remove_firewall(part)?,
             Thing::Sysctl { path, value } => {
                 let object = Object::Sysctl { path: path.clone(), value: value.clone() };
                 self.kernel

@@ -13,6 +13,7 @@ mod wire;
 mod tests;
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE};
 use tracing::warn;
@@ -29,6 +30,7 @@ use crate::firewall::rule::{Side, Step};
 use crate::firewall::{
     Chain, ChainId, ChainPolicy, Expr, Family, Hook, Part, Rule, Ruleset, Settings, TableId,
 };
+use crate::object::Object;
 
 pub(super) use monitor::{is_commit, listen};
 
@@ -83,6 +85,21 @@ impl Firewall {
         Ok(seen)
     }
 
+    /// Everything with our mark or our names.
+    pub(super) fn ours(&mut self) -> Result<Vec<Part>, KernelError> {
+        let mut seen = match self.nftables() {
+            // No nf_tables, nothing of ours in it.
+            Err(KernelError::NoNftables) => Ruleset::default(),
+            other => other?,
+        };
+        seen.legacy = self.legacy.look(Duration::ZERO)?.0;
+        let found = crate::firewall::found(&seen).filter_map(|(_, found)| match found.object {
+            Object::Firewall(part) => Some(part),
+            _ => None,
+        });
+        Ok(found.collect())
+    }
+
     fn nftables(&mut self) -> Result<Ruleset, KernelError> {
         for _ in 0..TRIES {
             let socket = self.socket()?;
@@ -129,16 +146,12 @@ impl Firewall {
     /// The old table goes and the new one comes in one commit: no packet meets neither. Connections keep their
     /// translation, which is conntrack's.
     fn replace_table(&mut self, id: &TableId, chains: &[Chain]) -> Result<(), KernelError> {
-        let outcome = self.socket()?.commit(whole_table(id, chains), None);
-        let refused =
-            matches!(outcome, Err(KernelError::Refused(Errno(nix::libc::EINVAL | nix::libc::EOPNOTSUPP))));
-        let plain = without_random(chains);
-        if !refused || plain == *chains {
-            return outcome;
+        let socket = self.socket()?;
+        let all_of_it = commit_what_is_known(chains, |chains| socket.commit(whole_table(id, chains), None))?;
+        if !all_of_it {
+            warn!("this kernel has no masquerade with random ports; source ports are kept where they can be");
+            self.no_random = true;
         }
-        self.socket()?.commit(whole_table(id, &plain), None)?;
-        warn!("this kernel has no masquerade with random ports; source ports are kept where they can be");
-        self.no_random = true;
         Ok(())
     }
 
@@ -173,6 +186,20 @@ impl Firewall {
             self.socket = Some(NftSocket::open()?);
         }
         self.socket.as_mut().ok_or_else(|| KernelError::Socket("not open".into()))
+    }
+}
+
+/// Commits `chains`, without random source ports where the kernel refuses those; `Ok(false)` says that it did.
+fn commit_what_is_known(
+    chains: &[Chain],
+    mut commit: impl FnMut(&[Chain]) -> Result<(), KernelError>,
+) -> Result<bool, KernelError> {
+    let plain = without_random(chains);
+    match commit(chains) {
+        Err(KernelError::Refused(Errno(nix::libc::EINVAL | nix::libc::EOPNOTSUPP))) if plain != *chains => {
+            commit(&plain).map(|()| false)
+        }
+        other => other.map(|()| true),
     }
 }
 

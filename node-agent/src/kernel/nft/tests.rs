@@ -345,3 +345,70 @@ fn a_change_between_look_and_commit_is_not_written_over() {
         assert!(!sh("iptables-nft -S FORWARD").contains("-j ACCEPT"));
     });
 }
+
+#[test]
+fn random_ports_are_given_up_when_the_kernel_refuses_them_and_only_then() {
+    let table = |fully_random| {
+        let seen = Ruleset { fully_random, ..Ruleset::default() };
+        let desired = firewall::desired(&settings(), &networks(), &seen);
+        match desired.objects().next() {
+            Some((_, Object::Firewall(Part::Table { chains, .. }))) => chains.clone(),
+            other => panic!("{other:?}"),
+        }
+    };
+    let (random, plain) = (table(true), table(false));
+    let refuse = |errno: i32| {
+        let plain = plain.clone();
+        move |chains: &[Chain]| match *chains == plain {
+            true => Ok(()),
+            false => Err(KernelError::Refused(Errno(errno))),
+        }
+    };
+    assert_ne!(random, plain);
+    assert_eq!(commit_what_is_known(&random, |_| Ok(())), Ok(true));
+    assert_eq!(commit_what_is_known(&random, refuse(nix::libc::EINVAL)), Ok(false));
+    assert_eq!(commit_what_is_known(&random, refuse(nix::libc::EOPNOTSUPP)), Ok(false));
+    let busy = KernelError::Refused(Errno(nix::libc::EBUSY));
+    assert_eq!(commit_what_is_known(&random, refuse(nix::libc::EBUSY)), Err(busy));
+    // Refused for another reason: there is nothing to give up.
+    let never = KernelError::Refused(Errno(nix::libc::EINVAL));
+    assert_eq!(commit_what_is_known(&plain, |_| Err(never.clone())), Err(never.clone()));
+}
+
+#[test]
+fn nothing_of_ours_is_left_anywhere_when_we_leave_and_nothing_of_others_is_taken() {
+    in_namespace(|| {
+        let settings = Settings { legacy_period: Duration::ZERO, ..settings() };
+        let all = "nft -s list ruleset; iptables-legacy -w 5 -S; iptables-legacy -w 5 -t nat -S";
+        sh("iptables-nft -P FORWARD DROP; iptables-nft -A FORWARD -i lo -j ACCEPT
+            iptables-legacy -w 5 -P FORWARD DROP; iptables-legacy -w 5 -A FORWARD -i lo -j ACCEPT
+            iptables-legacy -w 5 -t nat -A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE
+            nft add table inet host
+            nft 'add chain inet host onward { type filter hook forward priority 5; policy drop; }'
+            nft add rule inet host onward tcp dport 22 accept comment '\"mine\"'");
+        let before = sh(all);
+        mend(&mut Firewall::default(), &settings);
+        assert_eq!(sh(all).matches("weft forward").count(), 6);
+        // Another process, which knows nothing of what the first did.
+        let mut leaving = Firewall::default();
+        let ours = leaving.ours().expect("look");
+        let names: Vec<String> = ours.iter().map(|part| part.key().to_string()).collect();
+        assert_eq!(
+            names,
+            [
+                "nftables table ip flannel-ipv4",
+                "accept rules in nftables chain ip filter FORWARD",
+                "accept rules in nftables chain inet host onward",
+                "accept rules in iptables-legacy FORWARD",
+            ]
+        );
+        for part in &ours {
+            leaving.remove(part).expect("removal");
+        }
+        assert_eq!(sh(all), before);
+        assert_eq!(leaving.ours().expect("look"), []);
+        for part in &ours {
+            leaving.remove(part).expect("what is gone is no failure");
+        }
+    });
+}

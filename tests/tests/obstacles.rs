@@ -1,6 +1,8 @@
 //! What keeps the agent from seeing or doing what it should: announcements lost, operations refused by the kernel, a
 //! wire pulled. What fails is named, waits ever longer, holds up nothing else, and goes through when it can.
 
+#![expect(clippy::print_stdout, reason = "the times that docs/faults.md shows")]
+
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};

@@ -15,7 +15,7 @@ use super::apply::{self, Indices};
 use super::nft::Firewall;
 use super::socket::{Request, RouteSocket};
 use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError, decode, encode, sysctl};
-use crate::firewall::{self, Part, Ruleset};
+use crate::firewall::{self, Ruleset};
 use crate::object::{LinkKind, Op, Route};
 
 #[derive(Debug)]
@@ -58,16 +58,6 @@ impl LinuxKernel {
             .filter_map(decode::route)
             .filter(|r| r.dst.len() == 0 && r.form.kind.is_none() && r.form.tos == 0);
         Ok(unicast.find_map(|r| r.oif))
-    }
-
-    /// What of ours is in the packet filter, whether anybody wants it or not: for leaving a host.
-    pub fn our_firewall(&mut self) -> Result<Vec<Part>, KernelError> {
-        self.firewall.ours()
-    }
-
-    /// Takes one of [`LinuxKernel::our_firewall`] out; nothing of ours there is as good.
-    pub fn remove_firewall(&mut self, part: &Part) -> Result<(), KernelError> {
-        self.firewall.remove(part)
     }
 
     /// What kind of device has this name, if any has.

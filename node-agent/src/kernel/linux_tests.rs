@@ -671,9 +671,12 @@ fn a_dump_that_races_with_changes_is_complete_or_an_error() {
                 while !over.load(std::sync::atomic::Ordering::Relaxed) {
                     for object in [&object, &bridge] {
                         let set = Op::Set { object: object.clone(), found: None };
-                        for result in
-                            apply::apply(&mut socket, &mut indices, &[set, Op::Remove(object.clone())])
-                        {
+                        for result in apply::apply(
+                            &mut socket,
+                            &mut indices,
+                            &mut Firewall::default(),
+                            &[set, Op::Remove(object.clone())],
+                        ) {
                             result.expect("the kernel takes it");
                         }
                     }

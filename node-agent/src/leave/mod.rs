@@ -31,7 +31,6 @@ use weft_shared::lease::LeaseKey;
 
 use crate::before::Before;
 use crate::config::{Config, StoreConfig};
-use crate::firewall::Part;
 use crate::kernel::{Kernel, KernelError, LinuxKernel, OwnRoute};
 use crate::lease::{EmbeddedStore, EtcdStore, LeaseStore, Released, Store};
 use crate::object::{Object, Op};
@@ -85,8 +84,6 @@ pub enum Thing {
         index: u32,
         kind: &'static str,
     },
-    /// A table of ours, or our rules in a chain of somebody else's.
-    Firewall(Part),
     Sysctl {
         path: String,
         value: String,
@@ -121,7 +118,6 @@ impl Thing {
             Self::Rules(_) => "rules",
             Self::Veth { .. } => "veth",
             Self::Device { .. } => "device",
-            Self::Firewall(_) => "firewall",
             Self::Sysctl { .. } => "sysctl",
             Self::SubnetFile(_) => "file",
             Self::Store(_) => "store",
@@ -144,7 +140,6 @@ impl fmt::Display for Thing {
             Self::Veth { name, pod: Some(pod), .. } => write!(f, "{name} of pod {pod}"),
             Self::Veth { name, pod: None, .. } => name.fmt(f),
             Self::Device { name, kind, .. } => write!(f, "{name}, {kind}"),
-            Self::Firewall(part) => part.key().fmt(f),
             Self::Sysctl { path, value } => write!(f, "{} back to {value}", path.replace('/', ".")),
             Self::Files { dir, files, .. } => match files.len() {
                 1 => write!(f, "{}: 1 file", dir.display()),
@@ -178,13 +173,9 @@ impl Plan {
             Thing::Route(route) => self.kernel.remove_route(route)?,
             Thing::Rules(object) => self.apply(Op::Remove(object.clone()))?,
             Thing::Veth { index, .. } | Thing::Device { index, .. } => self.kernel.delete_link(*index)?,
-            Thing::Firewall(part) => self.kernel.remove_firewall(part)?,
             Thing::Sysctl { path, value } => {
                 let object = Object::Sysctl { path: path.clone(), value: value.clone() };
-                self.kernel
-                    .apply(&[Op::Set { object, found: None }])
-                    .into_iter()
-                    .collect::<Result<(), _>>()?;
+                self.apply(Op::Set { object, found: None })?;
                 let file = self.before.file().to_owned();
                 self.before.forget(path).map_err(|error| LeaveError::File { path: file, error })?;
             }

@@ -49,10 +49,6 @@ pub fn survey(config: &Config, wishes: &Wishes) -> Result<Plan, LeaveError> {
             pods.join(", ")
         ));
     }
-    match kernel.our_firewall() {
-        Ok(parts) => things.extend(parts.into_iter().map(Thing::Firewall)),
-        Err(error) => stays.push(format!("what weft has in the packet filter, if anything: {error}")),
-    }
     settings(&before, &mut kernel, &mut things, &mut stays)?;
     subnet_file(config, durable.lease, &mut things, &mut stays);
     store(config, wishes, durable.public_ip, &mut things, &mut stays, &mut refusals);

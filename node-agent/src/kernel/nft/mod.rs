@@ -13,7 +13,6 @@ mod wire;
 mod tests;
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE};
 use tracing::warn;
@@ -30,7 +29,6 @@ use crate::firewall::rule::{Side, Step};
 use crate::firewall::{
     Chain, ChainId, ChainPolicy, Expr, Family, Hook, Part, Rule, Ruleset, Settings, TableId,
 };
-use crate::object::Object;
 
 pub(super) use monitor::{is_commit, listen};
 
@@ -83,21 +81,6 @@ impl Firewall {
         }
         seen.fully_random = !self.no_random;
         Ok(seen)
-    }
-
-    /// Everything with our mark or our names.
-    pub(super) fn ours(&mut self) -> Result<Vec<Part>, KernelError> {
-        let mut seen = match self.nftables() {
-            // No nf_tables, nothing of ours in it.
-            Err(KernelError::NoNftables) => Ruleset::default(),
-            other => other?,
-        };
-        seen.legacy = self.legacy.look(Duration::ZERO)?.0;
-        let found = crate::firewall::found(&seen).filter_map(|(_, found)| match found.object {
-            Object::Firewall(part) => Some(part),
-            _ => None,
-        });
-        Ok(found.collect())
     }
 
     fn nftables(&mut self) -> Result<Ruleset, KernelError> {

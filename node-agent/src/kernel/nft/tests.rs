@@ -3,6 +3,7 @@
 
 use std::process::{Command, Stdio};
 use std::thread;
+use std::time::Duration;
 
 use nix::sched::{CloneFlags, unshare};
 
@@ -391,8 +392,16 @@ fn nothing_of_ours_is_left_anywhere_when_we_leave_and_nothing_of_others_is_taken
         assert_eq!(sh(all).matches("weft forward").count(), 6);
         // Another process, which knows nothing of what the first did.
         let mut leaving = Firewall::default();
-        let ours = leaving.ours().expect("look");
-        let names: Vec<String> = ours.iter().map(|part| part.key().to_string()).collect();
+        let ours = |leaving: &mut Firewall| -> Vec<Part> {
+            let seen = leaving.look(&settings).expect("look");
+            let parts = firewall::found(&seen).filter_map(|(_, found)| match found.object {
+                Object::Firewall(part) => Some(part),
+                _ => None,
+            });
+            parts.collect()
+        };
+        let parts = ours(&mut leaving);
+        let names: Vec<String> = parts.iter().map(|part| part.key().to_string()).collect();
         assert_eq!(
             names,
             [
@@ -402,12 +411,12 @@ fn nothing_of_ours_is_left_anywhere_when_we_leave_and_nothing_of_others_is_taken
                 "accept rules in iptables-legacy FORWARD",
             ]
         );
-        for part in &ours {
+        for part in &parts {
             leaving.remove(part).expect("removal");
         }
         assert_eq!(sh(all), before);
-        assert_eq!(leaving.ours().expect("look"), []);
-        for part in &ours {
+        assert_eq!(ours(&mut leaving), []);
+        for part in &parts {
             leaving.remove(part).expect("what is gone is no failure");
         }
     });

@@ -134,6 +134,63 @@ fn a_subnet_taken_by_another_node_by_host_gw() -> Result<()> {
     taken_by_another(Backend::HostGw)
 }
 
+/// Somebody made the bridge before weft did, with a MAC of his own.
+#[test]
+fn an_adopted_bridge_comes_back_with_the_mac_its_pods_know() -> Result<()> {
+    const ADOPTED: &str = "02:00:00:00:ad:0b";
+    scenario(Spec::etcd(2, Backend::HostGw), |cluster| {
+        cluster.nodes[0].netns().ip(&format!("link add cni0 address {ADOPTED} type bridge"))?;
+        let (near, far) = cluster.pod_pair()?;
+        ping(&near.netns, far.address, 5, SECOND)?;
+        let mac = |node: &Node| -> Result<bool> {
+            Ok(query(node.netns(), "ip -json link show cni0")?[0]["address"] == ADOPTED)
+        };
+        let talks = |node: &Node| -> Result<Duration> {
+            eventually("the bridge to be back, and the pod to talk", SECOND * 5, || {
+                ping(&near.netns, far.address, 1, Duration::from_millis(200))?;
+                mac(node)
+            })
+        };
+        cluster.nodes[0].netns().ip("link delete cni0")?;
+        eprintln!("adopted bridge: back after {:?}", talks(&cluster.nodes[0])?);
+        // An agent that has never seen it knows it from the records.
+        let node = &mut cluster.nodes[0];
+        node.agent.kill()?;
+        node.netns().ip("link delete cni0")?;
+        node.agent.restart(READY)?;
+        talks(node)?;
+        Ok(())
+    })
+}
+
+/// By hand a veth gets another name, or loses our mark: it is still its pod's, and goes with it.
+#[test]
+fn a_renamed_or_regrouped_veth_does_not_escape_its_del() -> Result<()> {
+    scenario(Spec::etcd(1, Backend::HostGw), |cluster| {
+        let node = &cluster.nodes[0];
+        for (hand, mended) in [("name foreign0", "name"), ("group 77", "group")] {
+            let pod = node.pod(mended)?;
+            let veth = pod.host_veth()?;
+            let index = |name: &str| -> Result<u64> {
+                let links = query(node.netns(), &format!("ip -json link show {name}"))?;
+                links[0]["ifindex"].as_u64().context("an index")
+            };
+            let own = index(veth.as_str())?;
+            node.netns().ip(&format!("link set {veth} {hand}"))?;
+            let took = eventually("name and group to be as they were", SECOND * 5, || {
+                let links = query(node.netns(), &format!("ip -json link show {veth}"))?;
+                Ok(links[0]["ifindex"] == own && links[0]["group"] != "77")
+            })?;
+            eprintln!("veth's {mended}: mended after {took:?}");
+            pod.unwire()?;
+            let left = query(node.netns(), "ip -json link show")?;
+            ensure!(!left.iter().any(|link| link["ifindex"] == own), "the veth is left: {left:?}");
+            assert_eq!(node.status()?.pods.attachments, 0);
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn an_own_lease_deleted_by_hand_is_taken_again_at_once() -> Result<()> {
     scenario(Spec::etcd(2, Backend::Vxlan), |cluster| {

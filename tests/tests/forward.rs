@@ -37,6 +37,22 @@ const IPTABLES_HANDS: &[&str] = &[
     "iptables-nft -I FORWARD -j DROP",
 ];
 
+/// A host's own ruleset loaded anew, as `systemctl reload nftables` does it.
+const RELOAD: &str = "nft -f - <<'EOF'
+flush ruleset
+table inet host {
+    chain onward {
+        type filter hook forward priority 5; policy drop;
+        ct state invalid drop
+        ct state established accept
+    }
+}
+EOF
+";
+
+const POLICY_HANDS: &[&str] =
+    &[IPTABLES_HANDS[0], IPTABLES_HANDS[1], IPTABLES_HANDS[2], "iptables-nft -F FORWARD"];
+
 fn restore(rules: &str) -> String {
     format!("iptables-nft-restore <<'EOF'\n{rules}EOF\n")
 }
@@ -71,7 +87,7 @@ fn hosts() -> Vec<Host> {
         deadline: SECOND,
     };
     vec![
-        iptables("iptables -P FORWARD DROP", "iptables-nft -P FORWARD DROP"),
+        Host { hands: POLICY_HANDS, ..iptables("iptables -P FORWARD DROP", "iptables-nft -P FORWARD DROP") },
         Host {
             name: "iptables-legacy -P FORWARD DROP",
             close: "iptables-legacy -w 5 -P FORWARD DROP".into(),
@@ -89,7 +105,10 @@ fn hosts() -> Vec<Host> {
             "iptables-nft -A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
              iptables-nft -A FORWARD -j REJECT --reject-with icmp-host-prohibited",
         ),
-        nftables("nft chain of family inet, policy drop", "inet", nft("inet", "policy drop;", "")),
+        Host {
+            hands: &[RELOAD, "nft flush chain inet host onward"],
+            ..nftables("nft chain of family inet, policy drop", "inet", nft("inet", "policy drop;", ""))
+        },
         nftables("nft chain of family ip, policy drop", "ip", nft("ip", "policy drop;", "")),
         nftables(
             "nft chain that ends in drop",

@@ -347,6 +347,11 @@ fn a_del_without_an_agent_is_done_whenever_the_next_one_comes() -> Result<()> {
                 node.agent.wait_ready(READY)?;
                 invariant(node, &[])?;
                 assert_eq!(tombstones(node)?, 0);
+                if agent_waits {
+                    // By its word, and not because the veth was missed later.
+                    let counters = node.status()?.pods.counters;
+                    assert_eq!((counters.tombstones_drained, counters.dead_freed), (1, 0));
+                }
             }
         }
         // After: nobody was there for a long time; the pod's own namespace went as well.
@@ -356,6 +361,8 @@ fn a_del_without_an_agent_is_done_whenever_the_next_one_comes() -> Result<()> {
         dead.call.del().context("repeated")?;
         assert_eq!(tombstones(node)?, 1);
         node.agent.restart(READY)?;
+        let counters = node.status()?.pods.counters;
+        assert_eq!((counters.tombstones_drained, counters.dead_freed), (1, 0));
         invariant(node, &[kept])
     })
 }

@@ -110,7 +110,8 @@ mod tests {
         let mut again = Before::load(dir.path(), "boot-1").expect("load");
         assert_eq!(shown(&again), [(FORWARD.to_owned(), "0".to_owned(), "1".to_owned())]);
         again.note(FORWARD, "1", "3").expect("note");
-        assert_eq!(shown(&Before::load(dir.path(), "boot-1").expect("load"))[0].2, "3");
+        let wanted_now = [(FORWARD.to_owned(), "0".to_owned(), "3".to_owned())];
+        assert_eq!(shown(&Before::load(dir.path(), "boot-1").expect("load")), wanted_now);
         again.forget(FORWARD).expect("forget");
         assert!(shown(&Before::load(dir.path(), "boot-1").expect("load")).is_empty());
     }

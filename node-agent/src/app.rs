@@ -19,7 +19,7 @@ use weft_shared::netconf::EXAMPLE;
 use crate::before::Before;
 use crate::bringup::{bring_up, snapshot_file};
 use crate::config::{Config, StoreConfig};
-use crate::durable::snapshot::save_changes;
+use crate::durable::snapshot::{Pace, save_changes};
 use crate::ipam::{self, Boottime, Ipam};
 use crate::kernel::{LinuxKernel, Monitor, Remembering};
 use crate::lease::{EmbeddedStore, EtcdStore, LeaseStore, Store, StoreError, StoreHealth};
@@ -87,7 +87,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         let node = node.clone();
         move || node.serving(|serving| serving.snapshot(&store)).flatten()
     };
-    tasks.spawn(ended("snapshot", save_changes(file, current, node.changes(), stop.clone())));
+    tasks
+        .spawn(ended("snapshot", save_changes(file, Pace::default(), current, node.changes(), stop.clone())));
     let fatal = {
         let (node, config, stop) = (node.clone(), config.clone(), stop.clone());
         async move {

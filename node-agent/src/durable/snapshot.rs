@@ -23,10 +23,20 @@ use weft_shared::replace::{Survive, replace_file};
 
 /// Grows when an older agent could misread the file.
 const FORMAT: u32 = 1;
-/// Between two writes.
-const PACE: Duration = Duration::from_secs(10);
-/// Between two looks at what there is to write.
-const LOOK: Duration = Duration::from_secs(1);
+/// How often there is work at most.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    /// Between two writes.
+    pub write: Duration,
+    /// Between two looks at what there is to write.
+    pub look: Duration,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { write: Duration::from_secs(10), look: Duration::from_secs(1) }
+    }
+}
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
@@ -149,6 +159,7 @@ impl SnapshotFile {
 /// Saves what `current` gives, whenever `changes` says that it may be another, until told to stop.
 pub async fn save_changes(
     file: SnapshotFile,
+    pace: Pace,
     current: impl Fn() -> Option<Snapshot>,
     mut changes: watch::Receiver<()>,
     stop: CancellationToken,
@@ -181,7 +192,7 @@ pub async fn save_changes(
         if last_round {
             return;
         }
-        let rest = sleep(if writing { PACE } else { LOOK });
+        let rest = sleep(if writing { pace.write } else { pace.look });
         tokio::select! {
             () = async { rest.await; if !failing { let _ = changes.changed().await; } } => {}
             () = stop.cancelled() => last_round = true,
@@ -260,19 +271,25 @@ mod tests {
     /// What is to be saved, and the task that does.
     struct Saving {
         current: Arc<std::sync::Mutex<Option<Snapshot>>>,
+        looks: Arc<std::sync::atomic::AtomicUsize>,
         changes: watch::Sender<()>,
         stop: CancellationToken,
         task: tokio::task::JoinHandle<()>,
     }
 
     impl Saving {
-        fn start(file: SnapshotFile) -> Self {
+        fn start(file: SnapshotFile, pace: Duration) -> Self {
             let current = Arc::new(std::sync::Mutex::new(Some(snapshot(&[]))));
             let (changes, stop) = (watch::Sender::new(()), CancellationToken::new());
-            let read = current.clone();
-            let read = move || read.lock().expect("lock").clone();
-            let task = tokio::spawn(save_changes(file, read, changes.subscribe(), stop.clone()));
-            Self { current, changes, stop, task }
+            let looks = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+            let (read, looked) = (current.clone(), looks.clone());
+            let read = move || {
+                looked.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                read.lock().expect("lock").clone()
+            };
+            let pace = Pace { write: pace, look: Duration::ZERO };
+            let task = tokio::spawn(save_changes(file, pace, read, changes.subscribe(), stop.clone()));
+            Self { current, looks, changes, stop, task }
         }
 
         fn change(&self, peers: &[&str]) {
@@ -299,32 +316,30 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_change_is_saved_at_once_and_the_next_at_a_stop() {
+    async fn a_change_is_saved_at_once_and_the_next_after_a_while_or_at_a_stop() {
+        const PACE: Duration = Duration::from_millis(300);
         let dir = tempfile::tempdir().expect("tempdir");
         let file = SnapshotFile::in_dir(dir.path());
-        let saving = Saving::start(file.clone());
+        let saving = Saving::start(file.clone(), PACE);
         until("saved", || saved_peers(&file) == Some(0)).await;
+        let first = tokio::time::Instant::now();
         saving.change(&["10.5.2.0-24"]);
-        for _ in 0..100 {
-            tokio::task::yield_now().await;
-        }
-        assert_eq!(saved_peers(&file), Some(0), "the pace is kept");
+        until("saved again", || saved_peers(&file) == Some(1)).await;
+        assert!(first.elapsed() >= PACE / 2, "{:?}", first.elapsed());
+        saving.change(&["10.5.2.0-24", "10.5.3.0-24"]);
         saving.end().await;
-        assert_eq!(saved_peers(&file), Some(1), "nothing is lost by a clean stop");
+        assert_eq!(saved_peers(&file), Some(2), "nothing is lost by a clean stop");
     }
 
     #[tokio::test]
-    async fn a_disk_that_takes_nothing_does_not_end_it() {
+    async fn a_disk_that_takes_nothing_is_tried_again() {
         let dir = tempfile::tempdir().expect("tempdir");
         let file = SnapshotFile::in_dir(dir.path());
         fs::create_dir(&file.0).expect("a directory in its place");
-        let saving = Saving::start(file.clone());
-        for _ in 0..100 {
-            tokio::task::yield_now().await;
-        }
-        assert!(!saving.task.is_finished());
+        let saving = Saving::start(file.clone(), Duration::from_millis(5));
+        until("tried again", || saving.looks.load(std::sync::atomic::Ordering::Relaxed) > 2).await;
         fs::remove_dir(&file.0).expect("room again");
+        until("saved", || saved_peers(&file) == Some(0)).await;
         saving.end().await;
-        assert_eq!(saved_peers(&file), Some(0));
     }
 }

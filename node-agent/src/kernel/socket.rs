@@ -235,7 +235,6 @@ struct Listing {
 
 impl Listing {
     /// The outcome once the last message is in; inside it `None` when the list changed under the kernel's hands.
-    #[expect(clippy::type_complexity, reason = "not yet over, over and inconsistent, over and good")]
     fn hear(
         &mut self,
         message: NetlinkMessage<RouteNetlinkMessage>,

@@ -166,6 +166,7 @@ impl FakeKernel {
                 let found =
                     self.dump.links.get_mut(veth).ok_or_else(|| KernelError::NoDevice(veth.clone()))?;
                 found.port = port.clone();
+                found.group = VETH_GROUP;
             }
             Object::Addr { dev, addr, .. } => {
                 let old: Vec<FoundAddr> =

@@ -1,5 +1,9 @@
 //! Chooses a free subnet, as flannel does: at random among the first hundred, so that nodes that start together
 //! seldom choose the same one. Pure; cost depends on the leases taken, not on the size of the network.
+//!
+//! Subnets that were freed lately come last: peers, pods and the world's caches may still believe in their former node.
+//! Which those are, each store says as well as it can: the embedded one writes down what is freed and knows it to the
+//! day; etcd has no clock and only as much of its past as was not compacted (`etcd::history`).
 
 use weft_shared::Subnet;
 use weft_shared::lease::LeaseKey;
@@ -10,15 +14,19 @@ use super::StoreError;
 /// Free subnets looked at before one is drawn (flannel: `subnetsPerAllocation`).
 const CANDIDATES: u128 = 100;
 
-/// A key that `config` admits and that overlaps none of `taken`, whatever their lengths.
+/// A key that `config` admits and that overlaps none of `taken`, whatever their lengths; one that overlaps none of
+/// `freed` either, if there is one.
 pub fn allocate<'a>(
     config: &NetworkConfig,
     taken: impl IntoIterator<Item = &'a LeaseKey> + Clone,
+    freed: &[LeaseKey],
     random: u64,
 ) -> Result<LeaseKey, StoreError> {
     let free = |range: &Range, random: u64| {
-        let subnets = taken.clone().into_iter().flat_map(LeaseKey::subnets);
-        choose(range, subnets, random).ok_or_else(|| StoreError::Exhausted {
+        let subnets = || taken.clone().into_iter().flat_map(LeaseKey::subnets);
+        let lately = freed.iter().flat_map(LeaseKey::subnets);
+        let rested = choose(range, subnets().chain(lately), random);
+        rested.or_else(|| choose(range, subnets(), random)).ok_or_else(|| StoreError::Exhausted {
             min: range.min.to_string(),
             max: range.max.to_string(),
             len: range.subnet_len,
@@ -124,7 +132,7 @@ mod tests {
     #[test]
     fn draws_among_the_first_hundred() {
         let config = config(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#);
-        let drawn = |random| allocate(&config, &[], random).expect("free").to_string();
+        let drawn = |random| allocate(&config, &[], &[], random).expect("free").to_string();
         assert_eq!(drawn(0), "10.5.1.0-24");
         assert_eq!(drawn(99), "10.5.100.0-24");
         assert_eq!(drawn(100), "10.5.1.0-24");
@@ -135,7 +143,24 @@ mod tests {
         let mut config = config(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#);
         config.v6 = Some(range("fd00::/48", 64, "fd00:0:0:1::", "fd00:0:0:ffff::"));
         let taken = ["10.5.1.0-24&fd00:0:0:1::-64".parse().expect("key")];
-        assert_eq!(allocate(&config, &taken, 0).expect("free").to_string(), "10.5.2.0-24&fd00:0:0:2::-64");
+        assert_eq!(
+            allocate(&config, &taken, &[], 0).expect("free").to_string(),
+            "10.5.2.0-24&fd00:0:0:2::-64"
+        );
+    }
+
+    #[test]
+    fn what_was_freed_lately_comes_last() {
+        let config = config(r#"{"Network":"10.5.0.0/24","SubnetLen":26,"Backend":{"Type":"host-gw"}}"#);
+        let key = |text: &str| text.parse::<LeaseKey>().expect(text);
+        let (taken, freed) = ([key("10.5.0.64-26")], [key("10.5.0.128-26")]);
+        for random in 0..100 {
+            let drawn = |taken: &[LeaseKey]| allocate(&config, taken, &freed, random).map(|k| k.to_string());
+            assert_eq!(drawn(&taken).expect("rested"), "10.5.0.192-26");
+            let both = [taken[0], key("10.5.0.192-26")];
+            assert_eq!(drawn(&both).expect("the last one"), "10.5.0.128-26");
+            assert!(drawn(&[both[0], both[1], freed[0]]).is_err(), "taken again");
+        }
     }
 
     #[test]

@@ -41,7 +41,7 @@ macro_rules! contract {
             another_value_under_the_same_key, reservation, giving_back,
             watch_sends_a_snapshot_then_changes, watch_sees_a_lease_expire, watch_survives_malformed_entries,
             watch_ends_with_its_receiver, watch_tells_a_removal_by_hand_from_an_expiry,
-            watch_tells_of_the_configuration,
+            watch_tells_of_the_configuration, a_subnet_freed_lately_is_taken_last,
         );
     };
     (@ $fixture:ty: $($case:ident,)*) => {
@@ -493,4 +493,26 @@ pub(super) async fn watch_tells_of_the_configuration(fixture: &impl Fixture) {
     let mut late = Watching::start(fixture.store());
     late.until("the late watcher's snapshot", |w| w.snapshots == 1).await;
     assert_eq!(late.config, watching.config);
+}
+
+pub(super) async fn a_subnet_freed_lately_is_taken_last(fixture: &impl Fixture) {
+    let (store, config) = (fixture.store(), small_pool());
+    // A first node, so that a file is one that this version looks after.
+    acquire(&store, &want(&config, "192.0.2.200", Some("10.5.0.240-28"))).await;
+    fixture.put("10.5.0.32-28", &value("192.0.2.201"), Some(DAY)).await;
+    for _ in 0..20 {
+        fixture.put("10.5.0.224-28", &value("192.0.2.202"), Some(DAY)).await;
+    }
+    fixture.delete("10.5.0.32-28").await;
+    for n in 1..=12 {
+        let got = acquire(&store, &want(&config, &format!("192.0.2.{n}"), None)).await;
+        assert_ne!(got.lease.key.to_string(), "10.5.0.32-28", "while others were free");
+    }
+    let last = acquire(&store, &want(&config, "192.0.2.13", None)).await;
+    assert_eq!(last.lease.key.to_string(), "10.5.0.32-28", "before there is none");
+    // Whoever had it before gets it back, however lately that was.
+    fixture.delete("10.5.0.32-28").await;
+    fixture.delete("10.5.0.224-28").await;
+    let back = acquire(&store, &want(&config, "192.0.2.14", Some("10.5.0.32-28"))).await;
+    assert_eq!(back.lease.key.to_string(), "10.5.0.32-28");
 }

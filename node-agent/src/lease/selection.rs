@@ -38,8 +38,14 @@ pub enum Action {
     Create(LeaseKey),
 }
 
-/// The own lease again if it is usable, else the previous subnet if it is free, else a free one.
-pub fn select(entries: &[Entry], want: &AcquireRequest, random: u64) -> Result<Selection, StoreError> {
+/// The own lease again if it is usable, else the previous subnet if it is free, else a free one, best none of those that
+/// were `freed` lately.
+pub fn select(
+    entries: &[Entry],
+    want: &AcquireRequest,
+    freed: &[LeaseKey],
+    random: u64,
+) -> Result<Selection, StoreError> {
     let previous =
         want.previous.map(|key| LeaseKey { v6: key.v6.filter(|_| want.config.v6.is_some()), ..key });
     let (usable, unusable): (Vec<_>, Vec<_>) = entries
@@ -54,12 +60,21 @@ pub fn select(entries: &[Entry], want: &AcquireRequest, random: u64) -> Result<S
         return Ok(Selection { stale, action: Action::Reuse((*entry).clone()) });
     }
     let taken = entries.iter().filter(|entry| !stale.contains(entry)).map(|entry| &entry.key);
+    // One key `0.0.0.0-0` must not keep every node from joining: no node uses it.
+    let taken = taken.filter(|key| want.config.v4.network.covers(key.v4));
     let free = |key: &LeaseKey| !taken.clone().any(|taken| taken.overlaps(key));
     let key = match previous.filter(|key| want.config.admits(key)).filter(free) {
         Some(previous) => previous,
-        None => allocate(&want.config, taken, random)?,
+        None => allocate(&want.config, taken, freed, random)?,
     };
     Ok(Selection { stale, action: Action::Create(key) })
+}
+
+impl Selection {
+    /// Whether a subnet is taken that this node did not have before.
+    pub fn is_new(&self, want: &AcquireRequest) -> bool {
+        matches!(self.action, Action::Create(key) if Some(key) != want.previous)
+    }
 }
 
 /// By public IP, as flannel; or a reservation of the previous subnet that names no node.
@@ -70,11 +85,12 @@ fn is_ours(entry: &Entry, want: &AcquireRequest, previous: Option<LeaseKey>) -> 
     })
 }
 
-/// Whether an older lease of another node holds some of the same addresses.
+/// Whether an older lease of another node, inside Network, holds some of the same addresses.
 fn has_elder(entry: &Entry, entries: &[Entry], want: &AcquireRequest) -> bool {
     entries.iter().any(|other| {
         let foreign = other.attrs.as_ref().is_none_or(|a| a.public_ip != want.attrs.public_ip);
-        foreign && other.create_revision < entry.create_revision && other.key.overlaps(&entry.key)
+        let elder = other.create_revision < entry.create_revision && other.key.overlaps(&entry.key);
+        foreign && elder && want.config.v4.network.covers(other.key.v4)
     })
 }
 
@@ -207,7 +223,7 @@ mod tests {
     }
 
     fn reuse_or_create(entries: &[Entry], previous: Option<&str>) -> (bool, String, usize) {
-        let selection = select(entries, &want(previous), 0).expect("a subnet");
+        let selection = select(entries, &want(previous), &[], 0).expect("a subnet");
         match selection.action {
             Action::Reuse(entry) => (true, entry.key.to_string(), selection.stale.len()),
             Action::Create(key) => (false, key.to_string(), selection.stale.len()),
@@ -254,6 +270,21 @@ mod tests {
         assert_eq!(reuse_or_create(&[own.clone(), elder], None), (false, "10.5.1.0-24".into(), 1));
         let younger = entry("10.5.9.0-24&fd00:0:0:a::-64", "192.0.2.2", 6);
         assert_eq!(reuse_or_create(&[own, younger], None), (true, "10.5.9.0-24".into(), 0));
+    }
+
+    #[test]
+    fn an_entry_beyond_the_network_takes_nothing() {
+        let everything = entry("0.0.0.0-0", "192.0.2.9", 1);
+        let own = entry("10.5.9.0-24", "192.0.2.1", 5);
+        assert_eq!(
+            reuse_or_create(std::slice::from_ref(&everything), None),
+            (false, "10.5.1.0-24".into(), 0)
+        );
+        assert_eq!(
+            reuse_or_create(std::slice::from_ref(&everything), Some("10.5.8.0-24")),
+            (false, "10.5.8.0-24".into(), 0)
+        );
+        assert_eq!(reuse_or_create(&[everything, own], None), (true, "10.5.9.0-24".into(), 0));
     }
 
     #[test]

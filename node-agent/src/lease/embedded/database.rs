@@ -166,6 +166,26 @@ impl Database {
         }
     }
 
+    /// From now on, whoever removes a lease. Files of earlier versions do not do that yet.
+    pub(super) fn write_down_what_is_freed(&self) -> Result<(), StoreError> {
+        self.batch(
+            "CREATE TABLE IF NOT EXISTS freed (key TEXT PRIMARY KEY, at INTEGER NOT NULL); -- Unix seconds
+             CREATE TRIGGER IF NOT EXISTS freed AFTER DELETE ON leases BEGIN
+                 INSERT OR REPLACE INTO freed VALUES (OLD.key, CAST(strftime('%s', 'now') AS INTEGER));
+             END;",
+        )
+    }
+
+    /// Subnets that were leased within the last day, some of which may be leased again; older notes are thrown away.
+    pub(super) fn freed_lately(&self, now: SystemTime) -> Result<Vec<LeaseKey>, StoreError> {
+        let day_ago = (to_ms(now) / 1000).saturating_sub(86_400);
+        self.sql(|c| c.execute("DELETE FROM freed WHERE at < ?1", [day_ago]))?;
+        let keys: Vec<String> = self.sql(|c| {
+            c.prepare("SELECT key FROM freed ORDER BY key")?.query_map([], |row| row.get(0))?.collect()
+        })?;
+        Ok(keys.iter().filter_map(|key| key.parse().ok()).collect())
+    }
+
     fn next_revision(&self) -> Result<u64, StoreError> {
         self.sql(|c| {
             c.query_row("UPDATE store SET revision = revision + 1 RETURNING revision", [], |row| {

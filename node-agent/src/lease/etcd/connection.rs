@@ -172,14 +172,15 @@ impl Connection {
         }
         let mut refused = None;
         let mut reasons = Vec::new();
+        let mut about_tls = false;
         while let Some(joined) = probes.join_next().await {
             let Ok((url, result)) = joined else { continue };
             match result {
                 Ok(Ok(client)) => return Ok(client),
                 Ok(Err(error)) => match self.error(&error) {
                     StoreError::Unavailable { reason, .. } => {
-                        let hint = if is_about_tls(&error) { TLS_HINT } else { "" };
-                        reasons.push(format!("{url}: {reason}{hint}"));
+                        about_tls |= url.starts_with("https:") && was_reached(&error);
+                        reasons.push(format!("{url}: {reason}"));
                     }
                     // A probe says who it is and reads one key: nothing else can be invalid about it.
                     StoreError::Refused { location, reason }
@@ -194,7 +195,9 @@ impl Connection {
             }
         }
         reasons.sort();
-        let reason = format!("{}; expected etcd v3 there, as --etcd-endpoints says", reasons.join("; "));
+        let hint = if about_tls { TLS_HINT } else { "" };
+        let reason =
+            format!("{}; expected etcd v3 there, as --etcd-endpoints says{hint}", reasons.join("; "));
         Err(refused.unwrap_or(StoreError::Unavailable { location: self.location.clone(), reason }))
     }
 }
@@ -243,7 +246,7 @@ const UNAUTHENTICATED: i32 = 16;
 
 const LOGIN_HINT: &str = "; expected --etcd-username and --etcd-password of a user of this store";
 const TLS_HINT: &str =
-    " (certificates: --etcd-cafile for the server's, --etcd-certfile and --etcd-keyfile for ours)";
+    ", and certificates that both sides accept (--etcd-cafile; --etcd-certfile and --etcd-keyfile)";
 
 fn code_of(error: &Error) -> Option<i32> {
     match error {
@@ -252,16 +255,22 @@ fn code_of(error: &Error) -> Option<i32> {
     }
 }
 
-/// Whether one of the two did not like the other's certificate: rustls' complaints arrive as data that is invalid.
-fn is_about_tls(error: &Error) -> bool {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    std::iter::from_fn(|| {
+/// Whether the other side was there, and yet there is no connection. With TLS that is about certificates: a server that
+/// does not like ours closes the connection, often without a word that arrives (RFC 8446, section 4.4.2.4).
+fn was_reached(error: &Error) -> bool {
+    use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut};
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = match error {
+        Error::GRpcStatus(status) => Some(status),
+        Error::TransportError(error) => Some(error),
+        other => Some(other),
+    };
+    let causes = std::iter::from_fn(|| {
         let this = cause?;
         cause = this.source();
         Some(this)
-    })
-    .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
-    .any(|error| error.kind() == std::io::ErrorKind::InvalidData)
+    });
+    let unreached = [ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut];
+    !causes.filter_map(|cause| cause.downcast_ref::<std::io::Error>()).any(|e| unreached.contains(&e.kind()))
 }
 
 /// What etcd says when it answers and does not want: credentials, permissions, a full disk. Everything else is worth

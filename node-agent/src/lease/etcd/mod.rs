@@ -7,6 +7,7 @@
 mod config;
 mod connection;
 mod departure;
+mod history;
 mod own;
 mod watch;
 

@@ -11,7 +11,7 @@ use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
 use super::super::backoff::{Backoff, random};
 use super::super::selection::{Action, Entry, select};
 use super::super::{AcquireRequest, OwnedLease, Released, StoreError};
-use super::EtcdStore;
+use super::{EtcdStore, history};
 
 /// Races lost in a row before the caller hears of it.
 const ATTEMPTS: u32 = 16;
@@ -22,10 +22,10 @@ const ATTEMPTS: u32 = 16;
 /// ours and has to give way; there is no need to read again.
 pub(super) async fn acquire(store: &EtcdStore, want: &AcquireRequest) -> Result<OwnedLease, StoreError> {
     let mut backoff = Backoff::new(Duration::from_millis(4), Duration::from_millis(250));
-    let mut grant = None;
+    let (mut grant, mut freed) = (None, None);
     let mut result = Err(StoreError::Contended(ATTEMPTS));
     for _ in 0..ATTEMPTS {
-        match attempt(store, want, &mut grant).await {
+        match attempt(store, want, &mut grant, &mut freed).await {
             Ok(Some(owned)) => result = Ok(owned),
             Ok(None) => {
                 sleep(backoff.wait()).await;
@@ -167,9 +167,17 @@ async fn attempt(
     store: &EtcdStore,
     want: &AcquireRequest,
     grant: &mut Option<Grant>,
+    freed: &mut Option<Vec<LeaseKey>>,
 ) -> Result<Option<OwnedLease>, StoreError> {
     let world = store.read().await?;
-    let selection = select(&world.entries, want, random())?;
+    let mut selection = select(&world.entries, want, &[], random())?;
+    if selection.is_new(want) {
+        let freed = match freed {
+            Some(freed) => &*freed,
+            slot => &*slot.insert(history::freed_lately(store, &world).await),
+        };
+        selection = select(&world.entries, want, freed, random())?;
+    }
 
     let mut compares = Vec::new();
     let mut ops = Vec::new();

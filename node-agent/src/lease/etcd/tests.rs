@@ -145,18 +145,21 @@ impl Server {
         text.lines().filter(|line| !line.starts_with("found")).count()
     }
 
-    /// Reads that the server has been asked for, by its own count (`grpc_server_started_total`).
+    /// Reads that the server has been asked for, by its own count.
     fn range_requests(&self) -> u64 {
+        self.counted("grpc_server_started_total", "Range")
+    }
+
+    fn counted(&self, figure: &str, method: &str) -> u64 {
         use std::io::{Read, Write};
         let mut stream = std::net::TcpStream::connect(("127.0.0.1", self.client)).expect("connect");
         stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").expect("ask");
         let mut text = String::new();
         stream.read_to_string(&mut text).expect("metrics");
-        let counts =
-            text.lines().filter(|l| l.starts_with("grpc_server_started_total{grpc_method=\"Range\""));
+        let counts = text.lines().filter(|l| l.starts_with(&format!("{figure}{{grpc_method=\"{method}\"")));
         let counts: Vec<u64> = counts.filter_map(|l| l.rsplit(' ').next()?.parse().ok()).collect();
-        assert_eq!(counts.len(), 1, "{text}");
-        counts[0]
+        assert!(!counts.is_empty(), "{text}");
+        counts.iter().sum()
     }
 
     fn revision(&self) -> String {
@@ -576,6 +579,30 @@ async fn a_healthy_watch_is_checked_from_time_to_time() {
     assert_eq!(watching.health.borrow().relists, 0, "nothing was wrong");
     server.put("10.5.0.16-28", &value("192.0.2.1"), None).await;
     watching.until("a lease", |w| w.world.len() == 1).await;
+}
+
+#[tokio::test]
+async fn a_quiet_watch_is_asked_where_it_stands() {
+    use nix::sys::signal::{Signal, kill};
+    let server = Server::started().await;
+    let mut watching = Watching::start(server.store().with_quiet(Duration::from_millis(100)));
+    watching.until("the snapshot", |w| w.snapshots == 1).await;
+    let deadline = Instant::now() + PATIENCE;
+    // Two watches are asked for, the rest are questions.
+    while server.counted("grpc_server_msg_received_total", "Watch") < 7 {
+        assert!(Instant::now() < deadline, "it is not asked");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!((watching.health.borrow().relists, watching.snapshots), (0, 1), "nothing was wrong");
+    // One that does not answer is no healthy watch, long before the connection is given up (10 s and 4 s).
+    let pid = nix::unistd::Pid::from_raw(server.child.as_ref().expect("runs").id() as i32);
+    kill(pid, Signal::SIGSTOP).expect("stop");
+    let start = Instant::now();
+    watching.until_health("away", |health| !health.connected).await;
+    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    kill(pid, Signal::SIGCONT).expect("continue");
+    watching.until("the next snapshot", |w| w.snapshots == 2).await;
+    watching.until_health("connected", |health| health.connected).await;
 }
 
 #[tokio::test]

@@ -149,7 +149,7 @@ impl Watcher<'_> {
                     error = self.store.connection.given_up(&live) => return Err(End::Broken(error)),
                     () = self.updates.closed() => return Err(End::ReceiverGone),
                     () = sleep_until(relist_at) => return Err(End::Due),
-                    response = timeout(if asked { ANSWER } else { self.store.quiet }, stream.message()) => response,
+                    response = timeout(if asked { ANSWER.min(self.store.quiet) } else { self.store.quiet }, stream.message()) => response,
                 };
                 let Ok(response) = response else {
                     if std::mem::replace(&mut asked, true) {

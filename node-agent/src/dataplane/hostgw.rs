@@ -91,6 +91,7 @@ mod tests {
                 addr: Ipv4Addr::new(192, 0, 2, 1),
                 mtu: 1500,
                 public_ip: Ipv4Addr::new(192, 0, 2, 1),
+                broadcast: Some(Ipv4Addr::new(192, 0, 2, 255)),
                 chosen_by: "a test".into(),
             },
             on_link: on_link.iter().map(|ip| ip.parse().expect("ip")).collect(),
@@ -116,6 +117,16 @@ mod tests {
         let route = Route::via("192.0.2.2".parse().expect("ip"), &"eth0".parse().expect("name"), false);
         assert_eq!(objects, [Object::Route { dst: "10.5.2.0/24".parse().expect("net"), route }]);
         assert_eq!(served.peers[&peers[0].key].problem, None);
+    }
+
+    #[test]
+    fn nobody_has_the_broadcast_address() {
+        let value = r#"{"PublicIP":"192.0.2.255","PublicIPv6":null,"BackendType":"host-gw"}"#;
+        let peers = [peer("10.5.2.0-24", value)];
+        let refused = Backend::HostGw(HostGw).desired(&local(&["192.0.2.255"]), &peers);
+        assert_eq!(refused.desired.objects().count(), 0);
+        let problem = "PublicIP = 192.0.2.255: expected a node's address, not eth0's broadcast one";
+        assert_eq!(refused.peers[&peers[0].key].problem.as_deref(), Some(problem));
     }
 
     #[test]

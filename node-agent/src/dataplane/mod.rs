@@ -94,12 +94,22 @@ impl Backend {
         }
     }
 
-    /// What should be in the kernel for these leases. A lease of another backend's is refused here, for all of them.
+    /// What should be in the kernel for these leases. A lease of another backend's, or of an address that is no
+    /// station's, is refused here, for all of them.
     pub fn desired(&self, local: &LocalNode, peers: &[Lease]) -> Wanted {
         let plane = self.plane();
         let (same, other): (Vec<_>, Vec<_>) =
             peers.iter().partition(|p| p.attrs.backend_type == plane.kind());
+        let (broadcast, same): (Vec<_>, Vec<_>) =
+            same.into_iter().partition(|p| Some(p.attrs.public_ip) == local.underlay.broadcast);
         let mut wanted = plane.desired(local, &same);
+        for peer in broadcast {
+            let (ip, dev) = (peer.attrs.public_ip, &local.underlay.iface);
+            wanted.refuse(
+                peer,
+                format!("PublicIP = {ip}: expected a node's address, not {dev}'s broadcast one"),
+            );
+        }
         for peer in other {
             let (theirs, ours) = (&peer.attrs.backend_type, plane.kind());
             wanted.refuse(peer, format!("BackendType = {theirs:?}: expected {ours:?}, this node's"));

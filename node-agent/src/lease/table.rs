@@ -212,6 +212,7 @@ impl LeaseTable {
         // Sane leases have the network's own length, so to overlap is to be equal in one family.
         sane.sort_by_key(|(key, lease)| (lease.create_revision, **key));
         let mut holders: BTreeMap<Subnet, &LeaseKey> = BTreeMap::new();
+        let mut addresses: BTreeMap<Ipv4Addr, &LeaseKey> = BTreeMap::new();
         let mut claimed: BTreeSet<Claim> = BTreeSet::new();
         for (key, lease) in sane {
             if !self.expired.is_empty() {
@@ -222,7 +223,16 @@ impl LeaseTable {
                 judged.refuse(key, format!("overlaps {elder}, which is older: expected a subnet of its own"));
                 continue;
             }
+            let ip = lease.attrs.public_ip;
+            if let Some(elder) = addresses.get(&ip) {
+                let reason = format!(
+                    "PublicIP = {ip}: expected an address of its own, {elder}, which is older, has it"
+                );
+                judged.refuse(key, reason);
+                continue;
+            }
             holders.extend(lease.key.subnets().map(|subnet| (subnet, key)));
+            addresses.insert(ip, key);
             match self.clash_with_own(&lease) {
                 Some(Clash::Same) => {}
                 Some(Clash::With(reason)) => judged.refuse(key, reason),

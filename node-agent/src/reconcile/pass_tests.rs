@@ -23,6 +23,7 @@ fn inputs(config: &str, peers: &[(&str, &str)]) -> Inputs {
         addr: "192.0.2.1".parse().expect("ip"),
         mtu: 0,
         public_ip: "192.0.2.1".parse().expect("ip"),
+        broadcast: None,
         chosen_by: "a test".into(),
     };
     let node = NodeInputs {

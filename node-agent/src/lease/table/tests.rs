@@ -89,6 +89,23 @@ fn the_own_lease_is_no_peer_and_nothing_takes_its_addresses() {
 }
 
 #[test]
+fn of_two_leases_with_one_public_ip_the_elder_is_used_on_every_node() {
+    let (elder, twin) = (lease("10.5.8.0-24", "192.0.2.1", 5), lease("10.5.1.0-24", "192.0.2.1", 6));
+    let other = lease("10.5.2.0-24", "192.0.2.2", 7);
+    let mut verdicts = Vec::new();
+    for own in [None, Some(&elder), Some(&other)] {
+        let mut table = table_of(config());
+        table.set_own(own);
+        table.apply(snapshot(&[elder.clone(), twin.clone(), other.clone()], &[]), now());
+        assert!(!peers(&table).contains(&"10.5.1.0-24 192.0.2.1".to_owned()));
+        verdicts.push(table.refused());
+    }
+    let reason = "PublicIP = 192.0.2.1: expected an address of its own, 10.5.8.0-24, which is older, has it";
+    assert_eq!(verdicts[0], [RefusedLease { key: "10.5.1.0-24".into(), reason: reason.into() }]);
+    assert!(verdicts.iter().all(|verdict| *verdict == verdicts[0]), "{verdicts:?}");
+}
+
+#[test]
 fn bad_leases_are_refused_by_key_value_and_expectation() {
     let mut table = table_of(dual_stack());
     for (key, ip, reason) in [

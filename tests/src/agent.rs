@@ -110,6 +110,16 @@ impl Agent {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
+    /// The value of a figure of `/metrics`, by its name with labels.
+    pub fn metric(&self, name: &str) -> Result<f64> {
+        let mut stream = UnixStream::connect(self.admin_socket())?;
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.with_context(|| format!("no {name} in {text}"))?.parse().context(name.to_owned())
+    }
+
     /// Whether somebody listens at its admin socket; asked of an agent that another process started.
     pub fn is_listening(&self) -> bool {
         UnixStream::connect(self.admin_socket()).is_ok()

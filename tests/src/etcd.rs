@@ -4,7 +4,9 @@
 mod member;
 mod security;
 
+use std::ffi::{OsStr, OsString};
 use std::net::Ipv4Addr;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -107,12 +109,14 @@ impl Etcd {
         bail!("no member says that it leads")
     }
 
-    /// `etcdctl` in the underlay: an independent reader and writer.
-    pub fn ctl(&self, args: &[&str]) -> Result<String> {
-        self.ctl_at(&self.endpoint(), args)
+    /// `etcdctl` in the underlay, at the members that run: an independent reader and writer.
+    pub fn ctl<A: AsRef<OsStr>>(&self, args: &[A]) -> Result<String> {
+        let running = self.members.iter().filter(|m| m.is_running());
+        let urls: Vec<String> = running.map(|m| m.client_url(&self.security)).collect();
+        self.ctl_at(&urls.join(","), args)
     }
 
-    pub fn ctl_at(&self, endpoints: &str, args: &[&str]) -> Result<String> {
+    pub fn ctl_at<A: AsRef<OsStr>>(&self, endpoints: &str, args: &[A]) -> Result<String> {
         let mut command = Command::new("etcdctl");
         command.env_remove("ETCDCTL_ENDPOINTS").env("ETCDCTL_API", "3");
         command.args(["--endpoints", endpoints, "--dial-timeout=2s", "--command-timeout=3s"]);
@@ -132,14 +136,19 @@ impl Etcd {
         Ok(keys.lines().filter_map(|line| line.strip_prefix(&prefix)).map(str::to_owned).collect())
     }
 
-    /// Writes an entry below the leases' prefix that never expires.
-    pub fn put_lease(&self, key: &str, value: &str) -> Result<()> {
-        self.ctl(&["put", "--", &format!("{PREFIX}/subnets/{key}"), value])?;
+    /// Writes an entry below the leases' prefix that never expires. Any bytes will do.
+    pub fn put_entry(&self, key: &[u8], value: &[u8]) -> Result<()> {
+        self.ctl(&[OsStr::new("put"), OsStr::new("--"), &lease_path(key), OsStr::from_bytes(value)])?;
         Ok(())
     }
 
     pub fn delete_lease(&self, key: &str) -> Result<()> {
-        self.ctl(&["del", &format!("{PREFIX}/subnets/{key}")])?;
+        self.delete_entry(key.as_bytes())
+    }
+
+    /// The same for whatever key.
+    pub fn delete_entry(&self, key: &[u8]) -> Result<()> {
+        self.ctl(&[OsStr::new("del"), &lease_path(key)])?;
         Ok(())
     }
 
@@ -192,4 +201,8 @@ impl Etcd {
     pub fn detach(mut self) {
         self.members.iter_mut().for_each(Member::detach);
     }
+}
+
+fn lease_path(key: &[u8]) -> OsString {
+    OsString::from_vec([PREFIX.as_bytes(), b"/subnets/", key].concat())
 }

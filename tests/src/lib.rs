@@ -20,6 +20,7 @@ pub mod firewall;
 pub mod host;
 pub mod kernel;
 pub mod lab;
+pub mod monitor;
 pub mod netns;
 pub mod node;
 pub mod packet;

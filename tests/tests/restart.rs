@@ -1,14 +1,11 @@
 //! The agent may die at any moment: packets, connections, addresses and everything that is right in the kernel stay.
 
-use std::io::{BufRead as _, BufReader};
-use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use e2e::cluster::{Backend, READY, Spec, scenario};
 use e2e::kernel::{KernelView, indexes};
+use e2e::monitor::Monitor;
 use e2e::netns::Netns;
 use e2e::random::Random;
 use e2e::traffic::datagrams::Stream;
@@ -74,15 +71,15 @@ fn a_restart_changes_nothing_that_is_right() -> Result<()> {
             ping(&near.netns, far.address, 5, SECOND)?;
             let node = &mut cluster.nodes[0];
             let before = (KernelView::of(node.netns())?, indexes(node.netns())?);
-            let watchers = [Watcher::start(node.netns(), "ip")?, Watcher::start(node.netns(), "bridge")?];
+            let monitors = [Monitor::start(node.netns(), "ip")?, Monitor::start(node.netns(), "bridge")?];
             node.agent.kill()?;
             node.agent.restart(READY)?;
             node.wait_peers(1, READY)?;
             let after = (KernelView::of(node.netns())?, indexes(node.netns())?);
             assert_eq!(before.0.difference(&after.0), "", "{}", backend.kind());
             assert_eq!(before.1, after.1, "a device was made anew");
-            for watcher in watchers {
-                assert_eq!(watcher.events(node.netns())?, Vec::<String>::new(), "{}", backend.kind());
+            for monitor in monitors {
+                assert_eq!(monitor.events(node.netns())?, Vec::<String>::new(), "{}", backend.kind());
             }
             ping(&near.netns, far.address, 5, SECOND)?;
             Ok(())
@@ -161,80 +158,4 @@ fn holds(netns: &Netns, subnet: &str) -> Result<bool> {
         .objects
         .iter()
         .any(|o| !o.starts_with("address") && o.contains(&format!("\"{network}"))))
-}
-
-/// `ip monitor` or `bridge monitor` in a node. What it prints in the end is closed off by an entry made for that.
-struct Watcher {
-    tool: &'static str,
-    child: Child,
-    lines: Arc<Mutex<Vec<String>>>,
-}
-
-impl Watcher {
-    /// The address of the last event that is waited for.
-    const SENTINEL: &str = "02:00:5e:00:00:fe";
-
-    fn start(netns: &Netns, tool: &'static str) -> Result<Self> {
-        let mut command = Command::new(tool);
-        let objects: &[&str] = if tool == "ip" { &["link", "address", "route", "neigh"] } else { &["fdb"] };
-        command.arg("monitor").args(objects).stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut child = netns.spawn(&mut command)?;
-        let stdout = child.stdout.take().context("stdout of the monitor")?;
-        let lines = Arc::new(Mutex::new(Vec::new()));
-        thread::spawn({
-            let lines = Arc::clone(&lines);
-            move || {
-                for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                    lines.lock().unwrap_or_else(PoisonError::into_inner).push(line);
-                }
-            }
-        });
-        let watcher = Self { tool, child, lines };
-        // It listens once it reports a change made for it.
-        eventually(&format!("{tool} monitor to listen"), SECOND * 5, || {
-            watcher.mark(netns)?;
-            Ok(watcher.seen() > 0)
-        })?;
-        Ok(watcher)
-    }
-
-    /// Everything that concerns the overlay since the start.
-    fn events(mut self, netns: &Netns) -> Result<Vec<String>> {
-        let marks = self.seen();
-        self.mark(netns)?;
-        eventually("the last event", SECOND * 5, || Ok(self.seen() > marks))?;
-        self.child.kill()?;
-        self.child.wait()?;
-        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-        let ours = |line: &&String| {
-            ["flannel", "cni0", "veth"].iter().any(|device| line.contains(device)) && !is_dynamic(line)
-        };
-        Ok(lines.iter().filter(ours).cloned().collect())
-    }
-
-    fn seen(&self) -> usize {
-        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-        lines.iter().filter(|line| line.contains(Self::SENTINEL)).count()
-    }
-
-    /// An entry on the underlay's interface that is none of the agent's business, made and taken away.
-    fn mark(&self, netns: &Netns) -> Result<()> {
-        let change = |verb: &str| match self.tool {
-            "ip" => {
-                let words = if verb == "add" { "lladdr 02:00:5e:00:00:fe nud permanent" } else { "" };
-                netns.ip(&format!("neighbor {verb} 192.168.77.254 {words} dev eth0"))
-            }
-            "bridge" => netns.bridge(&format!("fdb {verb} {} dev eth0", Self::SENTINEL)),
-            other => bail!("no monitor {other}"),
-        };
-        change("add")?;
-        change("del")?;
-        Ok(())
-    }
-}
-
-/// Neighbours that the kernel learns and ages, on the bridge towards the pods and among learned addresses.
-fn is_dynamic(line: &str) -> bool {
-    ["REACHABLE", "STALE", "DELAY", "PROBE", "FAILED", "INCOMPLETE"].iter().any(|state| line.contains(state))
-        || line.contains("master cni0") && !line.contains("permanent")
 }

@@ -60,6 +60,10 @@ impl Member {
         format!("http://{}:{PEER_PORT}", self.address)
     }
 
+    pub fn is_running(&self) -> bool {
+        self.child.is_some()
+    }
+
     /// `kill -9`.
     pub fn kill(&mut self) -> Result<()> {
         if let Some(mut child) = self.child.take() {

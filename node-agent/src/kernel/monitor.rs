@@ -82,7 +82,10 @@ impl Monitor {
         let monitor = Self { stop: Arc::default(), neighbours: Arc::default(), overruns: Arc::default() };
         // A kernel without nf_tables has nothing to announce either; the look at it says so.
         if let Ok(packet_filter) = nft::listen() {
-            monitor.hear("nftables-monitor", packet_filter, wake.clone(), nft::is_commit)?;
+            let mut commit = nft::Commit::default();
+            monitor.hear("nftables-monitor", packet_filter, wake.clone(), move |datagram| {
+                commit.heard(datagram)
+            })?;
         }
         let neighbours = monitor.neighbours.clone();
         monitor.hear("netlink-monitor", socket, wake, move |datagram| {
@@ -97,7 +100,7 @@ impl Monitor {
         name: &'static str,
         socket: Socket,
         wake: Wake,
-        matters: impl Fn(&[u8]) -> bool + Send + 'static,
+        mut matters: impl FnMut(&[u8]) -> bool + Send + 'static,
     ) -> Result<(), KernelError> {
         let _ = socket.set_rx_buf_sz(RECEIVE_BUFFER);
         receive_timeout(&socket, CHECK_SECONDS)?;

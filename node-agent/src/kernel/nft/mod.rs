@@ -30,7 +30,7 @@ use crate::firewall::{
     Chain, ChainId, ChainPolicy, Expr, Family, Hook, Part, Rule, Ruleset, Settings, TableId,
 };
 
-pub(super) use monitor::{is_commit, listen};
+pub(super) use monitor::{Commit, listen};
 
 /// Looks until one is not overtaken by a commit.
 const TRIES: u32 = 10;

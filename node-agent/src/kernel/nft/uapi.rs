@@ -8,6 +8,7 @@ pub(super) const GET_TABLE: u16 = SUBSYSTEM | 1;
 pub(super) const DEL_TABLE: u16 = SUBSYSTEM | 2;
 pub(super) const NEW_CHAIN: u16 = SUBSYSTEM | 3;
 pub(super) const GET_CHAIN: u16 = SUBSYSTEM | 4;
+pub(super) const DEL_CHAIN: u16 = SUBSYSTEM | 5;
 pub(super) const NEW_RULE: u16 = SUBSYSTEM | 6;
 pub(super) const GET_RULE: u16 = SUBSYSTEM | 7;
 pub(super) const DEL_RULE: u16 = SUBSYSTEM | 8;

@@ -18,6 +18,7 @@ use e2e::pod::Pod;
 use e2e::traffic::echo::ping;
 use e2e::wait::eventually;
 use nix::sys::signal::Signal;
+use weft_shared::names::VETH_GROUP;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -39,8 +40,9 @@ const PODS: &[Fault] = &[
     ("bridge that floods everything", &["link set cni0 type bridge ageing_time 0"]),
     ("bridge renamed", &["link set cni0 name foreign0"]),
     (
-        "bridge renamed, and a foreign one in its place",
-        &["link set cni0 name foreign0", "link add cni0 type bridge", "link delete foreign0"],
+        // With our group, for one without it counts as adopted and stays unmarked.
+        "bridge renamed, and another one in its place",
+        &["link set cni0 name foreign0", "link add cni0 group GROUP type bridge", "link delete foreign0"],
     ),
     ("gateway address deleted", &["address delete GATEWAY/24 dev cni0"]),
     ("gateway addresses flushed", &["address flush dev cni0 scope global"]),
@@ -210,6 +212,7 @@ impl<'a> Target<'a> {
             ("OWN_SUBNET", own.to_string()),
             ("OWN_NODE", node.net.address.to_string()),
             ("GATEWAY", own.gateway().to_string()),
+            ("GROUP", VETH_GROUP.to_string()),
             ("PORT", pod.host_veth()?.to_string()),
         ];
         Ok(Self { netns: node.netns(), switch: &cluster.underlay.netns, words: words.into() })

@@ -248,7 +248,7 @@ fn a_node_full_of_foreign_things(backend: Backend) -> Result<()> {
         // A peer whose subnet has a foreign route already, with everything that a peer brings, comes and goes.
         let data = r#""BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:77"}"#;
         let value = format!(
-            r#"{{"PublicIP":"192.168.77.12","PublicIPv6":null,"BackendType":"{}",{data}}}"#,
+            r#"{{"PublicIP":"192.168.77.99","PublicIPv6":null,"BackendType":"{}",{data}}}"#,
             backend.kind()
         );
         cluster.etcd()?.ctl(&["put", "/coreos.com/network/subnets/10.5.200.0-24", &value])?;

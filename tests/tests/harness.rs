@@ -89,7 +89,7 @@ fn a_view_of_the_kernel_names_what_changed() -> Result<()> {
     assert_eq!(before.difference(&KernelView::of(&first.netns)?), "");
     for (change, word) in [
         ("link set eth0 mtu 1400", "1400"),
-        ("address add 10.1.1.1/32 dev eth0", "10.1.1.1/32"),
+        ("address add 10.1.1.1/32 dev eth0", r#""local":"10.1.1.1","prefixlen":32"#),
         ("route add 10.2.0.0/16 via 192.168.77.1", "10.2.0.0/16"),
         ("neighbor add 192.168.77.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent", "02:00:00:00:00:09"),
     ] {

@@ -2,9 +2,7 @@
 //! the effectful sides meet.
 
 use std::fs::DirBuilder;
-use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use weft_shared::netconf::EXAMPLE;
 
+use crate::alone;
 use crate::before::Before;
 use crate::bringup::{bring_up, snapshot_file};
 use crate::config::{Config, StoreConfig};
@@ -36,6 +35,10 @@ const DRAIN: Duration = Duration::from_secs(8);
 /// Runs until `stop`; the kernel stays as it is, so that pods go on and the next agent finds everything.
 pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     info!(version = env!("CARGO_PKG_VERSION"), node = %config.node_name, "weftd starts");
+    // Before anything is made or written that another agent may be using.
+    let place = alone::take_place().context("the name that keeps a second weftd out")?;
+    let _place = place
+        .context("another weftd runs in this network namespace: stop it first (systemctl stop weftd)")?;
     let config = Arc::new(config);
     // Records and sockets in it are nobody else's business.
     DirBuilder::new().recursive(true).mode(0o700).create(&config.run_dir).with_context(|| {
@@ -45,7 +48,6 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     if store.one_machine_only() {
         warn!("the embedded store serves the agents of one machine only");
     }
-    let _only = only_agent_here()?;
     let kernel = LinuxKernel::open().context("a netlink socket cannot be opened")?;
     let before = weft_shared::tombstone::boot_id().and_then(|boot| Before::load(&config.run_dir, &boot));
     let before = before.with_context(|| format!("--run-dir = {}", config.run_dir.display()))?;
@@ -114,20 +116,6 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     reconcile.stop();
     info!("weftd stops; devices, routes and addresses stay");
     result
-}
-
-/// Two agents in one network namespace would mend each other's work for ever. An abstract socket's name (unix(7)) is
-/// taken per network namespace and goes with the process.
-pub(crate) fn only_agent_here() -> anyhow::Result<UnixDatagram> {
-    let name = SocketAddr::from_abstract_name("weftd")?;
-    match UnixDatagram::bind_addr(&name) {
-        Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {
-            anyhow::bail!(
-                "another weftd runs in this network namespace: stop it first (systemctl stop weftd)"
-            )
-        }
-        other => other.context("the name that keeps a second weftd out"),
-    }
 }
 
 async fn ended<T>(name: &'static str, task: impl Future<Output = T>) -> &'static str {

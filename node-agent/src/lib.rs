@@ -9,6 +9,7 @@
 //! `lease::{table, allocator}`, `ipam::{pool, table}`, `dataplane` and `reconcile::plan` do no I/O; only `app` and
 //! what it composes (`node`, `bringup`) see both sides.
 
+mod alone;
 pub mod app;
 pub mod before;
 pub mod bringup;

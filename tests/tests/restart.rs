@@ -1,5 +1,7 @@
 //! The agent may die at any moment: packets, connections, addresses and everything that is right in the kernel stay.
 
+use std::fs;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -148,6 +150,28 @@ fn a_restart_without_a_store_keeps_the_data_path() -> Result<()> {
         ping(&near.netns, far.address, 5, SECOND)?;
         cluster.etcd()?.resume()?;
         cluster.wait_converged()
+    })
+}
+
+#[test]
+fn a_second_agent_writes_nothing() -> Result<()> {
+    scenario(Spec::etcd(1, Backend::HostGw), |cluster| {
+        let node = &cluster.nodes[0];
+        let dir = cluster.bed.root().join("second");
+        fs::create_dir(&dir)?;
+        fs::write(dir.join("net-conf.json"), cluster.spec.net_config()?)?;
+        let at = |option: &str, file: &str| format!("--{option}={}", dir.join(file).display());
+        let mut second = Command::new(node.binaries.agent());
+        second.args([at("run-dir", "run"), at("state-dir", "state"), at("subnet-file", "subnet.env")]);
+        second.args([at("net-config", "net-conf.json")]);
+        second.arg(format!("--store=embedded={}", dir.join("store.db").display()));
+        let output = node.netns().output(&mut second)?;
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.contains("another weftd runs in this network namespace"), "{text}");
+        let left: Vec<_> = fs::read_dir(&dir)?.map(|e| Ok(e?.file_name())).collect::<Result<_>>()?;
+        assert_eq!(left, ["net-conf.json"], "{text}");
+        Ok(())
     })
 }
 

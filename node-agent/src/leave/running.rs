@@ -2,27 +2,27 @@
 
 use std::fs::{self, File, TryLockError};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 
 use weft_shared::tombstone::dir_beside;
 
-use crate::app::only_agent_here;
+use crate::alone::{Place, take_place};
 use crate::config::Config;
 
 /// Held, they keep agents and plugins out.
 #[derive(Debug, Default)]
 pub(super) struct Guards {
-    _agent: Option<UnixDatagram>,
+    _agent: Option<Place>,
     _locks: Vec<File>,
 }
 
 /// Takes what keeps others out; who is there already is a refusal.
 pub(super) fn keep_out(config: &Config, refusals: &mut Vec<String>) -> Guards {
     let mut guards = Guards::default();
-    match only_agent_here() {
-        Ok(name) => guards._agent = Some(name),
-        Err(_) => refusals.push(
+    match take_place() {
+        Ok(Some(place)) => guards._agent = Some(place),
+        Err(error) => refusals.push(format!("whether weftd runs here cannot be told: {error}")),
+        Ok(None) => refusals.push(
             "weftd runs in this network namespace and would put everything back: stop it first, for good \
              (systemctl disable --now weftd)"
                 .to_owned(),

@@ -126,9 +126,11 @@ fn leaves_as_it_was(backend: Backend) -> Result<()> {
         let node = &cluster.nodes[0];
         node.netns().ip("link set vethother master cni0")?;
         let installed = snapshot(node)?;
-        let text = uninstall(node, &[])?.refused("2 pods are attached")?;
+        let text = uninstall(node, &[])?.refused("1 pod is attached")?;
         assert!(
-            text.contains("n1-second") && text.contains("vethother on cni0, which is not weft's"),
+            text.contains("n1-second")
+                && text.contains("1 other port is attached")
+                && text.contains("vethother on cni0, which is not weft's"),
             "{text}"
         );
         let text = uninstall(node, &["--force", "--dry-run", "--release-lease"])?.well()?;
@@ -287,6 +289,42 @@ fn what_was_there_before_weft_stays_but_the_tunnel() -> Result<()> {
         let unexpected: Vec<&str> = difference.lines().filter(|line| !of_bridge(line)).collect();
         assert!(unexpected.is_empty(), "{difference}");
         Ok(())
+    })
+}
+
+/// The same command, by one who can change no kernel setting.
+fn with_settings_read_only(command: &Command) -> Command {
+    const MOUNTS: &str =
+        "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec \"$@\"";
+    let mut wrapped = Command::new("unshare");
+    wrapped.args(["--mount", "sh", "-c", MOUNTS, "sh"]).arg(command.get_program()).args(command.get_args());
+    wrapped
+}
+
+#[test]
+fn a_setting_that_cannot_be_put_back_is_not_forgotten() -> Result<()> {
+    scenario_prepared(Spec::embedded(1, Backend::HostGw), |cluster| {
+        let node = &mut cluster.nodes[0];
+        fs::create_dir_all(conf_dir(node))?;
+        node.netns().set_sysctl(FORWARD, "0")?;
+        let before = snapshot(node)?;
+        cluster.put_config()?;
+        cluster.start_agents()?;
+        let node = &mut cluster.nodes[0];
+        node.agent.stop()?;
+        let output = node.netns().output(&mut with_settings_read_only(&command(node, &[])))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.contains("FAILED   sysctl    net.ipv4.ip_forward back to 0"), "{text}");
+        assert!(text.contains("run/sysctls.json: kept for another run"), "{text}");
+        assert!(
+            !text.contains("removed  files     ") || !text.contains("/state: 2 files\nremoved"),
+            "{text}"
+        );
+        assert_eq!(node.netns().sysctl(FORWARD)?, "1");
+        let text = uninstall(node, &["--remove-store"])?.well()?;
+        assert!(text.contains("removed  sysctl    net.ipv4.ip_forward back to 0"), "{text}");
+        same(&before, node, "after uninstall")
     })
 }
 

@@ -9,7 +9,7 @@ use nix::unistd::Uid;
 use serde::Serialize;
 
 use crate::config::{Config, Invocation, UsageError, own_variables, read};
-use crate::leave::{LeaveError, Thing, Wishes, survey};
+use crate::leave::{Fate, LeaveError, Thing, Wishes, survey};
 
 /// Where conf/weftd.env says that it is to lie.
 const ENV_FILE: &str = "/etc/weft/weftd.env";
@@ -52,36 +52,54 @@ enum Wrong {
     Look(#[from] LeaveError),
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug)]
 struct Answer {
-    removes: Vec<Line>,
+    things: Vec<(Line, State)>,
     stays: Vec<String>,
     refused: Vec<String>,
-    failed: Vec<Failed>,
+    /// Whether it was tried.
+    removed: bool,
+    dry_run: bool,
+}
+
+#[derive(Debug, Clone, Serialize)]
+struct Line {
+    kind: &'static str,
+    what: String,
+}
+
+#[derive(Debug)]
+enum State {
+    Listed,
+    Removed,
+    Kept,
+    Failed(String),
+}
+
+/// As it is printed with --json.
+#[derive(Debug, Serialize)]
+struct Shown<'a> {
+    removes: Vec<&'a Line>,
+    stays: &'a [String],
+    refused: &'a [String],
+    failed: Vec<Failed<'a>>,
     removed: bool,
 }
 
 #[derive(Debug, Serialize)]
-struct Line {
-    kind: String,
-    what: String,
-}
-
-#[derive(Debug, Serialize)]
-struct Failed {
+struct Failed<'a> {
     #[serde(flatten)]
-    thing: Line,
-    error: String,
+    line: &'a Line,
+    error: &'a str,
 }
 
 impl Uninstall {
     pub(super) fn run(&self, json: bool, socket: Option<&Path>) -> ExitCode {
         match refuse_socket(socket).and_then(|()| self.answer()) {
             Ok(answer) => {
-                let text = if json { super::json(&answer) } else { answer.text(self.dry_run) };
+                let text = if json { super::json(&answer.shown()) } else { answer.text() };
                 super::write_out(&text);
-                let well = answer.refused.is_empty() && answer.failed.is_empty();
-                if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+                if answer.is_well() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
             }
             Err(wrong) => {
                 super::write_err(&format!("weftctl uninstall: {wrong}"));
@@ -102,18 +120,14 @@ impl Uninstall {
             remove_store: self.remove_store,
         };
         let mut plan = survey(&config, &wishes)?;
-        let removes: Vec<Line> = plan.things.iter().map(line).collect();
         let removed = plan.refusals.is_empty() && !self.dry_run;
-        let failed = if removed { plan.carry_out() } else { Vec::new() };
-        let failed =
-            failed.into_iter().map(|(thing, error)| Failed { thing: line(&thing), error: error.to_string() });
-        Ok(Answer {
-            removes,
-            failed: failed.collect(),
-            stays: plan.stays.clone(),
-            refused: plan.refusals.clone(),
-            removed,
-        })
+        let things = if removed {
+            plan.carry_out().into_iter().map(|(thing, fate)| (line(&thing), fate.into())).collect()
+        } else {
+            plan.things.iter().map(|thing| (line(thing), State::Listed)).collect()
+        };
+        let (stays, refused) = (plan.stays.clone(), plan.refusals.clone());
+        Ok(Answer { things, stays, refused, removed, dry_run: self.dry_run })
     }
 
     /// One that was named must be there.
@@ -172,18 +186,51 @@ fn refuse_socket(socket: Option<&Path>) -> Result<(), Wrong> {
 }
 
 fn line(thing: &Thing) -> Line {
-    Line { kind: thing.kind().to_owned(), what: thing.to_string() }
+    Line { kind: thing.kind(), what: thing.to_string() }
+}
+
+impl From<Fate> for State {
+    fn from(fate: Fate) -> Self {
+        match fate {
+            Fate::Removed => Self::Removed,
+            Fate::Kept => Self::Kept,
+            Fate::Failed(error) => Self::Failed(error.to_string()),
+        }
+    }
 }
 
 impl Answer {
-    fn text(&self, dry_run: bool) -> String {
+    fn is_well(&self) -> bool {
+        self.refused.is_empty() && self.failed().next().is_none()
+    }
+
+    fn failed(&self) -> impl Iterator<Item = Failed<'_>> {
+        self.things.iter().filter_map(|(line, state)| match state {
+            State::Failed(error) => Some(Failed { line, error }),
+            _ => None,
+        })
+    }
+
+    fn shown(&self) -> Shown<'_> {
+        Shown {
+            removes: self.things.iter().map(|(line, _)| line).collect(),
+            stays: &self.stays,
+            refused: &self.refused,
+            failed: self.failed().collect(),
+            removed: self.removed,
+        }
+    }
+
+    fn text(&self) -> String {
         let mut text = String::new();
         let mut say = |line: String| text.push_str(&(line + "\n"));
-        for line in &self.removes {
-            let verb = if self.removed { "removed" } else { "removes" };
-            match self.failed.iter().find(|f| f.thing.kind == line.kind && f.thing.what == line.what) {
-                Some(failed) => say(format!("FAILED   {:<9} {}: {}", line.kind, line.what, failed.error)),
-                None => say(format!("{verb:<8} {:<9} {}", line.kind, line.what)),
+        for (Line { kind, what }, state) in &self.things {
+            match state {
+                State::Listed => say(format!("removes  {kind:<9} {what}")),
+                State::Removed => say(format!("removed  {kind:<9} {what}")),
+                State::Failed(error) => say(format!("FAILED   {kind:<9} {what}: {error}")),
+                // It is among what stays.
+                State::Kept => {}
             }
         }
         for stays in &self.stays {
@@ -192,12 +239,13 @@ impl Answer {
         for refused in &self.refused {
             say(format!("REFUSED  {refused}"));
         }
-        say(match (self.removes.len(), self.failed.len()) {
+        let left = self.things.iter().filter(|(_, state)| !matches!(state, State::Removed)).count();
+        say(match (self.things.len(), left) {
             _ if !self.refused.is_empty() => "nothing was removed".to_owned(),
             (0, _) => "nothing of weft is left to remove".to_owned(),
-            _ if dry_run => "a dry run: nothing was removed".to_owned(),
+            _ if self.dry_run => "a dry run: nothing was removed".to_owned(),
             (all, 0) => format!("all {all} removed; the programs are left to whoever installed them"),
-            (all, failed) => format!("{failed} of {all} are left: mend what is wrong and run it again"),
+            (all, left) => format!("{left} of {all} are left: mend what is wrong and run it again"),
         });
         text
     }

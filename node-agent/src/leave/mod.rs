@@ -6,15 +6,14 @@
 //! carry_out: each thing in order, errors are collected, the rest goes on   twice is as good as once
 //! ```
 //! The order: first the conflist, so that no runtime begins an ADD; the lease; then the kernel from routes to devices;
-//! the packet filter, which pods need to their end; settings; files. The file that says which lease and which VTEP were ours is the last, so that a run that was cut off
-//! can be begun again.
+//! the packet filter, which pods need to their end; settings; files. The file that says which lease and which VTEP were
+//! ours is the last, so that a run that was cut off can be begun again.
 //!
-//! What is ours: routes by their protocol, rules by their comment and tables by their names, veths by link group and name,
-//! bridges and VXLAN devices by link group. **A
-//! VXLAN device that was adopted goes as well**: it is the one that bears our VTEP MAC. While no agent runs it would go
-//! on taking packets out of the tunnel into this host, with entries that nobody keeps; and flanneld, if it is to come
-//! back, makes its own at every start. **A bridge that was adopted stays**, with its addresses: it is the runtime's or
-//! another plugin's, and other containers may hang on it.
+//! What is ours: routes by their protocol, rules by their comment and tables by their names, veths by link group and
+//! name, bridges and VXLAN devices by link group. **A VXLAN device that was adopted goes as well**: it is the one that
+//! bears our VTEP MAC. While no agent runs it would go on taking packets out of the tunnel into this host, with entries
+//! that nobody keeps; and flanneld, if it is to come back, makes its own at every start. **A bridge that was adopted
+//! stays**, with its addresses: it is the runtime's or another plugin's, and other containers may hang on it.
 
 mod files;
 mod running;
@@ -36,6 +35,8 @@ use crate::lease::{EmbeddedStore, EtcdStore, LeaseStore, Released, Store};
 use crate::object::{Object, Op};
 
 pub use survey::survey;
+
+const KEPT: &str = "kept for another run, since not everything is gone";
 
 /// What an operator asks for beyond the list.
 #[derive(Debug, Clone, Default)]
@@ -149,21 +150,43 @@ impl fmt::Display for Thing {
     }
 }
 
+/// What became of a thing.
+#[derive(Debug)]
+pub enum Fate {
+    Removed,
+    /// For another run, since not everything is gone.
+    Kept,
+    Failed(LeaveError),
+}
+
 impl Plan {
-    /// Removes everything that is listed; what failed comes back with the reason. What failed to be given back is not
-    /// forgotten: the last word is kept for another run.
-    pub fn carry_out(&mut self) -> Vec<(Thing, LeaveError)> {
-        let mut failed: Vec<(Thing, LeaveError)> = Vec::new();
-        for thing in std::mem::take(&mut self.things) {
-            if matches!(thing, Thing::Files { last_word: true, .. }) && !failed.is_empty() {
-                self.stays.push(format!("{thing}: kept for another run, since not everything is gone"));
-                continue;
-            }
-            if let Err(error) = self.remove(&thing) {
-                failed.push((thing, error));
-            }
+    /// Removes everything that is listed, whatever fails. What could not be given back is not forgotten: the last word
+    /// is kept for another run, and so is what a setting was before.
+    pub fn carry_out(&mut self) -> Vec<(Thing, Fate)> {
+        let mut done: Vec<(Thing, Fate)> = Vec::new();
+        for mut thing in std::mem::take(&mut self.things) {
+            let failed = |of: fn(&Thing) -> bool| {
+                done.iter().any(|(thing, fate)| matches!(fate, Fate::Failed(_)) && of(thing))
+            };
+            let kept = match &mut thing {
+                Thing::Files { last_word: true, .. } => failed(|_| true),
+                Thing::Files { files, .. } if failed(|thing| matches!(thing, Thing::Sysctl { .. })) => {
+                    let before = self.before.file();
+                    files.retain(|file| file != before);
+                    self.stays.push(format!("{}: {KEPT}", before.display()));
+                    false
+                }
+                _ => false,
+            };
+            let fate = if kept {
+                self.stays.push(format!("{thing}: {KEPT}"));
+                Fate::Kept
+            } else {
+                self.remove(&thing).map_or_else(Fate::Failed, |()| Fate::Removed)
+            };
+            done.push((thing, fate));
         }
-        failed
+        done
     }
 
     fn remove(&mut self, thing: &Thing) -> Result<(), LeaveError> {

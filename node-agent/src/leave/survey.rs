@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::path::Path;
 
-use weft_shared::lease::LeaseKey;
 use weft_shared::names::VETH_GROUP;
 use weft_shared::subnet_env::previous_lease;
 use weft_shared::tombstone::boot_id;
@@ -29,226 +28,231 @@ pub fn survey(config: &Config, wishes: &Wishes) -> Result<Plan, LeaveError> {
     let durable = DurableFile::in_dir(&config.state_dir).peek();
     let boot = boot_id().map_err(at(Path::new("/proc/sys/kernel/random/boot_id")))?;
     let before = Before::load(&config.run_dir, &boot).map_err(at(&config.run_dir))?;
-    let mut kernel = LinuxKernel::open()?;
-    let (mut things, mut stays) = (Vec::new(), Vec::new());
+    let kernel = LinuxKernel::open()?;
+    let (things, stays) = (Vec::new(), Vec::new());
+    let mut survey = Survey { config, wishes, durable, kernel, things, stays, refusals };
 
-    let conflists = files::conflists(&wishes.cni_conf_dir, &config.cni_socket);
-    things.extend(conflists.into_iter().map(Thing::Conflist));
-    lease(config, wishes, &durable, &mut things, &mut stays)?;
-
-    let (links, _) = kernel.links_and_addrs()?;
-    let names: BTreeMap<u32, IfName> =
-        links.iter().map(|(name, found)| (found.index, name.clone())).collect();
-    things.extend(kernel.own_routes(&names)?.into_iter().map(Thing::Route));
-    rules(config, &mut kernel, &mut things, &mut stays)?;
-    let pods = devices(config, &links, durable.vtep_mac, &mut things, &mut stays);
-    if !pods.is_empty() && !wishes.force {
-        refusals.push(format!(
-            "{} attached and would lose the network: {}. Remove them first, or say --force",
-            if pods.len() == 1 { "1 pod is".to_owned() } else { format!("{} pods are", pods.len()) },
-            pods.join(", ")
-        ));
-    }
-    settings(&before, &mut kernel, &mut things, &mut stays)?;
-    subnet_file(config, durable.lease, &mut things, &mut stays);
-    store(config, wishes, durable.public_ip, &mut things, &mut stays, &mut refusals);
-    let ours = [files::of_this_boot(config, before.file()), files::of_every_boot(config)];
-    let spared = match &config.store {
-        StoreConfig::Embedded(embedded) => vec![embedded.file.as_path()],
-        StoreConfig::Etcd(_) => vec![],
-    };
-    for thing in ours.into_iter().flatten() {
-        let foreign = files::foreign(&thing, &spared);
-        stays.extend(foreign.iter().map(|path| format!("{}: not weft's", path.display())));
-        things.push(thing);
-    }
+    survey.conflists();
+    survey.lease()?;
+    let (links, _) = survey.kernel.links_and_addrs()?;
+    survey.routes(&links)?;
+    survey.rules()?;
+    survey.devices(&links);
+    survey.settings(&before)?;
+    survey.subnet_file();
+    survey.store();
+    survey.files(before.file());
+    let Survey { kernel, things, stays, refusals, .. } = survey;
     Ok(Plan { things, stays, refusals, before, kernel, _guards: guards })
 }
 
-fn lease(
-    config: &Config,
-    wishes: &Wishes,
-    durable: &Durable,
-    things: &mut Vec<Thing>,
-    stays: &mut Vec<String>,
-) -> Result<(), LeaveError> {
-    let (key, public_ip) = match (durable.lease, durable.public_ip) {
-        (Some(key), Some(public_ip)) => (key, public_ip),
-        _ if wishes.release_lease => {
-            let dir = config.state_dir.display();
-            stays.push(format!("a lease, if there is one: {dir} does not say which this node had"));
-            return Ok(());
+/// What is found, as it is found: the order in which it is looked at is the order of removal.
+struct Survey<'a> {
+    config: &'a Config,
+    wishes: &'a Wishes,
+    durable: Durable,
+    kernel: LinuxKernel,
+    things: Vec<Thing>,
+    stays: Vec<String>,
+    refusals: Vec<String>,
+}
+
+impl Survey<'_> {
+    fn conflists(&mut self) {
+        let found = files::conflists(&self.wishes.cni_conf_dir, &self.config.cni_socket);
+        self.things.extend(found.into_iter().map(Thing::Conflist));
+    }
+
+    fn lease(&mut self) -> Result<(), LeaveError> {
+        let (key, public_ip) = match (self.durable.lease, self.durable.public_ip) {
+            (Some(key), Some(public_ip)) => (key, public_ip),
+            _ if self.wishes.release_lease => {
+                let dir = self.config.state_dir.display();
+                self.stays.push(format!("a lease, if there is one: {dir} does not say which this node had"));
+                return Ok(());
+            }
+            _ => return Ok(()),
+        };
+        let store = open_store(self.config)?;
+        // To open it would make it.
+        let is_there = match &self.config.store {
+            StoreConfig::Embedded(embedded) => embedded.file.exists(),
+            StoreConfig::Etcd(_) => true,
+        };
+        if self.wishes.release_lease && is_there {
+            self.things.push(Thing::Lease { key, public_ip, store: Box::new(store) });
+        } else if is_there {
+            let location = store.location();
+            self.stays.push(format!(
+                "lease {key} in {location}: it expires by itself; --release-lease gives it back now"
+            ));
         }
-        _ => return Ok(()),
-    };
-    let store = open_store(config)?;
-    // To open it would make it.
-    let is_there = match &config.store {
-        StoreConfig::Embedded(embedded) => embedded.file.exists(),
-        StoreConfig::Etcd(_) => true,
-    };
-    if wishes.release_lease && is_there {
-        things.push(Thing::Lease { key, public_ip, store: Box::new(store) });
-    } else if is_there {
-        let location = store.location();
-        stays.push(format!(
-            "lease {key} in {location}: it expires by itself; --release-lease gives it back now"
+        Ok(())
+    }
+
+    fn routes(&mut self, links: &BTreeMap<IfName, FoundLink>) -> Result<(), LeaveError> {
+        let names: BTreeMap<u32, IfName> =
+            links.iter().map(|(name, found)| (found.index, name.clone())).collect();
+        let routes = self.kernel.own_routes(&names)?;
+        self.things.extend(routes.into_iter().map(Thing::Route));
+        Ok(())
+    }
+
+    /// Tables and accepts, whatever the settings say by now.
+    fn rules(&mut self) -> Result<(), LeaveError> {
+        let seen = match self.kernel.firewall(&self.config.firewall) {
+            // Where there is no packet filter nothing was put into it.
+            Err(KernelError::NoNftables) => return Ok(()),
+            other => other?,
+        };
+        if seen.legacy_unreadable {
+            self.stays.push(
+                "iptables-legacy: it is in use and cannot be read (package iptables); rules of weft's may be in FORWARD"
+                    .to_owned(),
+            );
+        }
+        self.things.extend(firewall::found(&seen).map(|(_, found)| Thing::Rules(found.object)));
+        Ok(())
+    }
+
+    /// Veths, then what they and the tunnel hang on.
+    fn devices(&mut self, links: &BTreeMap<IfName, FoundLink>) {
+        let mut owners = files::pods(&self.config.run_dir);
+        let mut pods = Vec::new();
+        let mut used_by_pods = BTreeSet::new();
+        for (name, found) in links.iter().filter(|(name, found)| found.is_our_veth(name)) {
+            let pod = owners.remove(name);
+            pods.push(pod.clone().unwrap_or_else(|| name.to_string()));
+            used_by_pods.extend(found.port.bridge.as_ref());
+            self.things.push(Thing::Veth { name: name.clone(), index: found.index, pod });
+        }
+        let mut foreign_ports = Vec::new();
+        for (name, found) in links {
+            let made = found.group == VETH_GROUP;
+            let kind = match &found.link.kind {
+                LinkKind::Vxlan(_) if made || is_vtep(name, found, self.durable.vtep_mac) => "VXLAN device",
+                LinkKind::Bridge if made => "bridge",
+                LinkKind::Bridge if used_by_pods.contains(name) => {
+                    self.stays.push(format!("bridge {name}, with its addresses: it was there before weft"));
+                    continue;
+                }
+                _ => continue,
+            };
+            let ports =
+                links.iter().filter(|(port, p)| p.port.bridge.as_ref() == Some(name) && !p.is_our_veth(port));
+            foreign_ports.extend(ports.map(|(port, _)| format!("{port} on {name}, which is not weft's")));
+            self.things.push(Thing::Device { name: name.clone(), index: found.index, kind });
+        }
+        self.refuse_attached(["pod is", "pods are"], &pods, "Remove them");
+        self.refuse_attached(["other port is", "other ports are"], &foreign_ports, "Take them off");
+    }
+
+    fn refuse_attached(&mut self, [one, many]: [&str; 2], attached: &[String], mend: &str) {
+        if attached.is_empty() || self.wishes.force {
+            return;
+        }
+        let (count, names) = (attached.len(), attached.join(", "));
+        let are = if count == 1 { one } else { many };
+        self.refusals.push(format!(
+            "{count} {are} attached and would lose the network: {names}. {mend} first, or say --force"
         ));
     }
-    Ok(())
-}
 
-/// Tables and accepts, whatever the settings say by now.
-fn rules(
-    config: &Config,
-    kernel: &mut LinuxKernel,
-    things: &mut Vec<Thing>,
-    stays: &mut Vec<String>,
-) -> Result<(), LeaveError> {
-    let seen = match kernel.firewall(&config.firewall) {
-        // Where there is no packet filter nothing was put into it.
-        Err(KernelError::NoNftables) => return Ok(()),
-        other => other?,
-    };
-    if seen.legacy_unreadable {
-        stays.push(
-            "iptables-legacy: it is in use and cannot be read (package iptables); rules of weft's may be in FORWARD"
-                .to_owned(),
-        );
-    }
-    things.extend(firewall::found(&seen).map(|(_, found)| Thing::Rules(found.object)));
-    Ok(())
-}
-
-/// Veths, then what they and the tunnel hang on. Returns the pods, and what else hangs on a bridge that goes.
-fn devices(
-    config: &Config,
-    links: &BTreeMap<IfName, FoundLink>,
-    vtep_mac: Option<Mac>,
-    things: &mut Vec<Thing>,
-    stays: &mut Vec<String>,
-) -> Vec<String> {
-    let mut pods = Vec::new();
-    let mut owners = files::pods(&config.run_dir);
-    let veths = links.iter().filter(|(name, found)| found.is_our_veth(name));
-    for (name, found) in veths {
-        let pod = owners.remove(name);
-        pods.push(pod.clone().unwrap_or_else(|| name.to_string()));
-        things.push(Thing::Veth { name: name.clone(), index: found.index, pod });
-    }
-    let used_by_pods: BTreeSet<&IfName> = links
-        .iter()
-        .filter(|(name, found)| found.is_our_veth(name))
-        .filter_map(|(_, found)| found.port.bridge.as_ref())
-        .collect();
-    for (name, found) in links {
-        let made = found.group == VETH_GROUP;
-        let kind = match &found.link.kind {
-            LinkKind::Vxlan(_) if made || is_vtep(name, found, vtep_mac) => "VXLAN device",
-            LinkKind::Bridge if made => "bridge",
-            LinkKind::Bridge if used_by_pods.contains(name) => {
-                stays.push(format!("bridge {name}, with its addresses: it was there before weft"));
+    /// Only what is still as weft made it is put back. What belongs to a device that goes, goes with it.
+    fn settings(&mut self, before: &Before) -> Result<(), LeaveError> {
+        let of_device = |thing: &Thing| match thing {
+            Thing::Device { name, .. } | Thing::Veth { name, .. } => Some(format!("/conf/{name}/")),
+            _ => None,
+        };
+        let leaving: Vec<String> = self.things.iter().filter_map(of_device).collect();
+        // A setting of all devices, written, overwrites that of each.
+        let mut all: Vec<_> = before.settings().collect();
+        all.sort_by_key(|(path, _)| (path.contains("/conf/"), !path.contains("/conf/all/")));
+        for (path, setting) in all {
+            if leaving.iter().any(|device| path.contains(device)) {
                 continue;
             }
-            _ => continue,
-        };
-        let ports =
-            links.iter().filter(|(port, p)| p.port.bridge.as_ref() == Some(name) && !p.is_our_veth(port));
-        pods.extend(ports.map(|(port, _)| format!("{port} on {name}, which is not weft's")));
-        things.push(Thing::Device { name: name.clone(), index: found.index, kind });
+            match self.kernel.sysctls(&[path])?.remove(path) {
+                None => {}
+                Some(now) if now == setting.before => {}
+                Some(now) if now == setting.set => {
+                    self.things.push(Thing::Sysctl { path: path.to_owned(), value: setting.before.clone() });
+                }
+                Some(now) => self.stays.push(format!(
+                    "sysctl {} = {now}: somebody has changed it since weft set it to {} (before weft: {})",
+                    path.replace('/', "."),
+                    setting.set,
+                    setting.before
+                )),
+            }
+        }
+        Ok(())
     }
-    pods
+
+    fn subnet_file(&mut self) {
+        let path = &self.config.subnet_file;
+        let Ok(text) = std::fs::read_to_string(path) else { return };
+        let shown = path.display();
+        match previous_lease(&text) {
+            named if named.is_some() && named == self.durable.lease => {
+                self.things.push(Thing::SubnetFile(path.clone()));
+            }
+            Some(named) => {
+                self.stays.push(format!("{shown}: it names {named}, which was not this node's"));
+            }
+            None => self.stays.push(format!("{shown}: it names no subnet of weft's")),
+        }
+    }
+
+    /// The embedded store is the memory of every node of this machine, configuration included: it goes at a word of
+    /// its own, and never under another node's feet.
+    fn store(&mut self) {
+        let remove = self.wishes.remove_store;
+        let StoreConfig::Embedded(embedded) = &self.config.store else {
+            if remove {
+                self.refusals
+                    .push("--remove-store: the store is etcd, which is not this node's to remove".to_owned());
+            }
+            return;
+        };
+        let file = &embedded.file;
+        let shown = file.display();
+        if !file.exists() {
+            return;
+        }
+        if !remove {
+            self.stays.push(format!(
+                "{shown}: network configuration and leases of all its nodes; --remove-store removes it"
+            ));
+            return;
+        }
+        match others(&EmbeddedStore::new(file), self.durable.public_ip) {
+            Ok(others) if others.is_empty() => self.things.push(Thing::Store(file.clone())),
+            Ok(others) => self.refusals.push(format!(
+                "--remove-store: {shown} holds leases of other nodes: {}. Take weft off those first, with --release-lease",
+                others.join(", ")
+            )),
+            Err(error) => self.refusals.push(format!("--remove-store: {error}")),
+        }
+    }
+
+    fn files(&mut self, before: &Path) {
+        let spared = match &self.config.store {
+            StoreConfig::Embedded(embedded) => vec![embedded.file.as_path()],
+            StoreConfig::Etcd(_) => vec![],
+        };
+        let ours = [files::of_this_boot(self.config, before), files::of_every_boot(self.config)];
+        for thing in ours.into_iter().flatten() {
+            let foreign = files::foreign(&thing, &spared);
+            self.stays.extend(foreign.iter().map(|path| format!("{}: not weft's", path.display())));
+            self.things.push(thing);
+        }
+    }
 }
 
 /// The tunnel's end that this node's peers have known, whoever made the device.
 fn is_vtep(name: &IfName, found: &FoundLink, vtep_mac: Option<Mac>) -> bool {
     name.as_str().starts_with("flannel") && Some(found.link.mac.value()) == vtep_mac
-}
-
-/// Only what is still as weft made it is put back. What belongs to a device that goes, goes with it.
-fn settings(
-    before: &Before,
-    kernel: &mut LinuxKernel,
-    things: &mut Vec<Thing>,
-    stays: &mut Vec<String>,
-) -> Result<(), LeaveError> {
-    let leaving: Vec<String> = things
-        .iter()
-        .filter_map(|thing| match thing {
-            Thing::Device { name, .. } | Thing::Veth { name, .. } => Some(format!("/conf/{name}/")),
-            _ => None,
-        })
-        .collect();
-    // A setting of all devices, written, overwrites that of each.
-    let mut all: Vec<_> = before.settings().collect();
-    all.sort_by_key(|(path, _)| (path.contains("/conf/"), !path.contains("/conf/all/")));
-    for (path, setting) in all {
-        if leaving.iter().any(|device| path.contains(device)) {
-            continue;
-        }
-        match kernel.sysctls(&[path])?.remove(path) {
-            None => {}
-            Some(now) if now == setting.before => {}
-            Some(now) if now == setting.set => {
-                things.push(Thing::Sysctl { path: path.to_owned(), value: setting.before.clone() });
-            }
-            Some(now) => stays.push(format!(
-                "sysctl {} = {now}: somebody has changed it since weft set it to {} (before weft: {})",
-                path.replace('/', "."),
-                setting.set,
-                setting.before
-            )),
-        }
-    }
-    Ok(())
-}
-
-fn subnet_file(config: &Config, lease: Option<LeaseKey>, things: &mut Vec<Thing>, stays: &mut Vec<String>) {
-    let path = &config.subnet_file;
-    let Ok(text) = std::fs::read_to_string(path) else { return };
-    match previous_lease(&text) {
-        named if named.is_some() && named == lease => things.push(Thing::SubnetFile(path.clone())),
-        Some(named) => stays.push(format!("{}: it names {named}, which was not this node's", path.display())),
-        None => stays.push(format!("{}: it names no subnet of weft's", path.display())),
-    }
-}
-
-/// The embedded store is the memory of every node of this machine, configuration included: it goes at a word of its
-/// own, and never under another node's feet.
-fn store(
-    config: &Config,
-    wishes: &Wishes,
-    public_ip: Option<Ipv4Addr>,
-    things: &mut Vec<Thing>,
-    stays: &mut Vec<String>,
-    refusals: &mut Vec<String>,
-) {
-    let StoreConfig::Embedded(embedded) = &config.store else {
-        if wishes.remove_store {
-            refusals.push("--remove-store: the store is etcd, which is not this node's to remove".to_owned());
-        }
-        return;
-    };
-    let file = &embedded.file;
-    if !file.exists() {
-        return;
-    }
-    if !wishes.remove_store {
-        let shown = file.display();
-        stays.push(format!(
-            "{shown}: network configuration and leases of all its nodes; --remove-store removes it"
-        ));
-        return;
-    }
-    match others(&EmbeddedStore::new(file), public_ip) {
-        Ok(others) if others.is_empty() => things.push(Thing::Store(file.clone())),
-        Ok(others) => refusals.push(format!(
-            "--remove-store: {} holds leases of other nodes: {}. Take weft off those first, with --release-lease",
-            file.display(),
-            others.join(", ")
-        )),
-        Err(error) => refusals.push(format!("--remove-store: {error}")),
-    }
 }
 
 fn others(store: &EmbeddedStore, public_ip: Option<Ipv4Addr>) -> Result<Vec<String>, LeaveError> {

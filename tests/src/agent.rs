@@ -89,14 +89,19 @@ impl Agent {
 
     /// Asked without weftctl: scenarios look many times.
     pub fn status(&self) -> Result<Status> {
+        let json = self.get("/debug/state")?;
+        serde_json::from_str(&json).with_context(|| format!("the agent answered {json:?}"))
+    }
+
+    /// The body of what the admin server answers.
+    fn get(&self, path: &str) -> Result<String> {
         let mut stream = UnixStream::connect(self.admin_socket()).context("the agent's admin socket")?;
         stream.set_read_timeout(Some(STATUS_DEADLINE))?;
-        stream.write_all(b"GET /debug/state HTTP/1.0\r\nHost: weftd\r\n\r\n")?;
+        stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: weftd\r\n\r\n").as_bytes())?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
-        let (_, json) =
-            answer.split_once("\r\n\r\n").with_context(|| format!("the agent answered {answer:?}"))?;
-        serde_json::from_str(json).with_context(|| format!("the agent answered {answer:?}"))
+        let body = answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned());
+        body.with_context(|| format!("the agent answered {answer:?}"))
     }
 
     /// What `weftctl` prints, whatever its exit status; no output at all is an error.
@@ -112,10 +117,7 @@ impl Agent {
 
     /// The value of a figure of `/metrics`, by its name with labels.
     pub fn metric(&self, name: &str) -> Result<f64> {
-        let mut stream = UnixStream::connect(self.admin_socket())?;
-        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
+        let text = self.get("/metrics")?;
         let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         value.with_context(|| format!("no {name} in {text}"))?.parse().context(name.to_owned())
     }
@@ -199,6 +201,11 @@ impl Agent {
         Ok(())
     }
 
+    /// Does something under the eyes of nobody: every thread stands still meanwhile, and goes on whatever comes of it.
+    pub fn while_stopped<T>(&self, hand: impl FnOnce() -> Result<T>) -> Result<T> {
+        while_stopped(&[self], hand)
+    }
+
     /// `kill -9`.
     pub fn kill(&mut self) -> Result<()> {
         self.signal(Signal::SIGKILL)?;
@@ -238,6 +245,17 @@ impl Agent {
         let tail = &lines[lines.len().saturating_sub(LOG_TAIL_LINES)..];
         format!("weftd on {}, end of log:\n  {}\n", self.netns.name(), tail.join("\n  "))
     }
+}
+
+/// [`Agent::while_stopped`] for several at once.
+pub fn while_stopped<T>(agents: &[&Agent], hand: impl FnOnce() -> Result<T>) -> Result<T> {
+    let stopped = agents.iter().try_for_each(|agent| agent.pause());
+    let done = stopped.and_then(|()| hand());
+    // All of them, also the ones behind one that cannot be told.
+    let told: Vec<Result<()>> = agents.iter().map(|agent| agent.signal(Signal::SIGCONT)).collect();
+    let done = done?;
+    told.into_iter().collect::<Result<()>>()?;
+    Ok(done)
 }
 
 impl Drop for Agent {

@@ -19,6 +19,11 @@ use crate::underlay::{NodeNumber, Underlay};
 /// Two cores shared by everything that a scenario starts.
 pub const READY: Duration = Duration::from_secs(30);
 
+/// No sweep comes in time: what mends is the monitor.
+pub const MONITOR_ALONE: [&str; 1] = ["--resync=3600"];
+/// No event is heard: what mends is the sweep.
+pub const SWEEP_ALONE: [&str; 2] = ["--netlink-monitor=false", "--resync=1"];
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Backend {
     Vxlan,
@@ -109,6 +114,11 @@ impl Spec {
 
     pub fn flag(mut self, flag: &str) -> Self {
         self.flags.push(flag.to_owned());
+        self
+    }
+
+    pub fn flags(mut self, flags: &[&str]) -> Self {
+        self.flags.extend(flags.iter().map(|flag| (*flag).to_owned()));
         self
     }
 

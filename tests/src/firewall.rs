@@ -113,16 +113,12 @@ pub fn rules(netns: &Netns) -> Result<String> {
 
 /// A machine on the underlay that has nothing to do with the overlay.
 pub fn external_host(bed: &Bed, underlay: &Underlay, addresses: &[Ipv4Addr]) -> Result<Netns> {
+    let (first, more) = addresses.split_first().context("an address")?;
     let netns = bed.netns("external")?;
-    underlay.netns.ip(&format!(
-        "link add external master br0 type veth peer name eth0 netns {}",
-        netns.path().display()
-    ))?;
-    underlay.netns.ip("link set external up")?;
-    for address in addresses {
+    underlay.connect(&netns, "external", "eth0", *first)?;
+    for address in more {
         netns.ip(&format!("address add {address}/24 dev eth0"))?;
     }
-    netns.ip("link set eth0 up")?;
     Ok(netns)
 }
 

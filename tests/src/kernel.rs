@@ -4,7 +4,7 @@
 //! timers, entries that the kernel makes by itself (link-local, multicast, dynamic neighbours).
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
@@ -59,6 +59,12 @@ impl KernelView {
             }
         }
         Ok(Self { objects })
+    }
+
+    /// Whether there is any route, neighbour or forwarding entry of the subnet with that address.
+    pub fn holds(&self, subnet: IpAddr) -> bool {
+        let quoted = format!("\"{subnet}");
+        self.objects.iter().any(|o| !o.starts_with("address") && o.contains(&quoted))
     }
 
     /// Objects of `self` that `other` lacks, then those that it has too much.

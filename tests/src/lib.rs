@@ -28,6 +28,7 @@ pub mod plugin;
 pub mod pod;
 pub mod random;
 pub mod relay;
+pub mod report;
 pub mod traffic;
 pub mod underlay;
 pub mod wait;

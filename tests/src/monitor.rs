@@ -4,14 +4,11 @@ use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::netns::Netns;
-use crate::wait::eventually;
-
-const SECOND: Duration = Duration::from_secs(1);
+use crate::wait::{SECOND, eventually};
 
 /// What it prints in the end is closed off by an entry made for that.
 #[derive(Debug)]

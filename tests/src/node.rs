@@ -4,8 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use weft_agent::status::Status;
+use weft_shared::lease::LeaseKey;
 
 use crate::agent::Agent;
 use crate::bed::netns_path;
@@ -54,6 +55,12 @@ impl Node {
 
     pub fn status(&self) -> Result<Status> {
         self.agent.status()
+    }
+
+    /// Of the lease that it has now, held or not.
+    pub fn lease_key(&self) -> Result<LeaseKey> {
+        let lease = self.status()?.lease;
+        Ok(lease.with_context(|| format!("{} has no lease", self.name()))?.key)
     }
 
     /// A new pod of that name, prefixed with the node's.

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
+pub const SECOND: Duration = Duration::from_secs(1);
+
 /// How often a condition is looked at.
 const PACE: Duration = Duration::from_millis(10);
 

@@ -3,21 +3,19 @@
 use std::io;
 use std::os::unix::net::UnixDatagram;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use e2e::cluster::{Backend, READY, Spec, scenario, scenario_prepared};
 use e2e::kernel::KernelView;
 use e2e::netns::Netns;
 use e2e::pod::Pod;
-use e2e::traffic::datagrams::Stream;
+use e2e::traffic::datagrams::{Stream, nothing_missing};
 use e2e::traffic::echo::ping;
 use e2e::traffic::flows::Flows;
 use e2e::traffic::transfer::transfer;
 use e2e::underlay::NodeNumber;
-use e2e::wait::eventually;
+use e2e::wait::{SECOND, eventually};
 
-const SECOND: Duration = Duration::from_secs(1);
 const MIB: u64 = 1 << 20;
 /// IPv4 and ICMP headers of an echo request.
 const ECHO_HEADERS: u64 = 28;
@@ -89,7 +87,7 @@ fn a_peer_leaves_and_returns() -> Result<()> {
             let (near, far) = cluster.pod_pair()?;
             ping(&near.netns, far.address, 5, SECOND)?;
             let with_peer = KernelView::of(cluster.nodes[0].netns())?;
-            let lease = cluster.nodes[1].status()?.lease.context("n2 has a lease")?.key.to_string();
+            let lease = cluster.nodes[1].lease_key()?.to_string();
 
             // Its key goes while its etcd lease lives: removed by hand, so its entries go at once.
             cluster.nodes[1].agent.kill()?;
@@ -101,7 +99,7 @@ fn a_peer_leaves_and_returns() -> Result<()> {
 
             cluster.nodes[1].agent.restart(READY)?;
             cluster.wait_converged()?;
-            assert_eq!(cluster.nodes[1].status()?.lease.context("n2 leased again")?.key.to_string(), lease);
+            assert_eq!(cluster.nodes[1].lease_key()?.to_string(), lease);
             eventually("n1 to hold what it held", READY, || {
                 let difference = with_peer.difference(&KernelView::of(cluster.nodes[0].netns())?);
                 if difference.is_empty() { Ok(true) } else { bail!("{difference}") }
@@ -135,9 +133,7 @@ fn the_data_path_outlives_the_store() -> Result<()> {
         let third = cluster.add_node(NodeNumber(3))?;
         third.agent.start()?;
         cluster.wait_converged()?;
-        let tally = stream.end()?;
-        assert!(tally.missing.is_empty(), "{} of {} datagrams missing", tally.missing.len(), tally.sent);
-        Ok(())
+        nothing_missing([stream])
     })
 }
 

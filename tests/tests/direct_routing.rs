@@ -1,20 +1,18 @@
 //! `DirectRouting`: a plain route to peers in the same segment, the tunnel to the others, and no packet lost when a
 //! peer changes from one to the other.
 
-#![expect(clippy::print_stdout, reason = "the times that docs/faults.md shows")]
-
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use e2e::cluster::{Backend, Cluster, READY, Spec, scenario_prepared};
 use e2e::kernel::query;
 use e2e::node::Node;
+use e2e::report;
 use e2e::traffic::datagrams::Stream;
 use e2e::traffic::echo::ping;
-use e2e::wait::eventually;
+use e2e::wait::{SECOND, eventually};
 use serde_json::{Value, json};
 
-const SECOND: Duration = Duration::from_secs(1);
 const DATAGRAMS_PER_SECOND: u32 = 1000;
 const ROUNDS: usize = 8;
 
@@ -27,7 +25,7 @@ fn start_with_direct_routing(cluster: &mut Cluster) -> Result<()> {
 
 /// How packets of `from` go to the pods of `to`: the device, and what the overlay's device holds of the peer.
 fn way(from: &Node, to: &Node) -> Result<(String, usize)> {
-    let subnet = to.status()?.lease.context("lease")?.key.v4;
+    let subnet = to.lease_key()?.v4;
     let routes = query(from.netns(), &format!("ip -json route show {subnet}"))?;
     let [route] = routes.as_slice() else { bail!("routes to {subnet}: {routes:?}") };
     let neighbours = query(from.netns(), "ip -json neighbor show dev flannel.1 nud permanent")?;
@@ -113,11 +111,8 @@ fn nothing_is_lost_when_a_peer_moves_behind_a_gateway_and_back() -> Result<()> {
         }
         for (what, mut times) in [("to the tunnel", away), ("back to the route", home)] {
             times.sort();
-            println!(
-                "{what}: median {} ms, longest {} ms",
-                times[times.len() / 2].as_millis(),
-                times[times.len() - 1].as_millis()
-            );
+            report::took(format_args!("{what}: median"), times[times.len() / 2]);
+            report::took(format_args!("{what}: longest"), times[times.len() - 1]);
         }
         for tally in [there.end()?, back.end()?] {
             assert!(tally.sent > u64::from(DATAGRAMS_PER_SECOND), "{} sent only {}", tally.name, tally.sent);

@@ -2,36 +2,21 @@
 //! dies, a quorum that is lost, a member that is cut off, a store that is restored from a snapshot.
 
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use e2e::cluster::{Backend, Cluster, EtcdKind, READY, Spec, scenario, scenario_prepared};
 use e2e::kernel::KernelView;
 use e2e::monitor::Monitor;
-use e2e::traffic::datagrams::Stream;
+use e2e::report;
+use e2e::traffic::datagrams::{Stream, nothing_missing};
 use e2e::traffic::echo::ping;
 use e2e::underlay::NodeNumber;
-use e2e::wait::eventually;
-
-const SECOND: Duration = Duration::from_secs(1);
+use e2e::wait::{SECOND, eventually};
 
 fn lease_of(cluster: &Cluster, node: usize) -> Result<(String, String)> {
     let lease = cluster.nodes[node].status()?.lease.context("a lease")?;
     Ok((lease.key.to_string(), lease.state))
-}
-
-fn nothing_missing(streams: impl IntoIterator<Item = Stream>) -> Result<()> {
-    for stream in streams {
-        let tally = stream.end()?;
-        ensure!(
-            tally.missing.is_empty(),
-            "{}: {} of {} missing",
-            tally.name,
-            tally.missing.len(),
-            tally.sent
-        );
-    }
-    Ok(())
 }
 
 /// Certificates on both sides and a login with the least rights; then the leader dies, and a node joins all the same.
@@ -54,7 +39,7 @@ fn three_members_with_certificates_and_a_login_lose_their_leader() -> Result<()>
         let third = cluster.add_node(NodeNumber(3))?;
         third.agent.start()?;
         cluster.wait_converged()?;
-        eprintln!("leader killed: a new node is everybody's peer after {} ms", since.elapsed().as_millis());
+        report::took("leader killed: a new node is everybody's peer", since.elapsed());
         let renewed = |cluster: &Cluster, node: usize| -> Result<u64> {
             cluster.nodes[node].status()?.lease.context("a lease")?.expires_in.context("it expires")
         };
@@ -136,7 +121,7 @@ fn wrong_certificates_logins_and_rights_are_named() -> Result<()> {
                 let text = said(&status);
                 ensure!(!status.ready && expected.iter().all(|e| text.contains(e)), "it says {text}");
                 ensure!(!text.contains("wrong"), "a password is shown: {text}");
-                eprintln!("{what}: {text}");
+                report::figure(format_args!("{what}: {text}"));
                 Ok(true)
             })?;
             node.agent.kill()?;
@@ -166,7 +151,7 @@ fn rights_that_change_under_a_running_agent_are_said_and_mended() -> Result<()> 
             let lease = cluster.nodes[0].status()?.lease.context("a lease")?;
             Ok(lease.state == "held" && lease.problem.is_none())
         })?;
-        eprintln!("rights given back: held again after {} ms", took.as_millis());
+        report::took("rights given back: held again", took);
         assert_eq!(lease_of(cluster, 0)?.0, subnet);
         cluster.nodes[0].agent.wait_ready(READY)
     })
@@ -203,7 +188,7 @@ fn a_quorum_lost_for_longer_than_the_lease_costs_no_packet() -> Result<()> {
         let took = eventually("both leases to be held again", READY, || {
             Ok((lease_of(cluster, 0)?, lease_of(cluster, 1)?) == before)
         })?;
-        eprintln!("quorum back: leases held again after {} ms", took.as_millis());
+        report::took("quorum back: leases held again", took);
         cluster.wait_converged()?;
         assert_eq!(kernel.difference(&KernelView::of(cluster.nodes[0].netns())?), "");
         nothing_missing(streams)
@@ -265,10 +250,7 @@ fn an_agent_leaves_a_member_that_is_cut_off_from_the_others() -> Result<()> {
             let peers = cluster.nodes[0].status()?.peers;
             Ok(peers.iter().any(|p| p.key.to_string() == "10.5.200.0-24"))
         })?;
-        eprintln!(
-            "member cut off: its agent knows what the others know after {} ms",
-            cut_off.elapsed().as_millis()
-        );
+        report::took("member cut off: its agent knows what the others know", cut_off.elapsed());
         eventually("another member to be talked to", READY, || Ok(member_of(cluster, 0)? != member))?;
         assert!(cluster.nodes[0].status()?.store.connected);
         cluster.etcd()?.members[member].rejoin()
@@ -302,10 +284,7 @@ fn a_store_restored_from_an_older_snapshot_takes_no_peer_away() -> Result<()> {
                 Ok(cluster.etcd()?.lease_keys()?.contains(&before.0.0)
                     && cluster.nodes[0].status()?.store.relists > relists)
             })?;
-            eprintln!(
-                "store restored, token {token:?}: everybody is back in it after {} ms",
-                took.as_millis()
-            );
+            report::took(format_args!("store restored, token {token:?}: everybody is back in it"), took);
             cluster.wait_converged()?;
             assert_eq!(lease_of(cluster, 2)?, before.0);
             assert_eq!(before.1.difference(&KernelView::of(cluster.nodes[0].netns())?), "");

@@ -4,16 +4,13 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use e2e::cluster::{Backend, READY, Spec, scenario};
 use e2e::netns::Netns;
 use e2e::node::Node;
-use e2e::wait::eventually;
+use e2e::wait::{SECOND, eventually};
 use nix::sys::signal::Signal;
-
-const SECOND: Duration = Duration::from_secs(1);
 
 /// Commands, whole: each makes something that is nobody's business. PEER is the subnet of the peer, PORT a pod's port.
 const FOREIGN: &[&str] = &[
@@ -204,7 +201,7 @@ fn three_passes(node: &Node) -> Result<()> {
 fn a_node_full_of_foreign_things(backend: Backend) -> Result<()> {
     scenario(Spec::etcd(2, backend).flag("--resync=1"), |cluster| {
         let pod = cluster.nodes[0].pod("a")?;
-        let peer = cluster.nodes[1].status()?.lease.context("lease of the peer")?.key.v4.to_string();
+        let peer = cluster.nodes[1].lease_key()?.v4.to_string();
         let netns = cluster.nodes[0].netns().clone();
         cluster.nodes[0].agent.pause()?;
         let mut made = 0;
@@ -251,7 +248,7 @@ fn a_node_full_of_foreign_things(backend: Backend) -> Result<()> {
             r#"{{"PublicIP":"192.168.77.99","PublicIPv6":null,"BackendType":"{}",{data}}}"#,
             backend.kind()
         );
-        cluster.etcd()?.ctl(&["put", "/coreos.com/network/subnets/10.5.200.0-24", &value])?;
+        cluster.etcd()?.put_entry(b"10.5.200.0-24", value.as_bytes())?;
         eventually("the peer to come", READY, || {
             Ok(run(&netns, "ip route show 10.5.200.0/24")?.contains("proto 87"))
         })?;

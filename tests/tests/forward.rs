@@ -5,16 +5,16 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use e2e::agent::{Agent, while_stopped};
 use e2e::cluster::{Backend, Cluster, READY, Spec, scenario};
 use e2e::firewall::{DOCKER_20, DOCKER_28, UFW, rules, sh};
 use e2e::netns::Netns;
 use e2e::node::Node;
 use e2e::pod::Pod;
+use e2e::report;
 use e2e::traffic::echo::ping;
-use e2e::wait::eventually;
-use nix::sys::signal::Signal;
+use e2e::wait::{SECOND, eventually};
 
-const SECOND: Duration = Duration::from_secs(1);
 const MOMENT: Duration = Duration::from_millis(200);
 /// A container of Docker's on the first node.
 const CONTAINER: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 2);
@@ -123,11 +123,11 @@ fn hosts() -> Vec<Host> {
 
 /// Runs a script on every node, the agents stopped meanwhile, and sees that it did what it should.
 fn strike(nodes: &[Node], script: &str, shows: impl Fn() -> Result<()>) -> Result<()> {
-    let signal = |signal| nodes.iter().try_for_each(|node| node.agent.signal(signal));
-    signal(Signal::SIGSTOP)?;
-    let struck = nodes.iter().try_for_each(|node| sh(node.netns(), script).map(drop));
-    let shown = struck.and_then(|()| shows());
-    signal(Signal::SIGCONT)?;
+    let agents: Vec<&Agent> = nodes.iter().map(|node| &node.agent).collect();
+    let shown = while_stopped(&agents, || {
+        nodes.iter().try_for_each(|node| sh(node.netns(), script).map(drop))?;
+        shows()
+    });
     shown.with_context(|| script.to_owned())
 }
 
@@ -176,7 +176,7 @@ fn pods_reach_each_other_whatever_the_host_drops() -> Result<()> {
                 Ok(true)
             })
             .with_context(|| name)?;
-            eprintln!("{name}, opened again, our rules gone: {gone:?}");
+            report::took(format_args!("{name}, opened again, our rules gone"), gone);
         }
         Ok(())
     })
@@ -191,7 +191,7 @@ fn closed(cluster: &Cluster, near: &Pod, far: &Pod, host: &Host) -> Result<()> {
     let took = eventually("pods to reach each other", host.deadline, || {
         pods_reach_each_other(near, far).map(|()| true)
     })?;
-    eprintln!("{}: {took:?}", host.name);
+    report::took(host.name, took);
     if host.name == "dockerd 28" {
         ensure!(ping(&near.netns, CONTAINER, 2, MOMENT).is_err(), "Docker's isolation is overruled");
     }
@@ -211,7 +211,7 @@ fn closed(cluster: &Cluster, near: &Pod, far: &Pod, host: &Host) -> Result<()> {
             pods_reach_each_other(near, far).map(|()| true)
         })
         .with_context(|| hand.to_string())?;
-        eprintln!("{}, {hand}: {took:?}", host.name);
+        report::took(format_args!("{}, {hand}", host.name), took);
     }
     Ok(())
 }
@@ -320,7 +320,7 @@ fn every_setting(backend: Backend) -> Result<()> {
                 }
             }
         }
-        eprintln!("{}: {combinations} combinations", backend.kind());
+        report::figure(format_args!("{}: {combinations} combinations", backend.kind()));
         Ok(())
     })
 }

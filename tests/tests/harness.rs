@@ -15,9 +15,7 @@ use e2e::traffic::flows::Flows;
 use e2e::traffic::measure::{round_trip, throughput};
 use e2e::traffic::transfer::transfer;
 use e2e::underlay::{NodeNet, NodeNumber, Underlay};
-use e2e::wait::eventually;
-
-const SECOND: Duration = Duration::from_secs(1);
+use e2e::wait::{SECOND, eventually};
 
 fn two_nodes(bed: &Bed) -> Result<(Underlay, NodeNet, NodeNet)> {
     let underlay = Underlay::create(bed)?;

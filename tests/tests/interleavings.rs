@@ -4,8 +4,6 @@
 //!
 //! `WEFT_SEED=N cargo test -p e2e --test interleavings` takes the same steps again; when each strikes is the machine's.
 
-#![expect(clippy::print_stdout, reason = "the seed, and the times that docs/faults.md shows")]
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::thread;
@@ -18,6 +16,7 @@ use e2e::node::Node;
 use e2e::plugin::{Outcome, finish};
 use e2e::pod::{Pod, Sandbox, address_of, host_veth};
 use e2e::random::Random;
+use e2e::report;
 use e2e::wait::{eventually, let_pass};
 use weft_shared::cni::Code;
 
@@ -293,7 +292,7 @@ fn work(node: &mut Node, seed: u64) -> Result<Tally> {
 #[test]
 fn a_thousand_random_interleavings_keep_the_books_straight() -> Result<()> {
     let seed = Random::seed_of_the_moment();
-    println!("replay with WEFT_SEED={seed}");
+    report::figure(format_args!("replay with WEFT_SEED={seed}"));
     scenario(Spec::embedded(NODES, Backend::Vxlan), |cluster| {
         let start = Instant::now();
         let tallies = thread::scope(|scope| {
@@ -308,9 +307,11 @@ fn a_thousand_random_interleavings_keep_the_books_straight() -> Result<()> {
         let tallies = tallies.with_context(|| format!("WEFT_SEED={seed}"))?;
         let sum = |part: fn(&Tally) -> usize| tallies.iter().map(part).sum::<usize>();
         let (calls, killed, agents) = (sum(|t| t.calls), sum(|t| t.killed), sum(|t| t.agents));
-        println!(
-            "{INTERLEAVINGS} interleavings: {calls} calls, {killed} of them killed, {agents} ends of an agent, in {:.1} s",
-            start.elapsed().as_secs_f64()
+        report::took(
+            format_args!(
+                "{INTERLEAVINGS} interleavings: {calls} calls, {killed} of them killed, {agents} ends of an agent"
+            ),
+            start.elapsed(),
         );
         ensure!(killed > 100 && agents > 50, "too little was cut off: {killed} calls, {agents} agents");
         Ok(())

@@ -4,17 +4,15 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use e2e::binaries::Binaries;
 use e2e::host::{HostSnapshot, marked_processes};
-use e2e::wait::eventually;
+use e2e::wait::{SECOND, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 const ROOT: &str = "/run/weft-lab";
-const SECOND: Duration = Duration::from_secs(1);
 
 /// There is one lab on a machine: one test at a time.
 struct Lab {

@@ -2,21 +2,19 @@
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddrV4, UdpSocket};
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::capture::{Capture, Frame};
-use e2e::cluster::{Backend, Cluster, READY, Spec, scenario};
+use e2e::cluster::{Backend, Cluster, MONITOR_ALONE, READY, SWEEP_ALONE, Spec, scenario};
 use e2e::firewall::{external_host, rules, sh, source_seen};
 use e2e::netns::Netns;
 use e2e::packet::Ethernet;
+use e2e::report;
 use e2e::traffic::echo::ping;
 use e2e::traffic::flows::Flows;
-use e2e::wait::eventually;
-use nix::sys::signal::Signal;
+use e2e::wait::{SECOND, eventually};
 use nix::sys::socket::{setsockopt, sockopt::BindToDevice};
 
-const SECOND: Duration = Duration::from_secs(1);
 const ANY: Ipv4Addr = Ipv4Addr::UNSPECIFIED;
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 200);
 const EXCLUDED: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 201);
@@ -35,7 +33,7 @@ fn outside(cluster: &Cluster) -> Result<Netns> {
 
 /// The first address of a node's own subnet: flannel.1's.
 fn own_network(cluster: &Cluster, node: usize) -> Result<Ipv4Addr> {
-    match cluster.nodes[node].status()?.lease.context("a lease")?.key.v4.addr() {
+    match cluster.nodes[node].lease_key()?.v4.addr() {
         IpAddr::V4(addr) => Ok(addr),
         IpAddr::V6(addr) => anyhow::bail!("{addr}"),
     }
@@ -193,13 +191,13 @@ fn open_connections_keep_their_translation_through_restart_and_replacement() -> 
         let netns = cluster.nodes[0].netns();
         sh(netns, "nft add rule ip flannel-ipv4 postrtg accept")?;
         let took = eventually("the table to be replaced", SECOND, || Ok(handle(cluster)? != before))?;
-        eprintln!("table with a rule too much: {took:?}");
+        report::took("table with a rule too much", took);
         go_on("connections after the table was replaced")?;
         flows.end()?;
         // Nothing translates in between: what a connection sends then is lost to it, and often the connection too.
         sh(netns, "nft flush ruleset")?;
         let took = eventually("the table to be back", SECOND, || Ok(rules(netns)?.contains("postrtg")))?;
-        eprintln!("nft flush ruleset: {took:?}");
+        report::took("nft flush ruleset", took);
         assert_eq!(
             source_seen(&pod.netns, ANY, &external, OUTSIDE, 0)?,
             IpAddr::from(cluster.nodes[0].net.address)
@@ -211,11 +209,9 @@ fn open_connections_keep_their_translation_through_restart_and_replacement() -> 
 /// What foreign hands do to our table and to forwarding, each seen wrong and then right again.
 #[test]
 fn table_and_forwarding_are_mended_within_a_second() -> Result<()> {
-    for flags in [["--resync=3600", "--netlink-monitor=true"], ["--resync=1", "--netlink-monitor=false"]] {
-        let spec = flags.iter().fold(masquerading(Backend::Vxlan), |spec, flag| spec.flag(flag));
-        let by_sweep = flags[0] == "--resync=1";
+    for (flags, by_sweep) in [(&MONITOR_ALONE[..], false), (&SWEEP_ALONE, true)] {
         let deadline = if by_sweep { SECOND * 5 } else { SECOND };
-        scenario(spec, |cluster| {
+        scenario(masquerading(Backend::Vxlan).flags(flags), |cluster| {
             let (near, far) = cluster.pod_pair()?;
             let node = &cluster.nodes[0];
             let view = || {
@@ -256,17 +252,16 @@ fn table_and_forwarding_are_mended_within_a_second() -> Result<()> {
                 ),
                 ("forwarding of the underlay off", "echo 0 > /proc/sys/net/ipv4/conf/eth0/forwarding".into()),
             ] {
-                node.agent.signal(Signal::SIGSTOP)?;
-                let struck = sh(node.netns(), &hand);
-                let wrong = view();
-                node.agent.signal(Signal::SIGCONT)?;
-                struck?;
-                ensure!(wrong? != right, "{fault}: does not show");
+                let wrong = node.agent.while_stopped(|| {
+                    sh(node.netns(), &hand)?;
+                    view()
+                })?;
+                ensure!(wrong != right, "{fault}: does not show");
                 let took = eventually(fault, deadline, || {
                     ensure!(view()? == right, "{:?} instead of {right:?}", view()?);
                     Ok(true)
                 })?;
-                eprintln!("{}{fault}: {took:?}", if by_sweep { "sweep alone, " } else { "" });
+                report::took(format_args!("{}{fault}", if by_sweep { "sweep alone, " } else { "" }), took);
             }
             ping(&near.netns, far.address, 5, SECOND)?;
             Ok(())

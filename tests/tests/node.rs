@@ -4,22 +4,18 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use e2e::cluster::{Backend, Cluster, READY, Spec, scenario};
+use e2e::cluster::{Backend, READY, Spec, scenario};
 use e2e::etcd::PREFIX;
 use e2e::kernel::{KernelView, query};
 use e2e::node::Node;
 use e2e::pod::Sandbox;
+use e2e::report;
 use e2e::traffic::echo::ping;
-use e2e::wait::{eventually, until_ok};
+use e2e::wait::{SECOND, eventually, until_ok};
 use weft_agent::status::StrandedStatus;
 
-const SECOND: Duration = Duration::from_secs(1);
 /// An address of the underlay that no node has.
 const STRANGER: &str = "192.168.77.99";
-
-fn lease_of(node: &Node) -> Result<weft_shared::lease::LeaseKey> {
-    Ok(node.status()?.lease.context("lease")?.key)
-}
 
 /// As a node of the backend would write it.
 fn value(backend: Backend, public_ip: &str) -> String {
@@ -28,11 +24,6 @@ fn value(backend: Backend, public_ip: &str) -> String {
         Backend::HostGw => "",
     };
     format!(r#"{{"PublicIP":"{public_ip}","PublicIPv6":null,"BackendType":"{}"{data}}}"#, backend.kind())
-}
-
-fn put_lease(cluster: &mut Cluster, key: &str, value: &str) -> Result<()> {
-    cluster.etcd()?.ctl(&["put", &format!("{PREFIX}/subnets/{key}"), value])?;
-    Ok(())
 }
 
 fn addresses(node: &Node, dev: &str) -> Result<Vec<String>> {
@@ -53,13 +44,13 @@ fn taken_by_another(backend: Backend) -> Result<()> {
         let (first, second) = (cluster.nodes[0].pod("a")?, cluster.nodes[0].pod("b")?);
         let far = cluster.nodes[1].pod("a")?;
         ping(&first.netns, far.address, 5, SECOND)?;
-        let lost = lease_of(&cluster.nodes[0])?;
-        let others = lease_of(&cluster.nodes[1])?;
+        let lost = cluster.nodes[0].lease_key()?;
+        let others = cluster.nodes[1].lease_key()?;
         let free = ["10.5.0.64-26", "10.5.0.128-26", "10.5.0.192-26"].into_iter();
         let free = free.map(|key| key.parse()).collect::<Result<Vec<weft_shared::lease::LeaseKey>, _>>()?;
         let free = *free.iter().find(|key| ![lost, others].contains(key)).context("the third")?;
-        put_lease(cluster, &free.to_string(), &value(backend, "192.168.77.98"))?;
-        put_lease(cluster, &lost.to_string(), &value(backend, STRANGER))?;
+        cluster.etcd()?.put_entry(free.to_string().as_bytes(), value(backend, "192.168.77.98").as_bytes())?;
+        cluster.etcd()?.put_entry(lost.to_string().as_bytes(), value(backend, STRANGER).as_bytes())?;
 
         let node = &cluster.nodes[0];
         eventually("the loss to be said", READY, || {
@@ -81,8 +72,8 @@ fn taken_by_another(backend: Backend) -> Result<()> {
         let start = Instant::now();
         let node = &mut cluster.nodes[0];
         node.agent.wait_ready(READY)?;
-        eprintln!("{}: a new subnet {:?} after one became free", backend.kind(), start.elapsed());
-        assert_eq!(lease_of(node)?, free);
+        report::took(format_args!("{}: a new subnet after one became free", backend.kind()), start.elapsed());
+        assert_eq!(node.lease_key()?, free);
         let new = sandbox.wire()?;
         assert!(free.v4.contains(new.address.into()), "{}", new.address);
 
@@ -118,7 +109,7 @@ fn taken_by_another(backend: Backend) -> Result<()> {
             }
             Ok(true)
         })?;
-        eprintln!("{}: the old range is gone {took:?} after its last pod", backend.kind());
+        report::took(format_args!("{}: the old range gone after its last pod", backend.kind()), took);
         ping(&new.netns, far.address, 5, SECOND)?;
         Ok(())
     })
@@ -152,7 +143,7 @@ fn an_adopted_bridge_comes_back_with_the_mac_its_pods_know() -> Result<()> {
             })
         };
         cluster.nodes[0].netns().ip("link delete cni0")?;
-        eprintln!("adopted bridge: back after {:?}", talks(&cluster.nodes[0])?);
+        report::took("adopted bridge: back", talks(&cluster.nodes[0])?);
         // An agent that has never seen it knows it from the records.
         let node = &mut cluster.nodes[0];
         node.agent.kill()?;
@@ -181,7 +172,7 @@ fn a_renamed_or_regrouped_veth_does_not_escape_its_del() -> Result<()> {
                 let links = query(node.netns(), &format!("ip -json link show {veth}"))?;
                 Ok(links[0]["ifindex"] == own && links[0]["group"] != "77")
             })?;
-            eprintln!("veth's {mended}: mended after {took:?}");
+            report::took(format_args!("veth's {mended}: mended"), took);
             pod.unwire()?;
             let left = query(node.netns(), "ip -json link show")?;
             ensure!(!left.iter().any(|link| link["ifindex"] == own), "the veth is left: {left:?}");
@@ -196,16 +187,16 @@ fn an_own_lease_deleted_by_hand_is_taken_again_at_once() -> Result<()> {
     scenario(Spec::etcd(2, Backend::Vxlan), |cluster| {
         let (near, far) = cluster.pod_pair()?;
         ping(&near.netns, far.address, 5, SECOND)?;
-        let own = lease_of(&cluster.nodes[0])?.to_string();
+        let own = cluster.nodes[0].lease_key()?.to_string();
         for _ in 0..3 {
             cluster.etcd()?.delete_lease(&own)?;
             let took = eventually("the key to be back", SECOND * 5, || {
                 Ok(cluster.etcd()?.lease_keys()?.contains(&own))
             })?;
-            eprintln!("taken again after {took:?}");
+            report::took("lease deleted by hand: taken again", took);
         }
         cluster.wait_converged()?;
-        assert_eq!(lease_of(&cluster.nodes[0])?.to_string(), own);
+        assert_eq!(cluster.nodes[0].lease_key()?.to_string(), own);
         ping(&near.netns, far.address, 5, SECOND)?;
         Ok(())
     })
@@ -216,7 +207,7 @@ fn a_lease_that_expires_while_the_store_is_away_is_taken_again() -> Result<()> {
     scenario(Spec::etcd(2, Backend::Vxlan).flag("--lease-ttl=3s"), |cluster| {
         let (near, far) = cluster.pod_pair()?;
         ping(&near.netns, far.address, 5, SECOND)?;
-        let own = lease_of(&cluster.nodes[0])?;
+        let own = cluster.nodes[0].lease_key()?;
         cluster.etcd()?.kill()?;
         eventually("the lease to be lost", READY, || {
             Ok(cluster.nodes[0].status()?.lease.context("lease")?.state == "lost")
@@ -226,9 +217,9 @@ fn a_lease_that_expires_while_the_store_is_away_is_taken_again() -> Result<()> {
         let took = eventually("it to be held again", READY, || {
             Ok(cluster.nodes[0].status()?.lease.context("lease")?.state == "held")
         })?;
-        eprintln!("held again {took:?} after the store was back");
+        report::took("held again after the store was back", took);
         cluster.wait_converged()?;
-        assert_eq!(lease_of(&cluster.nodes[0])?, own);
+        assert_eq!(cluster.nodes[0].lease_key()?, own);
         ping(&near.netns, far.address, 5, SECOND)?;
         Ok(())
     })
@@ -285,7 +276,7 @@ fn a_configuration_that_changes_is_applied_or_named() -> Result<()> {
                         _ => bail!("{notice:?}, expected {expected:?} of {json:?}"),
                     }
                 })?;
-                eprintln!("{expected:?} said after {took:?}");
+                report::took(format_args!("{expected:?} said"), took);
             }
             let status = cluster.nodes[0].status()?;
             assert!(status.ready, "{:?}", status.waiting_for);
@@ -299,10 +290,10 @@ fn a_configuration_that_changes_is_applied_or_named() -> Result<()> {
         let first =
             || Ok::<_, anyhow::Error>(cluster.nodes[0].status()?.network.context("network")?.subnet_min);
         eventually("the range to be in force", SECOND * 5, || Ok(first()? == "10.5.77.0".parse().ok()))?;
-        let lost = lease_of(&cluster.nodes[0])?;
-        put_lease(cluster, &lost.to_string(), &value(Backend::Vxlan, STRANGER))?;
+        let lost = cluster.nodes[0].lease_key()?;
+        cluster.etcd()?.put_entry(lost.to_string().as_bytes(), value(Backend::Vxlan, STRANGER).as_bytes())?;
         let new = until_ok("a new subnet", READY, || {
-            let key = lease_of(&cluster.nodes[0])?;
+            let key = cluster.nodes[0].lease_key()?;
             ensure!(key != lost, "still {key}");
             Ok(key.to_string())
         })?;

@@ -1,20 +1,16 @@
 //! What keeps the agent from seeing or doing what it should: announcements lost, operations refused by the kernel, a
 //! wire pulled. What fails is named, waits ever longer, holds up nothing else, and goes through when it can.
 
-#![expect(clippy::print_stdout, reason = "the times that docs/faults.md shows")]
-
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use e2e::cluster::{Backend, READY, Spec, scenario};
 use e2e::kernel::KernelView;
 use e2e::node::Node;
+use e2e::report;
 use e2e::traffic::echo::ping;
-use e2e::wait::{eventually, let_pass};
-use nix::sys::signal::Signal;
+use e2e::wait::{SECOND, eventually, let_pass};
 use weft_agent::status::{DataplaneStatus, PendingObject};
-
-const SECOND: Duration = Duration::from_secs(1);
 
 fn dataplane(node: &Node) -> Result<DataplaneStatus> {
     node.status()?.dataplane.context("no dataplane in status")
@@ -34,18 +30,18 @@ fn lost_announcements_are_counted_and_everything_is_looked_at() -> Result<()> {
             .collect();
         let file = cluster.bed.root().join("flood");
         std::fs::write(&file, flood)?;
-        node.agent.pause()?;
-        node.netns().ip(&format!("-batch {}", file.display()))?;
-        // After the flood: its announcement is among the lost.
-        node.netns().ip("link delete flannel.1")?;
-        node.netns().ip("link delete cni0")?;
-        let begin = Instant::now();
-        node.agent.signal(Signal::SIGCONT)?;
+        let begin = node.agent.while_stopped(|| {
+            node.netns().ip(&format!("-batch {}", file.display()))?;
+            // After the flood: its announcement is among the lost.
+            node.netns().ip("link delete flannel.1")?;
+            node.netns().ip("link delete cni0")?;
+            Ok(Instant::now())
+        })?;
         eventually("everything to be right again", SECOND, || {
             let difference = right.difference(&KernelView::of(node.netns())?);
             if difference.is_empty() { Ok(true) } else { bail!("{difference}") }
         })?;
-        println!("{:>5} ms  monitor's buffer overrun", begin.elapsed().as_millis());
+        report::took("monitor's buffer overrun", begin.elapsed());
         ensure!(dataplane(node)?.monitor_overruns > 0, "the overrun is not counted");
         ping(&near.netns, far.address, 5, SECOND)?;
         Ok(())
@@ -84,9 +80,8 @@ fn a_refused_device_is_named_waits_and_goes_through_when_the_obstacle_goes() -> 
             ("the device moved to another namespace", &[&into], "away"),
         ];
         for (what, commands, way_out) in obstacles {
-            node.agent.pause()?;
-            commands.iter().try_for_each(|command| node.netns().ip(command).map(drop))?;
-            node.agent.signal(Signal::SIGCONT)?;
+            let strike = || commands.iter().try_for_each(|command| node.netns().ip(command).map(drop));
+            node.agent.while_stopped(strike)?;
             let first = Instant::now();
             let pending = eventually_pending(node, 4).with_context(|| what.to_owned())?;
             ensure!(pending.error.contains("flannel.1 exists: another device"), "{what}: {}", pending.error);
@@ -98,7 +93,7 @@ fn a_refused_device_is_named_waits_and_goes_through_when_the_obstacle_goes() -> 
             );
             ensure!(!node.status()?.ready, "{what}: a node without its device is not ready");
             // Nothing else waits for it.
-            let gateway = node.status()?.lease.context("lease")?.key.v4.gateway();
+            let gateway = node.lease_key()?.v4.gateway();
             node.netns().ip(&format!("address delete {gateway}/24 dev cni0"))?;
             eventually("the gateway to come back meanwhile", SECOND, || {
                 Ok(node.netns().ip("address show dev cni0")?.contains(&format!("{gateway}/24")))
@@ -114,7 +109,7 @@ fn a_refused_device_is_named_waits_and_goes_through_when_the_obstacle_goes() -> 
                 if difference.is_empty() { Ok(true) } else { bail!("{difference}") }
             })
             .with_context(|| what.to_owned())?;
-            println!("{:>5} ms  {what}, from the obstacle's end", gone.elapsed().as_millis());
+            report::took(format_args!("{what}, from the obstacle's end"), gone.elapsed());
             eventually("nothing to be pending", READY, || Ok(dataplane(node)?.pending.is_empty()))?;
             ping(&near.netns, far.address, 5, SECOND)?;
         }
@@ -151,7 +146,7 @@ fn wire_pulled(backend: Backend) -> Result<()> {
             ping(&near.netns, far.address, 1, Duration::from_millis(200))?;
             Ok(true)
         })?;
-        println!("{:>5} ms  {} wire pulled and put back", begin.elapsed().as_millis(), backend.kind());
+        report::took(format_args!("{} wire pulled and put back", backend.kind()), begin.elapsed());
         ensure!(right.difference(&KernelView::of(node.netns())?).is_empty(), "something is not as it was");
         Ok(())
     })

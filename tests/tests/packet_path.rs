@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::net::Ipv4Addr;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use e2e::bed::Bed;
@@ -12,9 +11,9 @@ use e2e::kernel::query;
 use e2e::packet::{Ethernet, Ipv4};
 use e2e::pod::Pod;
 use e2e::traffic::echo::ping;
+use e2e::wait::SECOND;
 use weft_shared::Mac;
 
-const SECOND: Duration = Duration::from_secs(1);
 const FIRST: Ipv4Addr = Ipv4Addr::new(100, 96, 1, 2);
 const SECOND_POD: Ipv4Addr = Ipv4Addr::new(100, 96, 2, 3);
 const ICMP: u8 = 1;

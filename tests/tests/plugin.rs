@@ -15,12 +15,11 @@ use e2e::plugin::{finish, netconf};
 use e2e::pod::{Pod, Sandbox, host_veth, vanished};
 use e2e::random::Random;
 use e2e::traffic::echo::ping;
-use e2e::wait::{eventually, let_pass};
+use e2e::wait::{SECOND, eventually, let_pass};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-const SECOND: Duration = Duration::from_secs(1);
 const TRY_AGAIN_LATER: u64 = 11;
 
 fn one_node() -> Spec {
@@ -208,7 +207,7 @@ fn an_independent_reader_understands_the_result() -> Result<()> {
             assert_eq!(reply.cni_version.to_string(), version);
             let ip = &reply.ips[0];
             assert_eq!((ip.address.ip(), ip.address.prefix()), (pod.address.into(), 24));
-            let subnet = node.status()?.lease.context("lease")?.key.v4;
+            let subnet = node.lease_key()?.v4;
             assert_eq!(ip.gateway, Some(subnet.gateway()));
             let interface = &reply.interfaces[ip.interface.context("index of the interface")?];
             assert_eq!((interface.name.as_str(), interface.sandbox.as_path()), ("eth0", pod.netns.path()));
@@ -292,7 +291,7 @@ fn gc_takes_what_is_not_valid() -> Result<()> {
 fn requested_addresses_are_given_once() -> Result<()> {
     scenario(one_node(), |cluster| {
         let node = &cluster.nodes[0];
-        let subnet = node.status()?.lease.context("lease")?.key.v4;
+        let subnet = node.lease_key()?.v4;
         let wanted = subnet.nth(77).context("inside")?.to_string();
         let first = Pod::create_at(node, "first", &wanted)?;
         assert_eq!(first.address.to_string(), wanted);
@@ -316,7 +315,7 @@ fn a_full_subnet_says_so() -> Result<()> {
         let one_more = Sandbox::create(node, "one-more")?;
         let (code, error) = one_more.call.run("ADD")?.error()?;
         assert!(code >= 100, "{error}");
-        let subnet = node.status()?.lease.context("lease")?.key.v4.to_string();
+        let subnet = node.lease_key()?.v4.to_string();
         assert!(error.to_string().contains(&subnet), "names the subnet: {error}");
         let (code, error) = one_more.call.run("STATUS")?.error()?;
         assert_eq!(code, 50, "{error}");

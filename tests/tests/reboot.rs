@@ -2,17 +2,16 @@
 //! confirms later changes nothing.
 
 use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use e2e::cluster::{Backend, Cluster, READY, Spec, scenario};
 use e2e::kernel::{KernelView, indexes, query};
 use e2e::netns::Netns;
 use e2e::pod::Sandbox;
+use e2e::report;
 use e2e::traffic::echo::ping;
-use e2e::wait::eventually;
-
-const SECOND: Duration = Duration::from_secs(1);
+use e2e::wait::{SECOND, eventually};
 
 fn vtep(netns: &Netns) -> Result<String> {
     let links = query(netns, "ip -json link show flannel.1")?;
@@ -33,7 +32,7 @@ fn rebooted_without_store(backend: Backend) -> Result<()> {
     scenario(Spec::etcd(2, backend), |cluster| {
         let (near, far) = cluster.pod_pair()?;
         ping(&near.netns, far.address, 5, SECOND)?;
-        let own = cluster.nodes[0].status()?.lease.context("lease")?.key;
+        let own = cluster.nodes[0].lease_key()?;
         let mac = (backend == Backend::Vxlan).then(|| vtep(cluster.nodes[0].netns())).transpose()?;
 
         cluster.etcd()?.kill()?;
@@ -43,7 +42,7 @@ fn rebooted_without_store(backend: Backend) -> Result<()> {
         let start = Instant::now();
         cluster.nodes[0].agent.restart(READY)?;
         cluster.nodes[0].wait_peers(1, READY)?;
-        eprintln!("{}: serving from disk after {:?}", backend.kind(), start.elapsed());
+        report::took(format_args!("{}: serving from disk", backend.kind()), start.elapsed());
 
         let node = &cluster.nodes[0];
         let status = node.status()?;
@@ -63,10 +62,10 @@ fn rebooted_without_store(backend: Backend) -> Result<()> {
         let before = (KernelView::of(node.netns())?, indexes(node.netns())?);
         cluster.etcd()?.resume()?;
         let took = eventually("the store to confirm it", READY, || confirmed(cluster))?;
-        eprintln!("{}: confirmed after {took:?}", backend.kind());
+        report::took(format_args!("{}: confirmed by the store", backend.kind()), took);
         let node = &cluster.nodes[0];
         node.wait_peers(1, READY)?;
-        assert_eq!(node.status()?.lease.context("lease")?.key, own);
+        assert_eq!(node.lease_key()?, own);
         assert_eq!(before.0.difference(&KernelView::of(node.netns())?), "");
         assert_eq!(before.1, indexes(node.netns())?, "a device was made anew");
         ping(&far.netns, again.address, 5, SECOND)?;
@@ -90,7 +89,7 @@ fn a_subnet_whose_lease_ran_out_serves_existing_pods_only() -> Result<()> {
     scenario(Spec::etcd(2, Backend::Vxlan).flag("--lease-ttl=4s"), |cluster| {
         let (near, far) = cluster.pod_pair()?;
         ping(&near.netns, far.address, 5, SECOND)?;
-        let own = cluster.nodes[0].status()?.lease.context("lease")?.key;
+        let own = cluster.nodes[0].lease_key()?;
         cluster.etcd()?.kill()?;
         cluster.nodes[0].agent.stop()?;
         // Its kernel state is lost as well: what comes back comes from disk.
@@ -113,7 +112,7 @@ fn a_subnet_whose_lease_ran_out_serves_existing_pods_only() -> Result<()> {
 
         cluster.etcd()?.resume()?;
         eventually("the store to confirm it", READY, || confirmed(cluster))?;
-        assert_eq!(cluster.nodes[0].status()?.lease.context("lease")?.key, own);
+        assert_eq!(cluster.nodes[0].lease_key()?, own);
         let pod = new.wire()?;
         ping(&pod.netns, far.address, 5, SECOND)?;
         Ok(())

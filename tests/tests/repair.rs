@@ -4,23 +4,19 @@
 //! Each test prints a table of repair times, up to the end of the look that found everything right (a look costs some
 //! 50 ms); `WEFT_FAULT_ROUNDS=3` strikes three times and prints medians.
 
-#![expect(clippy::print_stdout, reason = "the times that docs/faults.md shows")]
-
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use e2e::cluster::{Backend, Cluster, READY, Spec, scenario};
+use e2e::cluster::{Backend, Cluster, MONITOR_ALONE, READY, SWEEP_ALONE, Spec, scenario};
 use e2e::kernel::{KernelView, query};
 use e2e::netns::Netns;
 use e2e::node::Node;
 use e2e::pod::Pod;
+use e2e::report;
 use e2e::traffic::echo::ping;
-use e2e::wait::eventually;
-use nix::sys::signal::Signal;
+use e2e::wait::{SECOND, eventually};
 use weft_shared::names::VETH_GROUP;
-
-const SECOND: Duration = Duration::from_secs(1);
 
 /// A fault's name, and the commands of the foreign hand: `ip` unless they begin with `bridge`, `sysctl` or `switch`,
 /// which is `ip` at the other end of the node's cable. Words in capitals are filled in ([`Target::fill`]).
@@ -197,9 +193,9 @@ struct Target<'a> {
 
 impl<'a> Target<'a> {
     fn of(node: &'a Node, cluster: &'a Cluster, pod: &Pod) -> Result<Self> {
-        let own = node.status()?.lease.context("own lease")?.key.v4;
+        let own = node.lease_key()?.v4;
         let peer = &cluster.nodes[1];
-        let peer_subnet = peer.status()?.lease.context("lease of the peer")?.key.v4;
+        let peer_subnet = peer.lease_key()?.v4;
         let vtep = query(peer.netns(), "ip -json link show type vxlan")?;
         let vtep = vtep.first().and_then(|link| link["address"].as_str()).unwrap_or_default();
         let words = [
@@ -260,8 +256,7 @@ fn mended(backend: Backend, faults: &[&[Fault]], flags: &[&str], deadline: Durat
         Ok(text) => text.parse().context("WEFT_FAULT_ROUNDS: expected a number")?,
         Err(_) => 1,
     };
-    let spec = flags.iter().fold(Spec::etcd(2, backend), |spec, flag| spec.flag(flag));
-    scenario(spec, |cluster| {
+    scenario(Spec::etcd(2, backend).flags(flags), |cluster| {
         let (near, far) = cluster.pod_pair()?;
         ping(&near.netns, far.address, 5, SECOND)?;
         let node = &cluster.nodes[0];
@@ -290,7 +285,7 @@ fn mended(backend: Backend, faults: &[&[Fault]], flags: &[&str], deadline: Durat
             }
             times.sort();
             if let Some(median) = times.get(times.len() / 2) {
-                println!("{:>5} ms  {} {fault}", median.as_millis(), backend.kind());
+                report::took(format_args!("{} {fault}", backend.kind()), *median);
             }
         }
         ensure!(failures.is_empty(), "not mended within {deadline:?}:\n{}", failures.join("\n"));
@@ -306,13 +301,11 @@ fn strike_and_watch(
     right: &KernelView,
     deadline: Duration,
 ) -> Result<Duration> {
-    node.agent.pause()?;
-    let struck = commands.iter().try_for_each(|command| target.strike(command));
-    let wrong = KernelView::of(node.netns());
-    let begin = Instant::now();
-    node.agent.signal(Signal::SIGCONT)?;
-    struck?;
-    ensure!(wrong? != *right, "the fault does not show");
+    let (wrong, begin) = node.agent.while_stopped(|| {
+        commands.iter().try_for_each(|command| target.strike(command))?;
+        Ok((KernelView::of(node.netns())?, Instant::now()))
+    })?;
+    ensure!(wrong != *right, "the fault does not show");
     eventually("the kernel to be right again", deadline, || {
         let difference = right.difference(&KernelView::of(node.netns())?);
         let wrong = |line: &str| !(line.starts_with('+') && line.contains(FOREIGN));
@@ -326,11 +319,6 @@ fn strike_and_watch(
     }
     Ok(mended)
 }
-
-/// No sweep comes in time: what mends is the monitor.
-const MONITOR_ALONE: [&str; 1] = ["--resync=3600"];
-/// No event is heard: what mends is the sweep.
-const SWEEP_ALONE: [&str; 2] = ["--netlink-monitor=false", "--resync=1"];
 
 #[test]
 fn the_monitor_mends_vxlan_within_a_second() -> Result<()> {

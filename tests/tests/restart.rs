@@ -5,17 +5,15 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use e2e::cluster::{Backend, READY, Spec, scenario};
+use e2e::cluster::{Backend, Cluster, READY, Spec, scenario};
 use e2e::kernel::{KernelView, indexes};
 use e2e::monitor::Monitor;
-use e2e::netns::Netns;
 use e2e::random::Random;
 use e2e::traffic::datagrams::Stream;
 use e2e::traffic::echo::ping;
 use e2e::traffic::flows::Flows;
-use e2e::wait::{eventually, let_pass};
+use e2e::wait::{SECOND, eventually, let_pass};
 
-const SECOND: Duration = Duration::from_secs(1);
 const KILLS: usize = 20;
 const FLOWS: usize = 100;
 const DATAGRAMS_PER_SECOND: u32 = 1000;
@@ -118,15 +116,17 @@ fn addresses_survive_a_kill() -> Result<()> {
 fn entries_of_peers_that_left_meanwhile_go_at_start() -> Result<()> {
     for backend in [Backend::Vxlan, Backend::HostGw] {
         scenario(Spec::etcd(3, backend), |cluster| {
-            let lease = cluster.nodes[2].status()?.lease.context("n3 has a lease")?;
-            let subnet = lease.key.v4.to_string();
-            assert!(holds(cluster.nodes[0].netns(), &subnet)?);
+            let lease = cluster.nodes[2].lease_key()?;
+            let holds = |cluster: &Cluster| {
+                Ok::<_, anyhow::Error>(KernelView::of(cluster.nodes[0].netns())?.holds(lease.v4.addr()))
+            };
+            assert!(holds(cluster)?);
             cluster.nodes[2].agent.kill()?;
             cluster.nodes[0].agent.kill()?;
-            cluster.etcd()?.delete_lease(&lease.key.to_string())?;
-            assert!(holds(cluster.nodes[0].netns(), &subnet)?, "gone although no agent ran");
+            cluster.etcd()?.delete_lease(&lease.to_string())?;
+            assert!(holds(cluster)?, "gone although no agent ran");
             cluster.nodes[0].agent.restart(READY)?;
-            eventually("the entries of n3 to go", READY, || Ok(!holds(cluster.nodes[0].netns(), &subnet)?))?;
+            eventually("the entries of n3 to go", READY, || Ok(!holds(cluster)?))?;
             cluster.nodes[0].wait_peers(1, READY)
         })?;
     }
@@ -173,13 +173,4 @@ fn a_second_agent_writes_nothing() -> Result<()> {
         assert_eq!(left, ["net-conf.json"], "{text}");
         Ok(())
     })
-}
-
-/// Whether the node has any route, neighbour or FDB entry for the subnet.
-fn holds(netns: &Netns, subnet: &str) -> Result<bool> {
-    let network = subnet.split('/').next().unwrap_or(subnet);
-    Ok(KernelView::of(netns)?
-        .objects
-        .iter()
-        .any(|o| !o.starts_with("address") && o.contains(&format!("\"{network}"))))
 }

@@ -2,32 +2,26 @@
 //! that depart by hand and by expiry.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use e2e::cluster::{Backend, Cluster, READY, Spec, StoreKind, scenario, scenario_prepared};
 use e2e::kernel::KernelView;
 use e2e::node::Node;
-use e2e::traffic::datagrams::Stream;
+use e2e::report;
+use e2e::traffic::datagrams::{Stream, nothing_missing};
 use e2e::traffic::echo::ping;
 use e2e::underlay::NodeNumber;
-use e2e::wait::eventually;
+use e2e::wait::{SECOND, eventually};
 use weft_agent::status::RefusedLease;
 
-const SECOND: Duration = Duration::from_secs(1);
 /// Enough for one renewal by a busy machine, and short enough to wait for its end.
 const TTL: &str = "--lease-ttl=4s";
 const GRACE: Duration = Duration::from_secs(4);
 
-/// Whether the node has any route, neighbour or forwarding entry of the subnet `10.5.7.0`.
-fn holds(node: &Node, network: &str) -> Result<bool> {
-    let objects = KernelView::of(node.netns())?.objects;
-    Ok(objects.iter().any(|o| !o.starts_with("address") && o.contains(&format!("\"{network}"))))
-}
-
-fn network_of(node: &Node) -> Result<(String, String)> {
-    let key = node.status()?.lease.context("a lease")?.key;
-    Ok((key.to_string(), key.v4.addr().to_string()))
+fn holds(node: &Node, subnet: IpAddr) -> Result<bool> {
+    Ok(KernelView::of(node.netns())?.holds(subnet))
 }
 
 fn remove_by_hand(cluster: &mut Cluster, key: &str) -> Result<()> {
@@ -49,15 +43,15 @@ fn departures(store: StoreKind) -> Result<()> {
     scenario(spec.flag(TTL).flag("--expired-peer-grace=4s"), |cluster| {
         let (near, far) = cluster.pod_pair()?;
         ping(&near.netns, far.address, 5, SECOND)?;
-        let (_, network) = network_of(&cluster.nodes[1])?;
-        let (by_hand, by_hand_network) = network_of(&cluster.nodes[2])?;
+        let network = cluster.nodes[1].lease_key()?.v4.addr();
+        let by_hand = cluster.nodes[2].lease_key()?;
         let stream = Stream::start(&near.netns, &far.netns, far.address, 200)?;
 
         // By expiry: its agent is gone, its pods are not.
         cluster.nodes[1].agent.kill()?;
         let expired = |cluster: &Cluster| -> Result<bool> {
             let peers = cluster.nodes[0].status()?.peers;
-            let peer = peers.iter().find(|p| p.key.v4.addr().to_string() == network);
+            let peer = peers.iter().find(|p| p.key.v4.addr() == network);
             Ok(peer
                 .with_context(|| format!("{network} is no peer any more: {peers:?}"))?
                 .grace_left
@@ -68,12 +62,11 @@ fn departures(store: StoreKind) -> Result<()> {
         let agent = &cluster.nodes[0].agent;
         assert!(agent.ctl(&["peers"])?.contains("programmed; expired, "), "{}", agent.ctl(&["peers"])?);
         assert_eq!(agent.metric("weft_peers_expired")?, 1.0);
-        assert!(holds(&cluster.nodes[0], &network)?, "its entries stay");
+        assert!(holds(&cluster.nodes[0], network)?, "its entries stay");
         ping(&near.netns, far.address, 5, SECOND).context("pods of an expired peer")?;
-        let tally = stream.end()?;
-        assert_eq!(tally.missing.len(), 0, "of {} to an expired peer", tally.sent);
+        nothing_missing([stream]).context("to an expired peer")?;
         eventually("the grace to end", READY, || {
-            Ok(!holds(&cluster.nodes[0], &network)? && cluster.nodes[0].status()?.peers.len() == 1)
+            Ok(!holds(&cluster.nodes[0], network)? && cluster.nodes[0].status()?.peers.len() == 1)
         })?;
         assert!(since.elapsed() > GRACE / 2, "gone after {:?}", since.elapsed());
 
@@ -90,13 +83,13 @@ fn departures(store: StoreKind) -> Result<()> {
 
         // By hand.
         cluster.nodes[2].agent.kill()?;
-        assert!(holds(&cluster.nodes[0], &by_hand_network)?);
-        remove_by_hand(cluster, &by_hand)?;
+        assert!(holds(&cluster.nodes[0], by_hand.v4.addr())?);
+        remove_by_hand(cluster, &by_hand.to_string())?;
         let took = eventually("the entries of a lease removed by hand to go", READY, || {
-            Ok(!holds(&cluster.nodes[0], &by_hand_network)?)
+            Ok(!holds(&cluster.nodes[0], by_hand.v4.addr())?)
         })?;
         assert!(took < SECOND, "{took:?}");
-        eprintln!("{} store: removed by hand, gone after {} ms", store.kind(), took.as_millis());
+        report::took(format_args!("{} store: removed by hand, gone", store.kind()), took);
         Ok(())
     })
 }
@@ -189,7 +182,7 @@ fn malformed_entries_of_every_kind_are_named_and_disturb_nobody() -> Result<()> 
                 ensure!(missing.is_empty() && added.is_empty(), "not named {missing:?}, wrongly {added:?}");
                 Ok(true)
             })?;
-            eprintln!("{}: all {} named after {} ms", node.name(), expected.len(), took.as_millis());
+            report::took(format_args!("{}: all {} named", node.name(), expected.len()), took);
             let counted = node.agent.metric("weft_leases_refused")?
                 + (node.agent.metric("weft_peers")? - node.agent.metric("weft_peers_programmed")?);
             assert_eq!(counted, expected.len() as f64, "counted on {}", node.name());
@@ -216,11 +209,7 @@ fn malformed_entries_of_every_kind_are_named_and_disturb_nobody() -> Result<()> 
             })?;
             assert_eq!(node.agent.metric("weft_leases_refused")?, 0.0);
         }
-        for tally in streams.map(Stream::end) {
-            let tally = tally?;
-            assert_eq!(tally.missing.len(), 0, "{} of {}", tally.name, tally.sent);
-        }
-        Ok(())
+        nothing_missing(streams)
     })
 }
 
@@ -256,7 +245,7 @@ fn agree(cluster: &Cluster, what: &str, as_expected: impl Fn(&Verdict) -> bool) 
 fn of_leases_that_claim_the_same_the_elder_is_used_by_every_node() -> Result<()> {
     scenario(Spec::etcd(3, Backend::HostGw), |cluster| {
         let value = |ip: &str| format!(r#"{{"PublicIP":"{ip}","PublicIPv6":null,"BackendType":"host-gw"}}"#);
-        let (own, _) = network_of(&cluster.nodes[0])?;
+        let own = cluster.nodes[0].lease_key()?;
         let own_ip = cluster.nodes[0].net.address.to_string();
         let before = agree(cluster, "three nodes", |(used, refused)| used.len() == 3 && refused.is_empty())?;
         let (near, far) = cluster.pod_pair()?;
@@ -294,9 +283,7 @@ fn of_leases_that_claim_the_same_the_elder_is_used_by_every_node() -> Result<()>
         cluster.nodes[2].agent.kill()?;
         cluster.nodes[2].agent.restart(READY)?;
         agree(cluster, "the same verdict after a restart", |(_, refused)| refused.len() == 3)?;
-        let tally = stream.end()?;
-        assert_eq!(tally.missing.len(), 0, "of {}", tally.sent);
-        Ok(())
+        nothing_missing([stream])
     })
 }
 

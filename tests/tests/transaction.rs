@@ -2,8 +2,6 @@
 //! record come and go together. The real plugin and the real agent; where a message must be held up or lost, a relay
 //! between them does it.
 
-#![expect(clippy::print_stdout, reason = "the times that docs/faults.md shows")]
-
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::Child;
 use std::time::{Duration, Instant};
@@ -16,7 +14,8 @@ use e2e::node::Node;
 use e2e::plugin::finish;
 use e2e::pod::{Pod, Sandbox, host_veth};
 use e2e::relay::{Conversation, Relay};
-use e2e::wait::eventually;
+use e2e::report;
+use e2e::wait::{SECOND, eventually};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -25,8 +24,6 @@ use weft_shared::deadline;
 use weft_shared::names::VETH_GROUP;
 use weft_shared::protocol::{Reply, Request};
 use weft_shared::tombstone::{self, Tombstone};
-
-const SECOND: Duration = Duration::from_secs(1);
 
 fn one_node() -> Spec {
     Spec::embedded(1, Backend::Vxlan)
@@ -84,7 +81,7 @@ fn nothing_left(node: &Node, sandbox: &Sandbox) -> Result<Duration> {
 }
 
 fn told(what: &str, took: Duration) {
-    println!("{what}: nothing left after {} ms", took.as_millis());
+    report::took(format_args!("{what}: nothing left"), took);
 }
 
 fn used(node: &Node) -> Result<usize> {
@@ -287,11 +284,11 @@ fn a_reservation_outlives_the_agent_for_as_long_as_its_plugin_can_wire() -> Resu
         let freed = eventually("the reservation to lapse", deadline::WIRING + LATE, || Ok(used(node)? == 2))
             .map(|_| reserved_at.elapsed())?;
         assert!(freed >= deadline::WIRING, "freed after {freed:?}: its plugin could still have wired");
-        println!("reservation of a killed agent: freed {:.2} s after Reserve", freed.as_secs_f64());
+        report::took("reservation of a killed agent: freed after Reserve", freed);
         let gone = eventually("the stray veth to go", LATE * 2, || Ok(!live_veths(node)?.contains(stray)))
             .map(|_| stray_since.elapsed())?;
         assert!(gone >= deadline::WIRING, "gone after {gone:?}: it might have been an ADD's");
-        println!("veth without a record: deleted after {:.2} s", gone.as_secs_f64());
+        report::took("veth without a record: deleted", gone);
         assert!(live_veths(node)?.contains(foreign));
         node.netns().ip(&format!("link delete {foreign}"))?;
 

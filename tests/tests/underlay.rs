@@ -6,15 +6,15 @@ use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use e2e::cluster::{Backend, Cluster, READY, Spec, scenario};
+use e2e::cluster::{Backend, Cluster, MONITOR_ALONE, READY, SWEEP_ALONE, Spec, scenario};
 use e2e::kernel::query;
 use e2e::node::Node;
 use e2e::pod::Pod;
+use e2e::report;
 use e2e::traffic::echo::ping;
 use e2e::underlay::Underlay;
-use e2e::wait::eventually;
+use e2e::wait::{SECOND, eventually};
 
-const SECOND: Duration = Duration::from_secs(1);
 const OWN: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 11);
 const OTHER: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 51);
 const SECOND_CARD: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 61);
@@ -47,7 +47,7 @@ impl Bench<'_> {
             ping(&self.far.netns, self.near.address, 1, Duration::from_millis(200))?;
             Ok(true)
         })?;
-        eprintln!("{} by {}: {what}: {:?}", self.backend.kind(), self.by, start.elapsed());
+        report::took(format_args!("{} by {}: {what}", self.backend.kind(), self.by), start.elapsed());
         Ok(())
     }
 
@@ -77,11 +77,10 @@ impl Bench<'_> {
 }
 
 fn followed(backend: Backend, by: &'static str, flags: &[&str], deadline: Duration) -> Result<()> {
-    let spec = flags.iter().fold(Spec::etcd(2, backend), |spec, flag| spec.flag(flag));
-    scenario(spec, |cluster| {
+    scenario(Spec::etcd(2, backend).flags(flags), |cluster| {
         let (near, far) = cluster.pod_pair()?;
         ping(&near.netns, far.address, 5, SECOND)?;
-        let key = cluster.nodes[0].status()?.lease.context("lease")?.key;
+        let key = cluster.nodes[0].lease_key()?;
         let vtep = || -> Result<Option<String>> {
             let links = query(cluster.nodes[0].netns(), "ip -json link show type vxlan")?;
             Ok(links.first().and_then(|link| link["address"].as_str()).map(str::to_owned))
@@ -138,7 +137,7 @@ fn followed(backend: Backend, by: &'static str, flags: &[&str], deadline: Durati
         let took = eventually("the bridge to be repaired all the same", deadline, || {
             Ok(query(bench.node().netns(), "ip -json link show cni0")?[0]["mtu"] == usual)
         })?;
-        eprintln!("{} by {by}: bridge repaired without underlay: {took:?}", backend.kind());
+        report::took(format_args!("{} by {by}: bridge repaired without underlay", backend.kind()), took);
         cluster.underlay.plug_in(bench.node().netns(), port, OWN)?;
         bench.right("interface removed and back", "eth0", OWN, 1500)?;
         assert_eq!(vtep()?, mac);
@@ -154,16 +153,11 @@ fn followed(backend: Backend, by: &'static str, flags: &[&str], deadline: Durati
         bench.state_is("eth0", OWN, 1500)?;
         bench.ip(&[&format!("address delete {OWN}/24 dev eth0")])?;
         bench.right("moved to the other interface", "eth1", SECOND_CARD, 1500)?;
-        assert_eq!(bench.node().status()?.lease.context("lease")?.key, key);
+        assert_eq!(bench.node().lease_key()?, key);
         assert_eq!(bench.node().status()?.pods.attachments, 1);
         Ok(())
     })
 }
-
-/// No sweep comes in time.
-const MONITOR_ALONE: [&str; 1] = ["--resync=3600"];
-/// No event is heard.
-const SWEEP_ALONE: [&str; 2] = ["--netlink-monitor=false", "--resync=1"];
 
 #[test]
 fn the_monitor_follows_the_underlay_by_vxlan() -> Result<()> {

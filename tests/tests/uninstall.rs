@@ -1,8 +1,6 @@
 //! `weftctl uninstall`: a node that weft leaves is as it was before weft came. The node is compared as a whole: links,
 //! addresses, routes, neighbours, rulesets, kernel settings, files; foreign things of every sort stand on it.
 
-#![expect(clippy::print_stdout, reason = "the figures that docs/faults.md shows")]
-
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -14,11 +12,11 @@ use e2e::host::HostSnapshot;
 use e2e::node::Node;
 use e2e::pod::Pod;
 use e2e::random::Random;
+use e2e::report;
 use e2e::traffic::echo::ping;
-use e2e::wait::{eventually, let_pass};
+use e2e::wait::{SECOND, eventually, let_pass};
 use serde_json::{Value, json};
 
-const SECOND: Duration = Duration::from_secs(1);
 const FORWARD: &str = "ipv4/ip_forward";
 
 /// What came back.
@@ -222,9 +220,9 @@ fn an_uninstall_that_is_cut_off_can_be_run_again() -> Result<()> {
             }
         }
         ensure!(cut_off > KILLS / 3, "only {cut_off} of {KILLS} were cut off");
-        println!(
+        report::figure(format_args!(
             "{cut_off} of {KILLS} runs of uninstall were cut off, every second one left the node as it was"
-        );
+        ));
         Ok(())
     })
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
 
 use crate::netns::Netns;
@@ -78,6 +78,16 @@ impl Stream {
         let missing = (0..sent).filter(|n| arrived.next_if_eq(n).is_none()).collect();
         Ok(Tally { name: self.name, sent, missing, duplicates })
     }
+}
+
+/// Ends streams, each of which must have sent something and lost nothing.
+pub fn nothing_missing(streams: impl IntoIterator<Item = Stream>) -> Result<()> {
+    for stream in streams {
+        let Tally { name, sent, missing, .. } = stream.end()?;
+        ensure!(sent > 0, "{name}: nothing was sent");
+        ensure!(missing.is_empty(), "{name}: {} of {sent} missing: {missing:?}", missing.len());
+    }
+    Ok(())
 }
 
 fn send(socket: &UdpSocket, per_second: u32, stop: &AtomicBool) -> Result<u64> {

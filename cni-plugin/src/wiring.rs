@@ -2,11 +2,12 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::errno::Errno;
 use weft_shared::cni::{Code, InterfaceConf};
-use weft_shared::names::VETH_GROUP;
+use weft_shared::deadline;
+use weft_shared::names::LINK_GROUP;
 use weft_shared::protocol::{Attachment, Failure, Reservation};
 use weft_shared::{IfName, Mac, Subnet};
 
@@ -16,9 +17,6 @@ use crate::{sys, sysctl};
 
 /// `IFALIASZ` (linux/if.h) less the terminating zero.
 const MAX_ALIAS: usize = 255;
-/// A port forwards as soon as the carrier is there, a matter of milliseconds; only spanning tree makes it wait longer,
-/// and then the ADD goes on.
-const FORWARDING_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Everything that will be asked of the kernel.
 #[derive(Debug, PartialEq, Eq)]
@@ -126,7 +124,7 @@ pub(crate) fn undo(host: &mut Netlink, host_ifindex: u32) {
 fn create(plan: &Plan, host: &mut Netlink, pod: &mut Pod) -> Result<Link, Failure> {
     let created = host.create_veth(&VethPair {
         host_name: &plan.host_name,
-        group: VETH_GROUP,
+        group: LINK_GROUP,
         bridge: plan.bridge,
         mtu: plan.mtu,
         container_name: &plan.container_name,
@@ -184,7 +182,7 @@ fn configure(plan: &Plan, created: &Link, host: &mut Netlink, pod: &mut Pod) -> 
 }
 
 fn await_forwarding(host: &mut Netlink, ifindex: u32) -> Result<(), NetlinkError> {
-    let deadline = Instant::now() + FORWARDING_PATIENCE;
+    let deadline = Instant::now() + deadline::FORWARDING;
     if forwards(host, ifindex)? {
         return Ok(());
     }

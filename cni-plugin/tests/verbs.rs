@@ -55,7 +55,7 @@ fn add_wires_the_pod_check_agrees_and_del_leaves_nothing() {
     assert_eq!(host["master"], "cni0");
     assert_eq!(host["mtu"], 1450);
     assert_eq!(host["ifalias"], "mesh/c1/eth0");
-    assert_eq!(host["group"], weft_shared::names::VETH_GROUP.to_string());
+    assert_eq!(host["group"], weft_shared::names::LINK_GROUP.to_string());
     assert_eq!(host["inet6_addr_gen_mode"], "none");
     let port = &host["linkinfo"]["info_slave_data"];
     assert_eq!((&port["hairpin"], &port["isolated"]), (&json!(true), &json!(false)));

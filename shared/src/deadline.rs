@@ -9,6 +9,13 @@ use std::time::Duration;
 pub const ADD_ALARM: Duration = Duration::from_secs(10);
 /// ADD, the plugin: short of the alarm, so that a slow agent still gets the runtime an error in words.
 pub const ADD: Duration = Duration::from_secs(9);
+/// ADD, the plugin: until somebody listens. An agent that restarts takes a second or two.
+pub const ADD_CONNECT: Duration = Duration::from_secs(3);
+/// ADD, the plugin: until the bridge port forwards. It does as soon as the carrier is there, a matter of milliseconds;
+/// only spanning tree makes it wait longer, and then the ADD goes on.
+pub const FORWARDING: Duration = Duration::from_secs(1);
+/// ADD, the plugin: to take one back whose result nobody could be given.
+pub const TAKE_BACK: Duration = Duration::from_secs(3);
 /// ADD, the agent: Reserve is answered. What takes longer goes on and is settled.
 pub const RESERVE_ANSWER: Duration = Duration::from_secs(8);
 /// ADD, the agent: this long after Reserve a plugin certainly wires no more. The same span for a veth with our mark and
@@ -17,6 +24,10 @@ pub const WIRING: Duration = Duration::from_secs(15);
 
 /// DEL and CHECK, the plugin.
 pub const DEL_OR_CHECK: Duration = Duration::from_secs(5);
+/// CHECK, the plugin: until somebody listens.
+pub const CHECK_CONNECT: Duration = Duration::from_secs(1);
+/// DEL, the plugin: for its share of the tombstones' lock. An agent that keeps it longer is running, and sees the file.
+pub const DEL_LOCK: Duration = Duration::from_secs(2);
 /// Commit, Release and Check, the agent: answered.
 pub const ANSWER: Duration = Duration::from_secs(4);
 /// The tombstones' lock, the agent that starts: a DEL keeps its share for one attempt to connect and one small file.
@@ -43,6 +54,8 @@ const fn before(earlier: Duration, later: Duration) -> bool {
 
 const _: () = assert!(before(RESERVE_ANSWER, ADD) && before(ANSWER, ADD));
 const _: () = assert!(before(ADD, ADD_ALARM) && before(ADD_ALARM, WIRING));
+const _: () = assert!(before(ADD_CONNECT, ADD) && before(FORWARDING, ADD) && before(TAKE_BACK, ADD));
+const _: () = assert!(before(CHECK_CONNECT, DEL_OR_CHECK) && before(DEL_LOCK, DEL_OR_CHECK));
 const _: () = assert!(before(ANSWER, DEL_OR_CHECK) && before(DEL_OR_CHECK, TOMBSTONE_LOCK));
 const _: () = assert!(before(GC_CONNECT.saturating_add(GC_ANSWER), GC));
 const _: () = assert!(before(STATUS_READY, STATUS_ANSWER));

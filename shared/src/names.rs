@@ -27,10 +27,9 @@ pub const VXLAN_PORT: u16 = 8472;
 /// `rtm_protocol` of the routes that weft makes (linux/rtnetlink.h leaves numbers above 4 to routing daemons;
 /// 87 is in nobody's `rt_protos`).
 pub const ROUTE_PROTOCOL: u8 = 87;
-/// Link group (`IFLA_GROUP`) of host-side veths, and of the bridge and the VXLAN device that weft makes: "weft" in ASCII.
-/// With the name it marks a veth as ours from the very message that creates it; a bridge or device without it was
-/// adopted.
-pub const VETH_GROUP: u32 = 0x7765_6674;
+/// Link group (`IFLA_GROUP`) of every link that weft makes, from the very message that creates it: "weft" in ASCII. A
+/// veth is ours by group and name; a bridge or VXLAN device without the group was adopted.
+pub const LINK_GROUP: u32 = 0x7765_6674;
 
 const VETH_PREFIX: &str = "veth";
 const VETH_HASH_CHARS: usize = 11;
@@ -47,7 +46,7 @@ pub fn host_ifname_of_hash(hash: &str) -> Option<IfName> {
     name.parse().ok().filter(|_| is_host_ifname(&name))
 }
 
-/// Whether a link's name has the form that [`host_ifname`] gives. Ownership also needs [`VETH_GROUP`].
+/// Whether a link's name has the form that [`host_ifname`] gives. Ownership also needs [`LINK_GROUP`].
 pub fn is_host_ifname(name: &str) -> bool {
     name.strip_prefix(VETH_PREFIX).is_some_and(|hash| {
         hash.len() == VETH_HASH_CHARS && hash.bytes().all(|b| matches!(b, b'a'..=b'z' | b'2'..=b'7'))

@@ -16,7 +16,7 @@ use e2e::pod::Pod;
 use e2e::report;
 use e2e::traffic::echo::ping;
 use e2e::wait::{SECOND, eventually};
-use weft_shared::names::VETH_GROUP;
+use weft_shared::names::LINK_GROUP;
 
 /// A fault's name, and the commands of the foreign hand: `ip` unless they begin with `bridge`, `sysctl` or `switch`,
 /// which is `ip` at the other end of the node's cable. Words in capitals are filled in ([`Target::fill`]).
@@ -208,7 +208,7 @@ impl<'a> Target<'a> {
             ("OWN_SUBNET", own.to_string()),
             ("OWN_NODE", node.net.address.to_string()),
             ("GATEWAY", own.gateway().to_string()),
-            ("GROUP", VETH_GROUP.to_string()),
+            ("GROUP", LINK_GROUP.to_string()),
             ("PORT", pod.host_veth()?.to_string()),
         ];
         Ok(Self { netns: node.netns(), switch: &cluster.underlay.netns, words: words.into() })

@@ -21,7 +21,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use weft_shared::cni::Code;
 use weft_shared::deadline;
-use weft_shared::names::VETH_GROUP;
+use weft_shared::names::LINK_GROUP;
 use weft_shared::protocol::{Reply, Request};
 use weft_shared::tombstone::{self, Tombstone};
 
@@ -242,7 +242,7 @@ fn a_reservation_outlives_the_agent_for_as_long_as_its_plugin_can_wire() -> Resu
         let bystander = node.pod("bystander")?;
         // A veth that nobody has a record of: with our mark, and one of the same form without.
         let (stray, foreign) = ("vethaaaaaaaaaaa", "vethbbbbbbbbbbb");
-        node.netns().ip(&format!("link add {stray} group {VETH_GROUP} type veth peer name stray"))?;
+        node.netns().ip(&format!("link add {stray} group {LINK_GROUP} type veth peer name stray"))?;
         node.netns().ip(&format!("link add {foreign} type veth peer name foreign"))?;
         let stray_since = Instant::now();
 

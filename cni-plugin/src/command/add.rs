@@ -8,16 +8,13 @@ use std::time::{Duration, Instant};
 use weft_shared::cni::{
     CniArgs, CniResult, Code, Interface, InterfaceConf, IpConfig, NetConf, Route, Target,
 };
+use weft_shared::deadline;
 use weft_shared::protocol::{Attachment, Commit, Failure, Request, Reservation, Reserve};
 
 use crate::agent::Agent;
 use crate::netlink::Netlink;
 use crate::netns::Netns;
 use crate::wiring::{self, Plan, Pod, Wired};
-
-const PATIENCE: Duration = Duration::from_secs(3);
-/// Time to take an ADD back whose result nobody could be given.
-const TAKE_BACK: Duration = Duration::from_secs(3);
 
 pub(crate) fn add(
     conf: &NetConf,
@@ -42,7 +39,7 @@ pub(crate) fn add(
 
     let attachment = conf.attachment(target);
     let unavailable = |e: crate::agent::AgentError| e.into_failure(&socket, Code::TryAgainLater);
-    let mut agent = Agent::connect(&socket, PATIENCE, deadline).map_err(unavailable)?;
+    let mut agent = Agent::connect(&socket, deadline::ADD_CONNECT, deadline).map_err(unavailable)?;
     let reserved = agent
         .reserve(Reserve {
             attachment: attachment.clone(),
@@ -120,7 +117,7 @@ fn print(result: &CniResult, conf: &NetConf, out: &mut dyn Write) -> Result<(), 
 /// The runtime does not know of the container's interface, so nobody will ever delete it. On a connection of its own:
 /// the transaction's is done.
 fn take_back(socket: &Path, attachment: Attachment) {
-    let deadline = Instant::now() + TAKE_BACK;
+    let deadline = Instant::now() + deadline::TAKE_BACK;
     // Should this fail too, the agent finds the host's end of the pair gone.
     let _ = Agent::connect(socket, Duration::ZERO, deadline)
         .and_then(|mut agent| agent.done(&Request::Release { attachment }));

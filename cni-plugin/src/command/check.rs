@@ -2,9 +2,10 @@
 //! it is a handful of questions. Later plugins may have changed MAC and MTU: `prevResult` is the measure, not memory.
 
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use weft_shared::cni::{CniResult, Code, IpConfig, NetConf, SpecVersion, Target};
+use weft_shared::deadline;
 use weft_shared::names::host_ifname;
 use weft_shared::protocol::{Attachment, Failure, Request};
 use weft_shared::{Mac, Subnet};
@@ -13,8 +14,6 @@ use crate::agent::Agent;
 use crate::netlink::{Link, Netlink, NetlinkError, Route};
 use crate::netns::Netns;
 use crate::wiring::Pod;
-
-const PATIENCE: Duration = Duration::from_secs(1);
 
 pub(crate) fn check(
     conf: &NetConf,
@@ -40,7 +39,7 @@ pub(crate) fn check(
 
     let socket = conf.socket()?;
     let addresses = expected.ips.iter().map(|ip| ip.address.ip()).collect();
-    Agent::connect(&socket, PATIENCE, deadline)
+    Agent::connect(&socket, deadline::CHECK_CONNECT, deadline)
         .and_then(|mut agent| agent.done(&Request::Check { attachment, addresses }))
         .map_err(|e| e.into_failure(&socket, Code::TryAgainLater))
 }

@@ -10,7 +10,8 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::time::{ClockId, clock_gettime};
 use weft_shared::IfName;
 use weft_shared::cni::{Code, NetConf, Target};
-use weft_shared::names::{CNI_SOCKET, VETH_GROUP, host_ifname};
+use weft_shared::deadline;
+use weft_shared::names::{CNI_SOCKET, LINK_GROUP, host_ifname};
 use weft_shared::protocol::{Attachment, Failure, Request};
 use weft_shared::tombstone::{Tombstone, boot_id, dir_beside, lock_file};
 
@@ -19,8 +20,6 @@ use crate::netlink::{Netlink, NetlinkError};
 use crate::netns::Netns;
 use crate::wiring::Pod;
 
-/// How long the agent is waited for that drains the tombstones before it listens.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_EVERY: Duration = Duration::from_millis(10);
 
 pub(crate) fn del(
@@ -46,7 +45,7 @@ fn release(socket: &Path, attachment: &Attachment, deadline: Instant) -> Result<
 fn delete_ours(name: &IfName) -> Result<(), NetlinkError> {
     let mut host = Netlink::open()?;
     match host.link_by_name(name)? {
-        Some(link) if link.group == VETH_GROUP => host.delete_link(link.index),
+        Some(link) if link.group == LINK_GROUP => host.delete_link(link.index),
         _ => Ok(()),
     }
 }
@@ -83,7 +82,7 @@ fn bury(
 
 /// The shared lock, or none when the agent keeps it to itself for long: then it is running, and will see the file.
 fn lock_shared(dir: &Path, deadline: Instant) -> std::io::Result<Option<Flock<std::fs::File>>> {
-    let give_up = (Instant::now() + LOCK_PATIENCE).min(deadline);
+    let give_up = (Instant::now() + deadline::DEL_LOCK).min(deadline);
     let mut file = lock_file(dir)?;
     loop {
         match Flock::lock(file, FlockArg::LockSharedNonblock) {

@@ -18,7 +18,7 @@ use netlink_packet_route::neighbour::{
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteScope, RouteType,
 };
-use weft_shared::names::VETH_GROUP;
+use weft_shared::names::LINK_GROUP;
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::FoundLink;
@@ -79,7 +79,7 @@ pub(super) fn link(message: &LinkMessage) -> Option<(IfName, FoundLink, Option<u
         isolated: false,
         mtu,
         up,
-        marked: group == VETH_GROUP,
+        marked: group == LINK_GROUP,
         altered: false,
     };
     for option in options {

@@ -16,7 +16,7 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use weft_shared::names::VETH_GROUP;
+use weft_shared::names::LINK_GROUP;
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::decode::{BRIDGE_AGEING, NDA_NH_ID, scope_of};
@@ -41,7 +41,7 @@ pub(super) fn new_link(name: &IfName, link: &Link) -> LinkMessage {
     let mut message = up_or_down(0, link.up);
     message.attributes = vec![
         LinkAttribute::IfName(name.to_string()),
-        LinkAttribute::Group(VETH_GROUP),
+        LinkAttribute::Group(LINK_GROUP),
         LinkAttribute::Address(link.mac.value().0.to_vec()),
         LinkAttribute::Mtu(link.mtu),
         LinkAttribute::LinkInfo(info),
@@ -117,7 +117,7 @@ pub(super) fn enslave(index: u32, bridge: u32, port: &BridgePort) -> LinkMessage
     message.attributes = vec![
         LinkAttribute::Controller(bridge),
         LinkAttribute::Mtu(port.mtu),
-        LinkAttribute::Group(VETH_GROUP),
+        LinkAttribute::Group(LINK_GROUP),
     ];
     message
 }

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 
-use weft_shared::names::VETH_GROUP;
+use weft_shared::names::LINK_GROUP;
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError};
@@ -56,7 +56,7 @@ impl FakeKernel {
             isolated: false,
             mtu: link.mtu,
             up: link.up,
-            marked: group == VETH_GROUP,
+            marked: group == LINK_GROUP,
             altered: false,
         };
         self.dump.links.insert(name, FoundLink { index: self.next_index, link, group, port });
@@ -166,7 +166,7 @@ impl FakeKernel {
                 let found =
                     self.dump.links.get_mut(veth).ok_or_else(|| KernelError::NoDevice(veth.clone()))?;
                 found.port = port.clone();
-                found.group = VETH_GROUP;
+                found.group = LINK_GROUP;
             }
             Object::Addr { dev, addr, .. } => {
                 let old: Vec<FoundAddr> =

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::thread;
 
 use nix::sched::{CloneFlags, unshare};
-use weft_shared::names::VETH_GROUP;
+use weft_shared::names::LINK_GROUP;
 use weft_shared::protocol::Attachment;
 
 use super::*;
@@ -58,7 +58,7 @@ fn underlay(kernel: &mut LinuxKernel) -> u32 {
     ip("address add 192.0.2.1/24 dev eth0");
     ip("link set eth0 up");
     ip("link set far0 up");
-    ip(&format!("link add {} group {VETH_GROUP} type veth peer name pod0", veth_name()));
+    ip(&format!("link add {} group {LINK_GROUP} type veth peer name pod0", veth_name()));
     ip("link set pod0 up");
     let (links, _) = kernel.links_and_addrs().expect("dump");
     links[&name("eth0")].index

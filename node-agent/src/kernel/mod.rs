@@ -20,7 +20,7 @@ use std::io;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
-use weft_shared::names::{VETH_GROUP, is_host_ifname};
+use weft_shared::names::{LINK_GROUP, is_host_ifname};
 use weft_shared::{IfName, Mac, Subnet};
 
 use crate::firewall::{self, Ruleset};
@@ -74,7 +74,7 @@ pub struct FoundLink {
 impl FoundLink {
     /// Whether it is a pod's host-side veth that we made: both marks are in the message that creates it.
     pub fn is_our_veth(&self, name: &IfName) -> bool {
-        self.group == VETH_GROUP && is_host_ifname(name.as_str())
+        self.group == LINK_GROUP && is_host_ifname(name.as_str())
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::path::Path;
 
-use weft_shared::names::VETH_GROUP;
+use weft_shared::names::LINK_GROUP;
 use weft_shared::subnet_env::previous_lease;
 use weft_shared::tombstone::boot_id;
 use weft_shared::{IfName, Mac};
@@ -128,7 +128,7 @@ impl Survey<'_> {
         }
         let mut foreign_ports = Vec::new();
         for (name, found) in links {
-            let made = found.group == VETH_GROUP;
+            let made = found.group == LINK_GROUP;
             let kind = match &found.link.kind {
                 LinkKind::Vxlan(_) if made || is_vtep(name, found, self.durable.vtep_mac) => "VXLAN device",
                 LinkKind::Bridge if made => "bridge",

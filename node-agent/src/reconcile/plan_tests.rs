@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
 use proptest::prelude::*;
-use weft_shared::names::{ROUTE_PROTOCOL, VETH_GROUP, host_ifname};
+use weft_shared::names::{LINK_GROUP, ROUTE_PROTOCOL, host_ifname};
 use weft_shared::protocol::Attachment;
 use weft_shared::{IfName, Mac, Subnet};
 
@@ -173,7 +173,7 @@ fn kernel_after(before: &Peers, mtu: u32, port: u16, foreign: bool) -> FakeKerne
             up: true,
             altered: Default::default(),
         };
-        kernel.add_link(veth, link, VETH_GROUP);
+        kernel.add_link(veth, link, LINK_GROUP);
     }
     let old = desired(before, mtu, port);
     let ops = plan(&old, &Observed::default(), true);

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::names::attachment_hash;
 use crate::protocol::Attachment;
-use crate::replace::{Survive, replace_file};
+use crate::replace::{Survive, is_leftover, replace_file};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tombstone {
@@ -34,10 +34,24 @@ pub fn dir_beside(socket: &Path) -> PathBuf {
     socket.with_file_name("tombstones")
 }
 
+/// Where the lock of the tombstones lies.
+pub fn lock_path(dir: &Path) -> PathBuf {
+    dir.join("lock")
+}
+
+/// Whether a file of that directory is a tombstone, the lock, or what a writer that was cut short has left.
+pub fn is_ours(path: &Path) -> bool {
+    is_tombstone(path) || is_leftover(path) || path.ends_with("lock")
+}
+
+fn is_tombstone(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e == "json")
+}
+
 /// Opens the lock file beside the tombstones, making both if need be. The caller locks it.
 pub fn lock_file(dir: &Path) -> io::Result<File> {
     fs::create_dir_all(dir)?;
-    OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(dir.join("lock"))
+    OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(lock_path(dir))
 }
 
 /// The file that a tombstone of this attachment would be.
@@ -65,7 +79,7 @@ pub fn list(dir: &Path) -> io::Result<Vec<(PathBuf, Option<Tombstone>)>> {
     let mut found = Vec::new();
     for entry in entries {
         let path = entry?.path();
-        if path.extension().is_some_and(|e| e == "json") {
+        if is_tombstone(&path) {
             let tombstone = fs::read(&path).ok().and_then(|json| serde_json::from_slice(&json).ok());
             found.push((path, tombstone));
         }

@@ -9,7 +9,7 @@ mod boottime;
 mod counters;
 mod locks;
 mod pool;
-mod records;
+pub(crate) mod records;
 mod request;
 mod table;
 mod tombstones;

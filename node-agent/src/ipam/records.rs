@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
-use weft_shared::names::{attachment_hash, host_ifname_of_hash};
+use weft_shared::names::{attachment_hash, host_ifname, host_ifname_of_hash};
 use weft_shared::protocol::{Attachment, BridgeOptions};
 use weft_shared::replace::{Survive, is_leftover, replace_file};
 use weft_shared::{IfName, Mac, Subnet};
@@ -104,11 +104,43 @@ pub(super) struct Records {
     _lock: File,
 }
 
+/// In the run directory.
+const DIR: &str = "attachments";
+const LOCK: &str = "lock";
 const BOOT_ID: &str = "boot_id";
 const CONTINUITY: &str = "continuity";
 const HASH_CHARS: usize = 52;
 /// A killed agent keeps its lock until the kernel has taken it apart.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Where the records of the agent with this run directory lie.
+pub(crate) fn dir_in(run_dir: &Path) -> PathBuf {
+    run_dir.join(DIR)
+}
+
+/// Held by the agent for as long as it lives.
+pub(crate) fn lock_in(run_dir: &Path) -> PathBuf {
+    dir_in(run_dir).join(LOCK)
+}
+
+/// Whether a file of that directory is one that an agent has written.
+pub(crate) fn is_ours(path: &Path) -> bool {
+    is_of_attachments(path) || path.ends_with(LOCK) || path.ends_with(BOOT_ID)
+}
+
+/// What goes with its boot.
+fn is_of_attachments(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e == "json" || e == "damaged") || is_leftover(path)
+}
+
+/// Whom each veth of the records belongs to, for people; asked by one who is not the agent.
+pub(crate) fn owners(run_dir: &Path) -> BTreeMap<IfName, String> {
+    let of_record = |entry: fs::DirEntry| {
+        let Record { attachment, pod, .. } = serde_json::from_slice(&fs::read(entry.path()).ok()?).ok()?;
+        Some((host_ifname(&attachment), pod.unwrap_or_else(|| attachment.container_id.to_string())))
+    };
+    fs::read_dir(dir_in(run_dir)).into_iter().flatten().flatten().filter_map(of_record).collect()
+}
 
 #[expect(clippy::disallowed_methods, reason = "a lock announces nothing; this is before anything is served")]
 fn lock_within(file: &File, patience: Duration) -> Result<(), TryLockError> {
@@ -123,14 +155,14 @@ fn lock_within(file: &File, patience: Duration) -> Result<(), TryLockError> {
 
 impl Records {
     pub(super) fn open(run_dir: &Path, boot_id: &str) -> Result<(Self, Loaded), RecordsError> {
-        let dir = run_dir.join("attachments");
+        let dir = dir_in(run_dir);
         let at = |path: &Path| {
             let path = path.to_owned();
             move |error| RecordsError::Io { path, error }
         };
         DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(at(&dir))?;
         fs::set_permissions(&dir, Permissions::from_mode(0o700)).map_err(at(&dir))?;
-        let lock = dir.join("lock");
+        let lock = lock_in(run_dir);
         let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&lock);
         let file = file.map_err(at(&lock))?;
         match lock_within(&file, LOCK_PATIENCE) {
@@ -189,8 +221,7 @@ impl Records {
                 let mut wiped = 0;
                 for entry in fs::read_dir(&self.dir)? {
                     let path = entry?.path();
-                    let ours = path.extension().is_some_and(|e| e == "json" || e == "damaged");
-                    if ours || is_leftover(&path) {
+                    if is_of_attachments(&path) {
                         fs::remove_file(path)?;
                         wiped += 1;
                     }

@@ -1,19 +1,18 @@
 //! Which files are weft's: by name, one by one. A directory of the settings may hold more than ours (`--run-dir=/run`),
 //! so nothing is ever removed for where it lies alone.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use weft_shared::IfName;
-use weft_shared::names::{CNI_SOCKET, host_ifname};
-use weft_shared::protocol::Attachment;
+use weft_shared::names::CNI_SOCKET;
 use weft_shared::replace::is_leftover;
-use weft_shared::tombstone::dir_beside;
+use weft_shared::tombstone::{self, dir_beside};
 
 use super::Thing;
 use crate::config::Config;
+use crate::ipam::records;
+use crate::server::socket::unfinished;
 
 /// Directory entries, none if there is no directory.
 fn entries(dir: &Path) -> Vec<PathBuf> {
@@ -27,24 +26,13 @@ fn has_extension(path: &Path, extensions: &[&str]) -> bool {
     path.extension().and_then(|e| e.to_str()).is_some_and(|e| extensions.contains(&e))
 }
 
-fn is_named(path: &Path, names: &[&str]) -> bool {
-    path.file_name().and_then(|n| n.to_str()).is_some_and(|n| names.contains(&n))
-}
-
 /// Records, tombstones, sockets, remembered settings.
 pub(super) fn of_this_boot(config: &Config, before: &Path) -> Option<Thing> {
-    let (records, tombstones) = (config.run_dir.join("attachments"), dir_beside(&config.cni_socket));
-    let in_records = entries(&records).into_iter().filter(|path| {
-        has_extension(path, &["json", "damaged"]) || is_leftover(path) || is_named(path, &["lock", "boot_id"])
-    });
-    let in_tombstones = entries(&tombstones)
-        .into_iter()
-        .filter(|path| has_extension(path, &["json"]) || is_leftover(path) || is_named(path, &["lock"]));
-    let sockets = [&config.cni_socket, &config.admin_socket].into_iter().flat_map(|socket| {
-        let mut unfinished = socket.clone().into_os_string();
-        unfinished.push(".new");
-        [socket.clone(), unfinished.into()]
-    });
+    let (records, tombstones) = (records::dir_in(&config.run_dir), dir_beside(&config.cni_socket));
+    let in_records = entries(&records).into_iter().filter(|path| records::is_ours(path));
+    let in_tombstones = entries(&tombstones).into_iter().filter(|path| tombstone::is_ours(path));
+    let sockets = [&config.cni_socket, &config.admin_socket];
+    let sockets = sockets.into_iter().flat_map(|socket| [socket.clone(), unfinished(socket)]);
     let single = sockets.chain([before.to_owned()]).filter(|path| path.symlink_metadata().is_ok());
     let files: Vec<PathBuf> = in_records.chain(in_tombstones).chain(single).collect();
     let dirs = existing([records, tombstones, config.run_dir.clone()]);
@@ -87,17 +75,6 @@ pub(super) fn foreign(thing: &Thing, spared: &[&Path]) -> Vec<PathBuf> {
     let all = dirs.iter().flat_map(|dir| entries(dir));
     all.filter(|path| !files.contains(path) && !dirs.contains(path) && !spared.contains(&path.as_path()))
         .collect()
-}
-
-/// Whom each veth of the records belongs to, for people.
-pub(super) fn pods(run_dir: &Path) -> BTreeMap<IfName, String> {
-    let of_record = |path: PathBuf| {
-        let record: Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
-        let attachment: Attachment = serde_json::from_value(record["attachment"].clone()).ok()?;
-        let pod = record["pod"].as_str().map_or_else(|| attachment.container_id.to_string(), str::to_owned);
-        Some((host_ifname(&attachment), pod))
-    };
-    entries(&run_dir.join("attachments")).into_iter().filter_map(of_record).collect()
 }
 
 /// Network configurations that no runtime can use without this agent.

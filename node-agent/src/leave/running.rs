@@ -4,10 +4,11 @@ use std::fs::{self, File, TryLockError};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use weft_shared::tombstone::dir_beside;
+use weft_shared::tombstone::{dir_beside, lock_path};
 
 use crate::alone::{Place, take_place};
 use crate::config::Config;
+use crate::ipam::records;
 
 /// Held, they keep agents and plugins out.
 #[derive(Debug, Default)]
@@ -29,8 +30,8 @@ pub(super) fn keep_out(config: &Config, refusals: &mut Vec<String>) -> Guards {
         ),
     }
     let locks = [
-        (config.run_dir.join("attachments/lock"), "another weftd keeps its records there: stop it first"),
-        (dir_beside(&config.cni_socket).join("lock"), "a plugin is just leaving word of a DEL: try again"),
+        (records::lock_in(&config.run_dir), "another weftd keeps its records there: stop it first"),
+        (lock_path(&dir_beside(&config.cni_socket)), "a plugin is just leaving word of a DEL: try again"),
     ];
     for (path, why) in locks {
         let Ok(lock) = File::options().write(true).open(&path) else { continue };

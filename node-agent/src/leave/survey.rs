@@ -14,6 +14,7 @@ use crate::before::Before;
 use crate::config::{Config, StoreConfig};
 use crate::durable::{Durable, DurableFile};
 use crate::firewall;
+use crate::ipam::records;
 use crate::kernel::{FoundLink, Kernel, KernelError, LinuxKernel};
 use crate::lease::{EmbeddedStore, LeaseStore};
 use crate::object::LinkKind;
@@ -117,7 +118,7 @@ impl Survey<'_> {
 
     /// Veths, then what they and the tunnel hang on.
     fn devices(&mut self, links: &BTreeMap<IfName, FoundLink>) {
-        let mut owners = files::pods(&self.config.run_dir);
+        let mut owners = records::owners(&self.config.run_dir);
         let mut pods = Vec::new();
         let mut used_by_pods = BTreeSet::new();
         for (name, found) in links.iter().filter(|(name, found)| found.is_our_veth(name)) {

@@ -2,6 +2,6 @@
 
 pub mod admin;
 pub mod cni;
-mod socket;
+pub(crate) mod socket;
 
 pub use socket::SocketError;

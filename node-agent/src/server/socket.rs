@@ -91,12 +91,17 @@ pub(super) async fn refuse_live(path: &Path) -> Result<(), SocketError> {
     }
 }
 
+/// The name that a socket has until it is finished.
+pub(crate) fn unfinished(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    name.into()
+}
+
 impl Socket {
     /// Bound under another name, closed to others, then renamed: whoever finds the socket finds it finished.
     pub(super) fn bind(path: &Path) -> Result<Self, SocketError> {
-        let mut temporary = path.as_os_str().to_owned();
-        temporary.push(".new");
-        let temporary = PathBuf::from(temporary);
+        let temporary = unfinished(path);
         let io = |error| SocketError::io(&temporary, error);
         match fs::remove_file(&temporary) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io(error)),

@@ -19,7 +19,10 @@ pub(super) async fn lock_tombstones(dir: &Path) -> Result<File, BindError> {
             Ok(()) => return Ok(file),
             Err(TryLockError::Error(error)) => return Err(io(error)),
             Err(TryLockError::WouldBlock) if Instant::now() > patience => {
-                return Err(BindError::Locked { path: dir.join("lock"), seconds: TOMBSTONE_LOCK.as_secs() });
+                return Err(BindError::Locked {
+                    path: tombstone::lock_path(dir),
+                    seconds: TOMBSTONE_LOCK.as_secs(),
+                });
             }
             Err(TryLockError::WouldBlock) => sleep(Duration::from_millis(20)).await,
         }

@@ -74,10 +74,15 @@ impl HostSnapshot {
 
     /// Facts that went and facts that came; empty when the host is as it was.
     pub fn difference(&self, after: &Self) -> String {
-        let gone = self.facts.difference(&after.facts).map(|fact| format!("- {fact}\n"));
-        let came = after.facts.difference(&self.facts).map(|fact| format!("+ {fact}\n"));
-        gone.chain(came).collect()
+        difference(&self.facts, &after.facts)
     }
+}
+
+/// Facts that went and facts that came, a line each.
+pub fn difference(before: &BTreeSet<String>, after: &BTreeSet<String>) -> String {
+    let gone = before.difference(after).map(|fact| format!("- {fact}\n"));
+    let came = after.difference(before).map(|fact| format!("+ {fact}\n"));
+    gone.chain(came).collect()
 }
 
 /// Processes whose environment holds `mark`: a process inherits it from whoever starts it, wherever it moves.
@@ -128,7 +133,8 @@ fn network_facts(facts: &mut BTreeSet<String>) -> Result<()> {
     Ok(())
 }
 
-fn sysctl_facts(below: &Path, facts: &mut BTreeSet<String>) -> Result<()> {
+/// A fact per kernel parameter, as the calling thread's namespace has it.
+pub fn sysctl_facts(below: &Path, facts: &mut BTreeSet<String>) -> Result<()> {
     walk(below, &mut |path, metadata| {
         if metadata.is_file() && !RESTLESS_SYSCTLS.iter().any(|restless| path.starts_with(restless)) {
             // Some can be written only.

@@ -9,6 +9,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
+use crate::host::difference;
 use crate::netns::Netns;
 
 /// One line per object, so that a difference names it.
@@ -69,9 +70,7 @@ impl KernelView {
 
     /// Objects of `self` that `other` lacks, then those that it has too much.
     pub fn difference(&self, other: &Self) -> String {
-        let missing = self.objects.difference(&other.objects).map(|o| format!("- {o}\n"));
-        let added = other.objects.difference(&self.objects).map(|o| format!("+ {o}\n"));
-        missing.chain(added).collect()
+        difference(&self.objects, &other.objects)
     }
 }
 

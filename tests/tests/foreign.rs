@@ -7,6 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use e2e::cluster::{Backend, READY, Spec, scenario};
+use e2e::host::{difference, sysctl_facts};
 use e2e::netns::Netns;
 use e2e::node::Node;
 use e2e::wait::{SECOND, eventually};
@@ -161,29 +162,8 @@ fn dump(netns: &Netns) -> Result<BTreeSet<String>> {
             facts.insert(format!("{command} [{place}]: {line}"));
         }
     }
-    netns.enter(|| {
-        let mut directories = vec![Path::new("/proc/sys/net").to_owned()];
-        while let Some(directory) = directories.pop() {
-            for entry in std::fs::read_dir(directory)? {
-                let path = entry?.path();
-                if path.is_dir() {
-                    directories.push(path);
-                } else if !path.ends_with("nf_conntrack_count") {
-                    // Some can be written only.
-                    let value = std::fs::read_to_string(&path).unwrap_or_default();
-                    facts.insert(format!("{} = {}", path.display(), value.trim()));
-                }
-            }
-        }
-        Ok(())
-    })?;
+    netns.enter(|| sysctl_facts(Path::new("/proc/sys/net"), &mut facts))?;
     Ok(facts)
-}
-
-fn difference(before: &BTreeSet<String>, after: &BTreeSet<String>) -> String {
-    let gone = before.difference(after).map(|fact| format!("- {fact}\n"));
-    let came = after.difference(before).map(|fact| format!("+ {fact}\n"));
-    gone.chain(came).collect()
 }
 
 /// Whole passes that begin after the call.
@@ -226,8 +206,8 @@ fn a_node_full_of_foreign_things(backend: Backend) -> Result<()> {
         cluster.nodes[0].agent.signal(Signal::SIGCONT)?;
 
         let unchanged = |what: &str| {
-            let difference = difference(&before, &dump(&netns)?);
-            if difference.is_empty() { Ok(()) } else { bail!("after {what}:\n{difference}") }
+            let changes = difference(&before, &dump(&netns)?);
+            if changes.is_empty() { Ok(()) } else { bail!("after {what}:\n{changes}") }
         };
         three_passes(&cluster.nodes[0])?;
         unchanged("passes")?;

@@ -11,7 +11,6 @@ use e2e::host::{difference, sysctl_facts};
 use e2e::netns::Netns;
 use e2e::node::Node;
 use e2e::wait::{SECOND, eventually};
-use nix::sys::signal::Signal;
 
 /// Commands, whole: each makes something that is nobody's business. PEER is the subnet of the peer, PORT a pod's port.
 const FOREIGN: &[&str] = &[
@@ -183,27 +182,28 @@ fn a_node_full_of_foreign_things(backend: Backend) -> Result<()> {
         let pod = cluster.nodes[0].pod("a")?;
         let peer = cluster.nodes[1].lease_key()?.v4.to_string();
         let netns = cluster.nodes[0].netns().clone();
-        cluster.nodes[0].agent.pause()?;
-        let mut made = 0;
-        for command in FOREIGN {
-            if backend == Backend::HostGw && command.split_whitespace().any(|word| word == "flannel.1") {
-                continue;
+        let before = cluster.nodes[0].agent.while_stopped(|| {
+            let mut made = 0;
+            for command in FOREIGN {
+                if backend == Backend::HostGw && command.split_whitespace().any(|word| word == "flannel.1") {
+                    continue;
+                }
+                let command = command.replace("PEER", &peer).replace("PORT", pod.host_veth()?.as_str());
+                run(&netns, &command)?;
+                made += 1;
             }
-            let command = command.replace("PEER", &peer).replace("PORT", pod.host_veth()?.as_str());
-            run(&netns, &command)?;
-            made += 1;
-        }
-        for (key, value) in
-            SYSCTLS.iter().filter(|(key, _)| backend == Backend::Vxlan || !key.contains("flannel.1"))
-        {
-            netns.set_sysctl(key, value)?;
-        }
-        eventually("addresses to be no longer tentative", SECOND * 5, || {
-            Ok(!run(&netns, "ip address show")?.contains("tentative"))
+            for (key, value) in
+                SYSCTLS.iter().filter(|(key, _)| backend == Backend::Vxlan || !key.contains("flannel.1"))
+            {
+                netns.set_sysctl(key, value)?;
+            }
+            eventually("addresses to be no longer tentative", SECOND * 5, || {
+                Ok(!run(&netns, "ip address show")?.contains("tentative"))
+            })?;
+            let before = dump(&netns)?;
+            ensure!(before.len() > made, "a dump of {} lines", before.len());
+            Ok(before)
         })?;
-        let before = dump(&netns)?;
-        ensure!(before.len() > made, "a dump of {} lines", before.len());
-        cluster.nodes[0].agent.signal(Signal::SIGCONT)?;
 
         let unchanged = |what: &str| {
             let changes = difference(&before, &dump(&netns)?);

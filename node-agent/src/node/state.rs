@@ -202,7 +202,6 @@ mod tests {
                 addr: "192.0.2.1".parse().expect("ip"),
                 mtu: 1500,
                 public_ip: "192.0.2.1".parse().expect("ip"),
-                broadcast: None,
                 chosen_by: "a test".into(),
             },
             underlay_problem: None,

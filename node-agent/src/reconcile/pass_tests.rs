@@ -10,7 +10,7 @@ use crate::dataplane::Backend;
 use crate::firewall::forward::{HostChain, Keeper};
 use crate::firewall::legacy::LegacyTable;
 use crate::firewall::{ChainId, ChainPolicy, Family, Part};
-use crate::kernel::fake::FakeKernel;
+use crate::kernel::fake::{FakeKernel, found_addr};
 use crate::object::Route;
 use crate::pods::BridgeNeed;
 
@@ -23,7 +23,6 @@ fn inputs(config: &str, peers: &[(&str, &str)]) -> Inputs {
         addr: "192.0.2.1".parse().expect("ip"),
         mtu: 0,
         public_ip: "192.0.2.1".parse().expect("ip"),
-        broadcast: None,
         chosen_by: "a test".into(),
     };
     let node = NodeInputs {
@@ -200,6 +199,27 @@ fn a_broken_underlay_is_named() {
     kernel.dump.links.get_mut(&"eth0".parse::<weft_shared::IfName>().expect("name")).expect("eth0").link.up =
         false;
     assert_eq!(problem(&mut kernel, &mut memory), "eth0 is down");
+}
+
+#[test]
+fn a_peer_at_the_broadcast_address_is_refused_by_the_prefix_of_now() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let eth0: weft_shared::IfName = "eth0".parse().expect("name");
+    let last = PEER.1.replace("192.0.2.2", "192.0.2.3");
+    let inputs = inputs(VXLAN, &[(PEER.0, &last)]);
+    for (addr, refused) in
+        [("192.0.2.1/24", false), ("192.0.2.1/30", true), ("192.0.2.1/31", false), ("192.0.2.1/32", false)]
+    {
+        kernel.dump.addrs.retain(|found| found.dev != eth0);
+        kernel.dump.addrs.push(found_addr(&eth0, addr.parse().expect(addr)));
+        let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+        let problem = report.peers.values().next().and_then(|peer| peer.problem());
+        assert_eq!(
+            problem.is_some_and(|p| p.contains("eth0's broadcast one")),
+            refused,
+            "{addr}: {problem:?}"
+        );
+    }
 }
 
 #[test]

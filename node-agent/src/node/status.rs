@@ -55,7 +55,7 @@ impl Node {
                 repairs: report.repairs,
                 last_error: report.aborted.as_ref().map(ToString::to_string),
                 last_pass_ago: report.at.map(|at| at.elapsed().as_secs_f64()),
-                monitor: self.monitor.is_some(),
+                monitor: self.monitor.as_ref().is_some_and(Monitor::is_whole),
                 monitor_overruns: self.monitor.as_ref().map_or(0, Monitor::overruns),
             }),
             peers: serving.map(|serving| serving.peer_status(&report)).unwrap_or_default(),

@@ -2,6 +2,7 @@
 //! store does ends the process; what is wrong is published and tried again.
 
 use std::fmt;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -14,7 +15,7 @@ use weft_shared::netconf::NetworkConfig;
 use self::rivalry::Rivalry;
 use super::backoff::Backoff;
 use super::{AcquireRequest, LeaseStore, LeaseUpdate, OwnedLease, StoreError};
-use crate::durable::snapshot::OwnSubnet;
+use crate::durable::snapshot::{OwnSubnet, seconds};
 use crate::netconf::{ConfigNotice, needs_restart};
 
 mod rivalry;
@@ -135,6 +136,24 @@ impl LeaseState {
             Self::Recalled { own, .. } => Some(own.key),
             Self::Held { lease, .. } => Some(lease.lease.key),
             Self::Lost { key, .. } => Some(*key),
+        }
+    }
+
+    /// What the lease says; nothing while there is none.
+    pub fn public_ip(&self) -> Option<Ipv4Addr> {
+        match self {
+            Self::Recalled { own, .. } => Some(own.public_ip),
+            Self::Held { lease, .. } => Some(lease.lease.attrs.public_ip),
+            Self::Acquiring { .. } | Self::Lost { .. } => None,
+        }
+    }
+
+    /// When the lease ends, in seconds since 1970; `None` for a reservation. What is not this node's has ended.
+    pub fn expires(&self) -> Option<u64> {
+        match self {
+            Self::Recalled { own, .. } => own.expires,
+            Self::Held { lease, .. } => lease.expires.map(seconds),
+            Self::Acquiring { .. } | Self::Lost { .. } => Some(0),
         }
     }
 

@@ -123,7 +123,7 @@ fn look_and_mend(
         // Without an underlay pods keep their bridge, and nothing is taken away.
         let mut wanted = local.as_ref().map(|local| node.backend.desired(local, &peers)).unwrap_or_default();
         wanted.peers.extend(over_our_pods);
-        let mut desired = pods::desired(&inputs.pods, node.underlay.public_ip, &dump, &memory.known);
+        let mut desired = pods::desired(&inputs.pods, node.underlay.public_ip, &dump);
         desired.extend(wanted.desired);
         desired.extend(forwarding(node, inputs));
         let networks = firewall_networks(node, inputs);

@@ -250,6 +250,10 @@ impl<S: LeaseStore> Keeper<S> {
 
     /// By the range that is to be leased out of now (flannel reads it anew as well). A subnet of another network is
     /// none that this node could use, and one of a network that nobody wants any more is not to be taken.
+    ///
+    /// The watch tells the configuration as well, but not in time: it may not have begun, or lie behind when a lease is
+    /// lost. Whoever read what is to be followed by an acquisition right before it leases nothing out of a range that
+    /// an operator has just closed.
     async fn try_acquire(&mut self) -> Result<OwnedLease, Obstacle> {
         match self.store.network_config().await {
             Ok(stored) => match needs_restart(&self.want.config, &stored) {

@@ -1,7 +1,8 @@
 //! What this node is made of now: one value with one owner.
 //!
 //! Bring-up and upkeep write it ([`super::Node::update`]); what the reconciler is to bring about, what a pod gets and
-//! what status says all follow from it and from the last report of the kernel. Nobody keeps a second copy.
+//! what status says all follow from it and from the last report of the kernel. Nobody keeps a second copy but the lease
+//! keeper, which has to know the configuration before the watch has told it, and the table, of what cannot change.
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;

@@ -50,13 +50,17 @@ impl Before {
     /// A setting is about to be changed from `old` to `new`. Only the first `old` counts: later ones are what a foreign
     /// hand made of weft's own.
     pub fn note(&mut self, path: &str, old: &str, new: &str) -> io::Result<()> {
-        let first = || Setting { before: old.to_owned(), set: String::new() };
-        let setting = self.known.settings.entry(path.to_owned()).or_insert_with(first);
-        if setting.set == new {
+        let known = self.known.settings.get(path).cloned();
+        if known.as_ref().is_some_and(|setting| setting.set == new) {
             return Ok(());
         }
-        new.clone_into(&mut setting.set);
-        self.save()
+        let before = known.as_ref().map_or(old, |setting| &setting.before).to_owned();
+        self.known.settings.insert(path.to_owned(), Setting { before, set: new.to_owned() });
+        // What is not on disk is not known: the next attempt writes it.
+        self.save().inspect_err(|_| match known {
+            Some(known) => drop(self.known.settings.insert(path.to_owned(), known)),
+            None => drop(self.known.settings.remove(path)),
+        })
     }
 
     pub fn settings(&self) -> impl Iterator<Item = (&str, &Setting)> {
@@ -114,6 +118,19 @@ mod tests {
         assert_eq!(shown(&Before::load(dir.path(), "boot-1").expect("load")), wanted_now);
         again.forget(FORWARD).expect("forget");
         assert!(shown(&Before::load(dir.path(), "boot-1").expect("load")).is_empty());
+    }
+
+    #[test]
+    fn what_could_not_be_written_is_written_at_the_next_attempt() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let run_dir = dir.path().join("run");
+        let mut before = Before::load(&run_dir, "boot-1").expect("load");
+        before.note(FORWARD, "0", "1").expect_err("no such directory");
+        assert!(shown(&before).is_empty());
+        fs::create_dir(&run_dir).expect("room");
+        before.note(FORWARD, "0", "1").expect("note");
+        let written = [(FORWARD.to_owned(), "0".to_owned(), "1".to_owned())];
+        assert_eq!(shown(&Before::load(&run_dir, "boot-1").expect("load")), written);
     }
 
     #[test]

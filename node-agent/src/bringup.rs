@@ -21,12 +21,11 @@ use weft_shared::subnet_env::previous_lease;
 
 use crate::config::{Config, StoreConfig};
 use crate::dataplane::Backend;
-use crate::durable::DurableFile;
 use crate::durable::snapshot::{OwnSubnet, Recalled, Snapshot, SnapshotFile};
+use crate::durable::{Durable, DurableFile};
 use crate::kernel::{KernelError, LinuxKernel};
-use crate::lease::{
-    AcquireRequest, Keeper, LeaseStore, LeaseTable, StoreError, StoreHealth, wait_for_config,
-};
+use crate::lease::health::heard;
+use crate::lease::{AcquireRequest, Keeper, LeaseStore, LeaseTable, StoreHealth, wait_for_config};
 use crate::netconf::needs_restart;
 use crate::node::{Node, Serving};
 use crate::object::LinkKind;
@@ -43,25 +42,26 @@ pub async fn bring_up(
     config: Arc<Config>,
     health: watch::Sender<StoreHealth>,
 ) -> anyhow::Result<()> {
-    let Start { network, saved } = start(&node, &config, &health).await;
-    let underlay = wait_for_underlay(&node, &config.underlay, &network).await;
-
     let file = DurableFile::in_dir(&config.state_dir);
     let durable = file.load().with_context(|| format!("durable state in {}", config.state_dir.display()))?;
     let first_start = durable.is_none();
     let mut durable = durable.unwrap_or_default();
+    let Start { network, saved } = start(&node, &config, &durable, &health).await;
+    let underlay = wait_for_underlay(&node, &config.underlay, &network).await;
+
     let vtep_mac = vtep_mac(&network, &underlay, durable.vtep_mac).await?;
     let files =
         Files { durable: file, subnet_env: config.subnet_file.clone(), ip_masq: config.firewall.masquerade };
-    let previous = durable.lease.or_else(|| left_in(&config.subnet_file));
+    let recalled_key = saved.as_ref().map(|saved| saved.own.key);
+    let previous = recalled_key.or(durable.lease).or_else(|| left_in(&config.subnet_file));
     durable.vtep_mac = Some(vtep_mac);
-    files.save(&durable);
+    files.save(durable).await;
 
     let backend = Backend::new(&network, vtep_mac);
     let want = AcquireRequest {
         config: network.clone(),
         attrs: backend.plane().lease_attrs(underlay.public_ip),
-        previous: saved.as_ref().map(|saved| saved.own.key).or(previous),
+        previous,
         ttl: config.lease_ttl,
     };
     let (mut keeper, handle) = Keeper::new(node.store.clone(), want, config.renew_margin);
@@ -122,10 +122,15 @@ struct Saved {
 }
 
 /// The network configuration from the store; where that gives none and this node has been here before, the one it had.
-async fn start(node: &Node, config: &Config, health: &watch::Sender<StoreHealth>) -> Start {
+async fn start(
+    node: &Node,
+    config: &Config,
+    durable: &Durable,
+    health: &watch::Sender<StoreHealth>,
+) -> Start {
     let (file, identity) = snapshot_file(config);
     let saved = file.load(&identity).and_then(|(snapshot, at)| {
-        let own = snapshot.own?;
+        let own = snapshot.own(durable)?;
         Some(Saved { snapshot, own, at })
     });
     node.wait_for(None, format!("the network configuration from {}", node.store.location()));
@@ -135,13 +140,7 @@ async fn start(node: &Node, config: &Config, health: &watch::Sender<StoreHealth>
             node.wait_for(None, format!("the network configuration: {problem}"));
             refused.notify_one();
         }
-        // A store that says no answers.
-        let silence =
-            problem.filter(|p| matches!(p, StoreError::Unavailable { .. })).map(ToString::to_string);
-        health.send_modify(|health| {
-            health.connected = silence.is_none();
-            health.problem = silence;
-        });
+        heard(health, &*node.store, problem);
     });
     let Some(saved) = saved else {
         return Start { network: from_store.await, saved: None };

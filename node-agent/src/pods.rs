@@ -63,8 +63,6 @@ pub struct PodPorts {
     /// Bridges that Reserve has named since boot, and the leased subnets whose gateway each carries: the one that new
     /// pods get, and those of pods that are still there.
     pub bridges: BTreeMap<IfName, BridgeNeed>,
-    /// The MACs that pods know these bridges by: one that has to be made anew gets the same.
-    pub bridge_macs: BTreeMap<IfName, Mac>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,6 +76,9 @@ pub struct Port {
 pub struct BridgeNeed {
     pub subnets: Vec<Subnet>,
     pub mtu: u32,
+    /// What pods have in their neighbour tables: it stays, whoever changes or replaces the bridge. `None` until the
+    /// first pod has been told.
+    pub mac: Option<Mac>,
 }
 
 /// A host-side veth with our mark, as the last pass over the kernel saw it.

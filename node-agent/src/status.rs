@@ -92,7 +92,7 @@ pub struct LeaseStatus {
     pub public_ip: IpAddr,
     /// `held`, `recalled` (from disk, not confirmed by the store), `acquiring` or `lost`.
     pub state: String,
-    /// Seconds; absent for a reservation, which does not expire.
+    /// Seconds, 0 for one that was lost; absent for a reservation, which does not expire.
     pub expires_in: Option<u64>,
     pub problem: Option<String>,
 }

@@ -89,8 +89,6 @@ pub struct Underlay {
     pub mtu: u32,
     /// What peers send to.
     pub public_ip: Ipv4Addr,
-    /// Of the network that the address is in; a point-to-point link has none.
-    pub broadcast: Option<Ipv4Addr>,
     /// Which setting decided, for people: `--iface eth0`, `default route`.
     pub chosen_by: String,
 }
@@ -132,16 +130,7 @@ pub fn choose_underlay(choice: &UnderlayChoice, host: &HostNetwork) -> Result<Un
         addr: found.addr,
         mtu: found.iface.mtu,
         public_ip: choice.public_ip.unwrap_or(found.addr),
-        broadcast: broadcast(found.iface, found.addr),
         chosen_by: found.chosen_by,
-    })
-}
-
-/// The last address of a network (RFC 919), unless there is no room for one (RFC 3021).
-fn broadcast(iface: &HostIface, addr: Ipv4Addr) -> Option<Ipv4Addr> {
-    iface.addrs.iter().find_map(|found| match found.addr {
-        IpNetwork::V4(net) if net.ip() == addr && net.prefix() < 31 => Some(net.broadcast()),
-        _ => None,
     })
 }
 
@@ -394,19 +383,6 @@ mod tests {
             let text = format!("{} {} {} {}", found.iface, found.addr, found.public_ip, found.chosen_by);
             assert_eq!(text, *expected);
             assert_eq!(found.mtu, 1500);
-            assert_eq!(found.broadcast.map(|ip| ip.octets()[3]), Some(255));
-        }
-    }
-
-    #[test]
-    fn a_point_to_point_link_has_no_broadcast_address() {
-        for (addr, broadcast) in
-            [("10.0.0.2/30", Some("10.0.0.3")), ("10.0.0.2/31", None), ("10.0.0.2/32", None)]
-        {
-            let host =
-                HostNetwork { ifaces: vec![iface(2, "eth0", &[addr])], default_route: Some(2), reach: None };
-            let found = choose_underlay(&UnderlayChoice::default(), &host).expect(addr);
-            assert_eq!(found.broadcast, broadcast.map(|ip| ip.parse().expect(ip)), "{addr}");
         }
     }
 

@@ -3,12 +3,14 @@
 //! Lease, peers, configuration and underlay change while the agent runs; each change goes into the state, and what
 //! follows from it follows by itself. subnet.env, durable state and READY come after the kernel is right.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use anyhow::Context;
 use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
 use tokio::time::sleep_until;
 use tracing::{info, warn};
 use weft_shared::subnet_env::SubnetEnv;
@@ -44,11 +46,27 @@ pub struct Files {
 }
 
 impl Files {
-    pub fn save(&self, durable: &Durable) {
-        if let Err(error) = self.durable.save(durable) {
+    pub async fn save(&self, durable: Durable) {
+        let file = self.durable.clone();
+        if let Err(error) = on_disk(move || file.save(&durable)).await {
             warn!(%error, "durable state cannot be written: a reboot may cost this node its subnet and its MAC");
         }
     }
+
+    /// Unless it is what stands there already; whether anything was written.
+    async fn save_subnet(&self, env: &SubnetEnv, written: bool) -> io::Result<bool> {
+        let (file, env) = (self.subnet_env.clone(), env.clone());
+        on_disk(move || {
+            let due = !written || !file.exists();
+            if due { env.write(&file).map(|()| true) } else { Ok(false) }
+        })
+        .await
+    }
+}
+
+/// A slow disk holds up the one thread of everything else no longer than memory does.
+async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    spawn_blocking(work).await.unwrap_or_else(|panic| Err(io::Error::other(panic)))
 }
 
 impl Upkeep {
@@ -89,13 +107,13 @@ impl Upkeep {
                 changed = lease.changed() => {
                     changed.context("the lease keeper ended")?;
                     let state = lease.borrow_and_update().clone();
-                    self.lease_changed(state);
+                    self.lease_changed(state).await;
                 }
                 changed = reports.changed() => {
                     changed.context("the reconciler ended")?;
                     let report = reports.borrow_and_update().clone();
                     self.look_after_underlay(&report).await;
-                    self.report_changed(&report);
+                    self.report_changed(&report).await;
                 }
             }
         }
@@ -110,7 +128,7 @@ impl Upkeep {
         self.table.apply(update, Instant::now())
     }
 
-    fn lease_changed(&mut self, state: LeaseState) {
+    async fn lease_changed(&mut self, state: LeaseState) {
         let held = state.held().map(|held| held.lease.clone());
         if let Some(own) = &held {
             self.table.set_own(Some(own));
@@ -121,7 +139,7 @@ impl Upkeep {
         let known = (Some(own.key), Some(own.attrs.public_ip));
         if (self.durable.lease, self.durable.public_ip) != known {
             (self.durable.lease, self.durable.public_ip) = known;
-            self.files.save(&self.durable);
+            self.files.save(self.durable).await;
         }
     }
 
@@ -222,7 +240,7 @@ impl Upkeep {
     }
 
     /// subnet.env after the kernel is right, READY after subnet.env.
-    fn report_changed(&mut self, report: &Report) {
+    async fn report_changed(&mut self, report: &Report) {
         if let Some(monitor) = &self.node.monitor {
             let device = self.node.serving(|serving| serving.backend.plane().device().cloned()).flatten();
             // Without a device there are none to watch; before it exists, any might be on it.
@@ -238,15 +256,18 @@ impl Upkeep {
         else {
             return;
         };
-        let file = &self.files.subnet_env;
-        if self.written.as_ref() != Some(&env) || !file.exists() {
-            if let Err(error) = env.write(file) {
+        let file = self.files.subnet_env.display();
+        match self.files.save_subnet(&env, self.written.as_ref() == Some(&env)).await {
+            Ok(false) => {}
+            Ok(true) => {
+                info!(%file, subnet = %env.subnet, mtu = env.mtu, "subnet file written");
+                self.written = Some(env);
+            }
+            Err(error) => {
                 // The next pass comes with the next sweep, and tries again.
-                warn!(file = %file.display(), %error, "subnet file cannot be written");
+                warn!(%file, %error, "subnet file cannot be written");
                 return;
             }
-            info!(file = %file.display(), subnet = %env.subnet, mtu = env.mtu, "subnet file written");
-            self.written = Some(env);
         }
         if !std::mem::replace(&mut self.announced, true) {
             info!("ready: pods can be added");

@@ -101,13 +101,14 @@ fn store(page: &mut Page, status: &Status) {
 
 fn lease(page: &mut Page, lease: &LeaseStatus) {
     let subnets: Vec<String> = lease.key.subnets().map(|s| s.to_string()).collect();
-    let end = match lease.expires_in {
-        Some(seconds) => format!("expires in {}", span(seconds)),
-        None => "does not expire".to_owned(),
+    let end = match (lease.state.as_str(), lease.expires_in) {
+        ("held" | "recalled", Some(seconds)) => format!(", expires in {}", span(seconds)),
+        ("held" | "recalled", None) => ", does not expire".to_owned(),
+        _ => String::new(),
     };
     page.line(
         "lease",
-        format!("{} {}, public IP {}, {end}", subnets.join(" + "), lease.state, lease.public_ip),
+        format!("{} {}, public IP {}{end}", subnets.join(" + "), lease.state, lease.public_ip),
     );
     if let Some(problem) = &lease.problem {
         page.line("", problem.clone());

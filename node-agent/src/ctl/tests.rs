@@ -295,3 +295,19 @@ fn spans_and_escapes() {
     }
     assert_eq!(client::escape("10.5.2.0/24&x"), "10.5.2.0%2F24%26x");
 }
+
+#[test]
+fn only_a_lease_that_the_node_has_is_said_to_end_or_not_to() {
+    let said = |state: &str, expires_in| {
+        let mut status = sample::ready();
+        let lease = status.lease.as_mut().expect("a lease");
+        (lease.state, lease.expires_in) = (state.into(), expires_in);
+        let page = render::status(&status);
+        page.lines().find(|line| line.starts_with("lease")).expect("a line").to_owned()
+    };
+    assert!(said("held", None).ends_with("held, public IP 192.168.9.1, does not expire"));
+    assert!(said("recalled", Some(40)).ends_with("recalled, public IP 192.168.9.1, expires in 40 s"));
+    for expires_in in [None, Some(0)] {
+        assert!(said("lost", expires_in).ends_with("lost, public IP 192.168.9.1"));
+    }
+}

@@ -91,9 +91,9 @@ mod tests {
                 addr: Ipv4Addr::new(192, 0, 2, 1),
                 mtu: 1500,
                 public_ip: Ipv4Addr::new(192, 0, 2, 1),
-                broadcast: Some(Ipv4Addr::new(192, 0, 2, 255)),
                 chosen_by: "a test".into(),
             },
+            broadcast: Some(Ipv4Addr::new(192, 0, 2, 255)),
             on_link: on_link.iter().map(|ip| ip.parse().expect("ip")).collect(),
         }
     }

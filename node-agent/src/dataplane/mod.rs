@@ -23,6 +23,8 @@ pub use vxlan::VxlanPlane;
 pub struct LocalNode {
     pub lease: LeaseKey,
     pub underlay: Underlay,
+    /// Of the network that the underlay's address is in; a point-to-point link has none.
+    pub broadcast: Option<Ipv4Addr>,
     /// Peers' addresses that the underlay reaches without a gateway; empty unless the dataplane asks for it.
     pub on_link: BTreeSet<IpAddr>,
 }
@@ -101,7 +103,7 @@ impl Backend {
         let (same, other): (Vec<_>, Vec<_>) =
             peers.iter().partition(|p| p.attrs.backend_type == plane.kind());
         let (broadcast, same): (Vec<_>, Vec<_>) =
-            same.into_iter().partition(|p| Some(p.attrs.public_ip) == local.underlay.broadcast);
+            same.into_iter().partition(|p| Some(p.attrs.public_ip) == local.broadcast);
         let mut wanted = plane.desired(local, &same);
         for peer in broadcast {
             let (ip, dev) = (peer.attrs.public_ip, &local.underlay.iface);

@@ -21,8 +21,11 @@ use weft_shared::lease::{Lease, LeaseKey};
 use weft_shared::netconf::NetworkConfig;
 use weft_shared::replace::{Survive, replace_file};
 
+use super::Durable;
+
 /// Grows when an older agent could misread the file.
 const FORMAT: u32 = 1;
+
 /// How often there is work at most.
 #[derive(Debug, Clone, Copy)]
 pub struct Pace {
@@ -75,6 +78,20 @@ struct Stored {
 #[derive(Deserialize)]
 struct Header {
     format: u32,
+}
+
+impl Snapshot {
+    /// The subnet to serve until the store answers. `durable` is written at once and this file seconds later: a lease
+    /// that only the former knows is the newer one, and nothing is known of its end.
+    pub fn own(&self, durable: &Durable) -> Option<OwnSubnet> {
+        let own = self.own?;
+        let Some((key, public_ip)) = durable.lease.zip(durable.public_ip) else { return Some(own) };
+        Some(match key == own.key {
+            true => OwnSubnet { public_ip, ..own },
+            false if self.network.v4.network.covers(key.v4) => OwnSubnet { key, public_ip, expires: Some(0) },
+            false => own,
+        })
+    }
 }
 
 impl Recalled {
@@ -244,6 +261,29 @@ mod tests {
         assert_eq!(file.load(STORE), Some((snapshot(&["10.5.2.0-24"]), now)));
         assert_eq!(Recalled { saved: now }.age(now + Duration::from_secs(9)), Duration::from_secs(9));
         assert_eq!(Recalled { saved: now }.age(UNIX_EPOCH), Duration::ZERO, "the clock went back");
+    }
+
+    #[test]
+    fn of_two_memories_of_the_own_lease_the_one_written_at_once_wins() {
+        let own = |lease: Option<&str>, public_ip: Option<&str>| {
+            let durable = Durable {
+                lease: lease.map(|key| key.parse().expect(key)),
+                public_ip: public_ip.map(|ip| ip.parse().expect(ip)),
+                vtep_mac: None,
+            };
+            let own = snapshot(&[]).own(&durable).expect("a subnet");
+            (own.key.to_string(), own.public_ip.to_string(), own.expires)
+        };
+        let saved = ("10.5.1.0-24".to_owned(), "192.0.2.1".to_owned(), Some(4711));
+        assert_eq!(own(Some("10.5.1.0-24"), Some("192.0.2.1")), saved);
+        assert_eq!(own(None, None), saved);
+        let rewritten = ("10.5.1.0-24".to_owned(), "192.0.2.7".to_owned(), Some(4711));
+        assert_eq!(own(Some("10.5.1.0-24"), Some("192.0.2.7")), rewritten);
+        assert_eq!(own(Some("10.6.9.0-24"), Some("192.0.2.1")), saved, "of another network");
+        let newer = ("10.5.9.0-24".to_owned(), "192.0.2.7".to_owned(), Some(0));
+        assert_eq!(own(Some("10.5.9.0-24"), Some("192.0.2.7")), newer, "its end is not known");
+        let none = Snapshot { own: None, ..snapshot(&[]) };
+        assert_eq!(none.own(&Durable::default()), None);
     }
 
     #[test]

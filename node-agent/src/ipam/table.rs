@@ -391,17 +391,16 @@ impl Table {
     pub(super) fn needs(&self, network_mtu: Option<u32>) -> PodPorts {
         let mut needs = PodPorts::default();
         for (name, used) in &self.continuity.bridges {
-            needs.bridges.insert(name.clone(), BridgeNeed { subnets: vec![used.subnet], mtu: used.mtu });
-            needs.bridge_macs.extend(used.mac.map(|mac| (name.clone(), mac)));
+            let need = BridgeNeed { subnets: vec![used.subnet], mtu: used.mtu, mac: used.mac };
+            needs.bridges.insert(name.clone(), need);
         }
         for (key, Entry { record, phase }) in &self.entries {
             if matches!(phase, Phase::Aborted { .. }) {
                 continue;
             }
-            let need = needs
-                .bridges
-                .entry(record.bridge.name.clone())
-                .or_insert_with(|| BridgeNeed { subnets: vec![], mtu: network_mtu.unwrap_or(record.mtu) });
+            let mtu = network_mtu.unwrap_or(record.mtu);
+            let unused = || BridgeNeed { subnets: vec![], mtu, mac: None };
+            let need = needs.bridges.entry(record.bridge.name.clone()).or_insert_with(unused);
             if !need.subnets.contains(&record.subnet) {
                 need.subnets.push(record.subnet);
             }

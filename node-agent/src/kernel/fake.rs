@@ -154,7 +154,7 @@ impl FakeKernel {
                     _ => {
                         self.delete_link(name);
                         let mac = LinkMac::Exactly(link.mac.value());
-                        self.add_link(name.clone(), Link { mac, ..link.clone() }, 0);
+                        self.add_link(name.clone(), Link { mac, ..link.clone() }, VETH_GROUP);
                     }
                 }
             }

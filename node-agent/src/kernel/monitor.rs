@@ -64,12 +64,14 @@ impl Neighbours {
 
 /// Threads that listen in the network namespace they were started in: one for devices, addresses and routes, one for
 /// the packet filter. They end when dropped.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Monitor {
     stop: Arc<AtomicBool>,
     /// [`Neighbours`], encoded.
     neighbours: Arc<AtomicU32>,
     overruns: Arc<AtomicU64>,
+    /// That a thread ended without having been told to.
+    broken: Arc<AtomicBool>,
 }
 
 impl Monitor {
@@ -79,13 +81,19 @@ impl Monitor {
         for group in GROUPS {
             socket.add_membership(group)?;
         }
-        let monitor = Self { stop: Arc::default(), neighbours: Arc::default(), overruns: Arc::default() };
+        let monitor = Self::default();
         // A kernel without nf_tables has nothing to announce either; the look at it says so.
-        if let Ok(packet_filter) = nft::listen() {
-            let mut commit = nft::Commit::default();
-            monitor.hear("nftables-monitor", packet_filter, wake.clone(), move |datagram| {
-                commit.heard(datagram)
-            })?;
+        match nft::listen() {
+            Ok(packet_filter) => {
+                let mut commit = nft::Commit::default();
+                let heard = move |datagram: &[u8]| commit.heard(datagram);
+                monitor.hear("nftables-monitor", packet_filter, wake.clone(), heard)?;
+            }
+            Err(KernelError::NoNftables) => {}
+            Err(error) => {
+                warn!(%error, "nftables-monitor not started; changes of the packet filter are found by the sweep alone");
+                monitor.broken.store(true, Ordering::Relaxed);
+            }
         }
         let neighbours = monitor.neighbours.clone();
         monitor.hear("netlink-monitor", socket, wake, move |datagram| {
@@ -100,15 +108,28 @@ impl Monitor {
         name: &'static str,
         socket: Socket,
         wake: Wake,
-        mut matters: impl FnMut(&[u8]) -> bool + Send + 'static,
+        matters: impl FnMut(&[u8]) -> bool + Send + 'static,
     ) -> Result<(), KernelError> {
         let _ = socket.set_rx_buf_sz(RECEIVE_BUFFER);
         receive_timeout(&socket, CHECK_SECONDS)?;
+        let receive = move || socket.recv_from_full().map(|(datagram, _)| datagram);
+        self.attend(name, receive, wake, matters)
+    }
+
+    fn attend(
+        &self,
+        name: &'static str,
+        mut receive: impl FnMut() -> io::Result<Vec<u8>> + Send + 'static,
+        wake: Wake,
+        mut matters: impl FnMut(&[u8]) -> bool + Send + 'static,
+    ) -> Result<(), KernelError> {
         let (stop, overruns) = (self.stop.clone(), self.overruns.clone());
+        let watched = Watched { stop: self.stop.clone(), broken: self.broken.clone() };
         thread::Builder::new().name(name.into()).spawn(move || {
+            let _watched = watched;
             while !stop.load(Ordering::Relaxed) {
-                match socket.recv_from_full() {
-                    Ok((datagram, _)) if matters(&datagram) => wake(),
+                match receive() {
+                    Ok(datagram) if matters(&datagram) => wake(),
                     Ok(_) => {}
                     Err(e) if e.raw_os_error() == Some(nix::libc::ENOBUFS) => {
                         overruns.fetch_add(1, Ordering::Relaxed);
@@ -123,6 +144,11 @@ impl Monitor {
             }
         })?;
         Ok(())
+    }
+
+    /// Whether every thread listens that was to.
+    pub fn is_whole(&self) -> bool {
+        !self.broken.load(Ordering::Relaxed)
     }
 
     pub fn watch(&self, neighbours: Neighbours) {
@@ -163,6 +189,20 @@ fn matters(datagram: &[u8], neighbours: Neighbours) -> bool {
     false
 }
 
+/// Tells of a thread's end, whatever ended it.
+struct Watched {
+    stop: Arc<AtomicBool>,
+    broken: Arc<AtomicBool>,
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        if !self.stop.load(Ordering::Relaxed) {
+            self.broken.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -173,6 +213,22 @@ mod tests {
         bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
         bytes[20..24].copy_from_slice(&index.to_ne_bytes());
         bytes
+    }
+
+    #[test]
+    fn a_thread_that_ended_is_missed() {
+        for panics in [false, true] {
+            let monitor = Monitor::default();
+            assert!(monitor.is_whole());
+            let fails =
+                move || if panics { panic!("a test's") } else { Err(io::ErrorKind::NotConnected.into()) };
+            monitor.attend("a test", fails, Arc::new(|| {}), |_| false).expect("a thread");
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+            while monitor.is_whole() {
+                assert!(std::time::Instant::now() < deadline, "its end was not seen");
+                thread::yield_now();
+            }
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! store does ends the process; what is wrong is published and tried again.
 
 use std::fmt;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -14,7 +15,7 @@ use weft_shared::netconf::NetworkConfig;
 use self::rivalry::Rivalry;
 use super::backoff::Backoff;
 use super::{AcquireRequest, LeaseStore, LeaseUpdate, OwnedLease, StoreError};
-use crate::durable::snapshot::OwnSubnet;
+use crate::durable::snapshot::{OwnSubnet, seconds};
 use crate::netconf::{ConfigNotice, needs_restart};
 
 mod rivalry;
@@ -138,6 +139,24 @@ impl LeaseState {
         }
     }
 
+    /// What the lease says; nothing while there is none.
+    pub fn public_ip(&self) -> Option<Ipv4Addr> {
+        match self {
+            Self::Recalled { own, .. } => Some(own.public_ip),
+            Self::Held { lease, .. } => Some(lease.lease.attrs.public_ip),
+            Self::Acquiring { .. } | Self::Lost { .. } => None,
+        }
+    }
+
+    /// When the lease ends, in seconds since 1970; `None` for a reservation. What is not this node's has ended.
+    pub fn expires(&self) -> Option<u64> {
+        match self {
+            Self::Recalled { own, .. } => own.expires,
+            Self::Held { lease, .. } => lease.expires.map(seconds),
+            Self::Acquiring { .. } | Self::Lost { .. } => Some(0),
+        }
+    }
+
     pub fn problem(&self) -> Option<&str> {
         match self {
             Self::Acquiring { problem }
@@ -231,6 +250,10 @@ impl<S: LeaseStore> Keeper<S> {
 
     /// By the range that is to be leased out of now (flannel reads it anew as well). A subnet of another network is
     /// none that this node could use, and one of a network that nobody wants any more is not to be taken.
+    ///
+    /// The watch tells the configuration as well, but not in time: it may not have begun, or lie behind when a lease is
+    /// lost. Whoever read what is to be followed by an acquisition right before it leases nothing out of a range that
+    /// an operator has just closed.
     async fn try_acquire(&mut self) -> Result<OwnedLease, Obstacle> {
         match self.store.network_config().await {
             Ok(stored) => match needs_restart(&self.want.config, &stored) {

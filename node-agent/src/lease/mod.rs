@@ -16,7 +16,7 @@ pub mod table;
 
 #[cfg(test)]
 mod contract;
-mod health;
+pub mod health;
 mod store;
 
 pub use embedded::EmbeddedStore;

@@ -29,6 +29,8 @@ pub struct Selection {
     /// Own entries that the configuration no longer admits, to be removed with the same stroke.
     pub stale: Vec<Entry>,
     pub action: Action,
+    /// A subnet is taken that this node did not have before.
+    pub is_new: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,7 +59,7 @@ pub fn select(
 
     let own = usable.iter().find(|entry| Some(entry.key) == previous).or_else(|| usable.first());
     if let Some(entry) = own {
-        return Ok(Selection { stale, action: Action::Reuse((*entry).clone()) });
+        return Ok(Selection { stale, action: Action::Reuse((*entry).clone()), is_new: false });
     }
     let taken = entries.iter().filter(|entry| !stale.contains(entry)).map(|entry| &entry.key);
     // One key `0.0.0.0-0` must not keep every node from joining: no node uses it.
@@ -67,14 +69,7 @@ pub fn select(
         Some(previous) => previous,
         None => allocate(&want.config, taken, freed, random)?,
     };
-    Ok(Selection { stale, action: Action::Create(key) })
-}
-
-impl Selection {
-    /// Whether a subnet is taken that this node did not have before.
-    pub fn is_new(&self, want: &AcquireRequest) -> bool {
-        matches!(self.action, Action::Create(key) if Some(key) != want.previous)
-    }
+    Ok(Selection { stale, action: Action::Create(key), is_new: Some(key) != previous })
 }
 
 /// By public IP, as flannel; or a reservation of the previous subnet that names no node.

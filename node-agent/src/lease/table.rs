@@ -211,28 +211,19 @@ impl LeaseTable {
         }
         // Sane leases have the network's own length, so to overlap is to be equal in one family.
         sane.sort_by_key(|(key, lease)| (lease.create_revision, **key));
-        let mut holders: BTreeMap<Subnet, &LeaseKey> = BTreeMap::new();
-        let mut addresses: BTreeMap<Ipv4Addr, &LeaseKey> = BTreeMap::new();
+        let mut holders: BTreeMap<Claim, &LeaseKey> = BTreeMap::new();
         let mut claimed: BTreeSet<Claim> = BTreeSet::new();
         for (key, lease) in sane {
+            // Those of a refused one as well: it lives, and an expired lease gives way to it.
             if !self.expired.is_empty() {
                 claimed.extend(claims(&lease));
             }
-            let elder = lease.key.subnets().find_map(|subnet| holders.get(&subnet));
-            if let Some(elder) = elder {
-                judged.refuse(key, format!("overlaps {elder}, which is older: expected a subnet of its own"));
-                continue;
-            }
-            let ip = lease.attrs.public_ip;
-            if let Some(elder) = addresses.get(&ip) {
-                let reason = format!(
-                    "PublicIP = {ip}: expected an address of its own, {elder}, which is older, has it"
-                );
+            let taken = claims(&lease).find_map(|claim| claim.held_by(holders.get(&claim)?));
+            if let Some(reason) = taken {
                 judged.refuse(key, reason);
                 continue;
             }
-            holders.extend(lease.key.subnets().map(|subnet| (subnet, key)));
-            addresses.insert(ip, key);
+            holders.extend(claims(&lease).map(|claim| (claim, key)));
             match self.clash_with_own(&lease) {
                 Some(Clash::Same) => {}
                 Some(Clash::With(reason)) => judged.refuse(key, reason),
@@ -301,6 +292,22 @@ enum Claim {
     Subnet(Subnet),
     PublicIp(Ipv4Addr),
     Vtep(Mac),
+}
+
+impl Claim {
+    /// Why a lease is not used that claims what an older one has.
+    fn held_by(&self, elder: &LeaseKey) -> Option<String> {
+        match self {
+            Self::Subnet(_) => {
+                Some(format!("overlaps {elder}, which is older: expected a subnet of its own"))
+            }
+            Self::PublicIp(ip) => Some(format!(
+                "PublicIP = {ip}: expected an address of its own, {elder}, which is older, has it"
+            )),
+            // Harmless to a peer that is reached without the tunnel, so that the dataplane tells.
+            Self::Vtep(_) => None,
+        }
+    }
 }
 
 fn claims(lease: &Lease) -> impl Iterator<Item = Claim> {

@@ -1,9 +1,11 @@
 //! What this node is made of now: one value with one owner.
 //!
 //! Bring-up and upkeep write it ([`super::Node::update`]); what the reconciler is to bring about, what a pod gets and
-//! what status says all follow from it and from the last report of the kernel. Nobody keeps a second copy.
+//! what status says all follow from it and from the last report of the kernel. Nobody keeps a second copy but the lease
+//! keeper, which has to know the configuration before the watch has told it, and the table, of what cannot change.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::time::{Instant, SystemTime};
 
 use weft_shared::Subnet;
@@ -11,7 +13,7 @@ use weft_shared::lease::{Lease, LeaseKey};
 use weft_shared::netconf::NetworkConfig;
 
 use crate::dataplane::Backend;
-use crate::durable::snapshot::{OwnSubnet, Recalled, Snapshot, seconds};
+use crate::durable::snapshot::{OwnSubnet, Recalled, Snapshot};
 use crate::lease::LeaseState;
 use crate::netconf::ConfigNotice;
 use crate::pods::{NotReady, PodNetwork};
@@ -134,19 +136,23 @@ impl Serving {
 
     /// What is worth keeping for a start without the store; `None` until the store itself has told.
     pub fn snapshot(&self, store: &str) -> Option<Snapshot> {
-        let expires = match &self.lease {
-            LeaseState::Held { lease, .. } => lease.expires.map(seconds),
-            LeaseState::Recalled { own, .. } => own.expires,
-            // Its pods are still to be served, and no new ones.
-            LeaseState::Lost { .. } | LeaseState::Acquiring { .. } => Some(0),
-        };
-        let own = self.lease.key().map(|key| OwnSubnet { key, public_ip: self.underlay.public_ip, expires });
+        // The pods of one that was lost are still to be served, and no new ones.
+        let own = self.lease.key().map(|key| OwnSubnet {
+            key,
+            public_ip: self.leased_ip(),
+            expires: self.lease.expires(),
+        });
         self.has_snapshot.then(|| Snapshot {
             store: store.to_owned(),
             network: self.config.clone(),
             own,
             peers: self.peers.clone(),
         })
+    }
+
+    /// What peers are told: a change of the underlay's comes to them with the next write of the lease.
+    pub(super) fn leased_ip(&self) -> Ipv4Addr {
+        self.lease.public_ip().unwrap_or(self.underlay.public_ip)
     }
 
     /// Whether the last pass knew every peer that is known, from the store or from disk.
@@ -202,7 +208,6 @@ mod tests {
                 addr: "192.0.2.1".parse().expect("ip"),
                 mtu: 1500,
                 public_ip: "192.0.2.1".parse().expect("ip"),
-                broadcast: None,
                 chosen_by: "a test".into(),
             },
             underlay_problem: None,
@@ -259,6 +264,26 @@ mod tests {
         // A clock that stands before the writing of the file cannot tell.
         let early = serving(recalled(Some(2001), "192.0.2.1")).key_for_pods(at(500)).expect_err("clock");
         assert!(early.to_string().contains("clock"), "{early}");
+    }
+
+    #[test]
+    fn what_is_saved_and_shown_is_what_was_leased() {
+        let said = |lease: LeaseState, underlay: &str| {
+            let mut serving = serving(lease);
+            serving.has_snapshot = true;
+            serving.underlay.public_ip = underlay.parse().expect(underlay);
+            let own = serving.snapshot("a store").expect("told").own.expect("a subnet");
+            let shown = serving.lease_status(at(2000)).expect("a lease");
+            assert_eq!(shown.public_ip.to_string(), own.public_ip.to_string());
+            (own.public_ip.to_string(), own.expires, shown.expires_in)
+        };
+        // The address of the underlay has changed, and the store does not know yet.
+        assert_eq!(said(held(), "192.0.2.9"), ("192.0.2.1".into(), None, None));
+        let leased = recalled(Some(2001), "192.0.2.1");
+        assert_eq!(said(leased, "192.0.2.9"), ("192.0.2.1".into(), Some(2001), Some(1)));
+        let key = "10.5.1.0-24".parse().expect("key");
+        let lost = LeaseState::Lost { key, owner: None, problem: None };
+        assert_eq!(said(lost, "192.0.2.1"), ("192.0.2.1".into(), Some(0), Some(0)));
     }
 
     #[test]

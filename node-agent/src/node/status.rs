@@ -10,7 +10,7 @@ use super::{Node, Serving};
 use crate::durable::snapshot::seconds;
 use crate::firewall::advice::Advice;
 use crate::kernel::Monitor;
-use crate::lease::{LeaseState, LeaseStore};
+use crate::lease::LeaseStore;
 use crate::reconcile::{Pending, Report};
 use crate::status::{
     ConfigNoticeStatus, DataplaneStatus, HostAdvice, LeaseStatus, NetworkStatus, PeerStatus, PendingObject,
@@ -55,7 +55,7 @@ impl Node {
                 repairs: report.repairs,
                 last_error: report.aborted.as_ref().map(ToString::to_string),
                 last_pass_ago: report.at.map(|at| at.elapsed().as_secs_f64()),
-                monitor: self.monitor.is_some(),
+                monitor: self.monitor.as_ref().is_some_and(Monitor::is_whole),
                 monitor_overruns: self.monitor.as_ref().map_or(0, Monitor::overruns),
             }),
             peers: serving.map(|serving| serving.peer_status(&report)).unwrap_or_default(),
@@ -68,17 +68,12 @@ impl Node {
 }
 
 impl Serving {
-    fn lease_status(&self, now: SystemTime) -> Option<LeaseStatus> {
-        let expires = match &self.lease {
-            LeaseState::Held { lease, .. } => lease.expires.map(seconds),
-            LeaseState::Recalled { own, .. } => own.expires,
-            LeaseState::Lost { .. } | LeaseState::Acquiring { .. } => None,
-        };
+    pub(super) fn lease_status(&self, now: SystemTime) -> Option<LeaseStatus> {
         Some(LeaseStatus {
             key: self.lease.key()?,
-            public_ip: IpAddr::from(self.underlay.public_ip),
+            public_ip: IpAddr::from(self.leased_ip()),
             state: self.lease.name().into(),
-            expires_in: expires.map(|at| at.saturating_sub(seconds(now))),
+            expires_in: self.lease.expires().map(|at| at.saturating_sub(seconds(now))),
             problem: self.lease.problem().map(Into::into),
         })
     }

@@ -1,9 +1,10 @@
 //! One pass: desired, observed, plan, apply, and a second look.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
+use ipnetwork::IpNetwork;
 use tracing::{debug, info};
 use weft_shared::lease::{Lease, LeaseKey};
 use weft_shared::{IfName, Subnet};
@@ -122,7 +123,7 @@ fn look_and_mend(
         // Without an underlay pods keep their bridge, and nothing is taken away.
         let mut wanted = local.as_ref().map(|local| node.backend.desired(local, &peers)).unwrap_or_default();
         wanted.peers.extend(over_our_pods);
-        let mut desired = pods::desired(&inputs.pods, node.underlay.public_ip, &dump, &memory.known);
+        let mut desired = pods::desired(&inputs.pods, node.underlay.public_ip, &dump);
         desired.extend(wanted.desired);
         desired.extend(forwarding(node, inputs));
         let networks = firewall_networks(node, inputs);
@@ -249,7 +250,16 @@ fn local_node(
     } else {
         BTreeSet::new()
     };
-    Ok(Some(LocalNode { lease: node.lease, underlay, on_link }))
+    let broadcast = broadcast(&underlay, dump);
+    Ok(Some(LocalNode { lease: node.lease, underlay, broadcast, on_link }))
+}
+
+/// The last address of a network (RFC 919), unless there is no room for one (RFC 3021).
+fn broadcast(underlay: &Underlay, dump: &Dump) -> Option<Ipv4Addr> {
+    dump.addrs.iter().filter(|found| found.dev == underlay.iface).find_map(|found| match found.addr {
+        IpNetwork::V4(net) if net.ip() == underlay.addr && net.prefix() < 31 => Some(net.broadcast()),
+        _ => None,
+    })
 }
 
 fn log(op: &Op, is_repair: bool, repairs: &mut u64) {

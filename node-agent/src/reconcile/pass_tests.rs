@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use weft_shared::lease::Lease;
+use weft_shared::names::VETH_GROUP;
 use weft_shared::netconf::NetworkConfig;
 
 use super::*;
@@ -10,8 +11,8 @@ use crate::dataplane::Backend;
 use crate::firewall::forward::{HostChain, Keeper};
 use crate::firewall::legacy::LegacyTable;
 use crate::firewall::{ChainId, ChainPolicy, Family, Part};
-use crate::kernel::fake::FakeKernel;
-use crate::object::Route;
+use crate::kernel::fake::{FakeKernel, found_addr};
+use crate::object::{LinkMac, Route};
 use crate::pods::BridgeNeed;
 
 fn inputs(config: &str, peers: &[(&str, &str)]) -> Inputs {
@@ -23,7 +24,6 @@ fn inputs(config: &str, peers: &[(&str, &str)]) -> Inputs {
         addr: "192.0.2.1".parse().expect("ip"),
         mtu: 0,
         public_ip: "192.0.2.1".parse().expect("ip"),
-        broadcast: None,
         chosen_by: "a test".into(),
     };
     let node = NodeInputs {
@@ -63,7 +63,7 @@ const PEER: (&str, &str) = (
 fn a_first_pass_makes_everything_and_a_second_nothing() {
     let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
     let mut inputs = inputs(VXLAN, &[PEER]);
-    let need = BridgeNeed { subnets: vec!["10.5.1.0/24".parse().expect("net")], mtu: 1450 };
+    let need = BridgeNeed { subnets: vec!["10.5.1.0/24".parse().expect("net")], mtu: 1450, mac: None };
     inputs.pods.bridges.insert("cni0".parse().expect("name"), need);
     let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     assert_eq!((report.pending.len(), report.repairs), (0, 0));
@@ -122,7 +122,7 @@ fn without_its_underlay_a_node_keeps_its_bridge_and_takes_nothing_away() {
     let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
     let mut inputs = inputs(VXLAN, &[PEER]);
     let bridge: weft_shared::IfName = "cni0".parse().expect("name");
-    let need = BridgeNeed { subnets: vec!["10.5.1.0/24".parse().expect("net")], mtu: 1450 };
+    let need = BridgeNeed { subnets: vec!["10.5.1.0/24".parse().expect("net")], mtu: 1450, mac: None };
     inputs.pods.bridges.insert(bridge.clone(), need);
     looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     kernel.dump.links.remove(&"eth0".parse::<weft_shared::IfName>().expect("name"));
@@ -203,10 +203,69 @@ fn a_broken_underlay_is_named() {
 }
 
 #[test]
+fn a_bridge_has_the_mac_that_its_pods_were_told_whatever_it_was_found_with() {
+    let mut kernel = FakeKernel::with_underlay("eth0");
+    let mut inputs = inputs(VXLAN, &[PEER]);
+    let bridge: weft_shared::IfName = "cni0".parse().expect("name");
+    let need = BridgeNeed { subnets: vec!["10.5.1.0/24".parse().expect("net")], mtu: 1450, mac: None };
+    inputs.pods.bridges.insert(bridge.clone(), need);
+    let mac = |report: Report| report.devices[&bridge].mac;
+    let told = mac(looked(pass(&mut kernel, &mut Memory::default(), &inputs, 1, soon())));
+    inputs.pods.bridges.get_mut(&bridge).expect("needed").mac = Some(told);
+    // While no agent ran.
+    let foreign = "02:00:00:00:00:99".parse().expect("mac");
+    kernel.dump.links.get_mut(&bridge).expect("bridge").link.mac = LinkMac::Exactly(foreign);
+    let mut memory = Memory::default();
+    assert_eq!(mac(looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()))), told);
+    kernel.delete_link(&bridge);
+    assert_eq!(mac(looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()))), told);
+}
+
+#[test]
+fn a_bridge_that_weft_made_is_no_adopted_one_at_another_public_ip() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let mut inputs = inputs(VXLAN, &[PEER]);
+    let bridge: weft_shared::IfName = "cni0".parse().expect("name");
+    let need = BridgeNeed { subnets: vec!["10.5.1.0/24".parse().expect("net")], mtu: 1450, mac: None };
+    inputs.pods.bridges.insert(bridge.clone(), need);
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    inputs.pods.bridges.get_mut(&bridge).expect("needed").mac = Some(report.devices[&bridge].mac);
+    inputs.node.as_mut().expect("node").underlay.public_ip = "192.0.2.9".parse().expect("ip");
+    for (group, mended) in [(VETH_GROUP, true), (0, false)] {
+        let found = kernel.dump.links.get_mut(&bridge).expect("bridge");
+        found.group = group;
+        found.link.altered.bridge_options = true;
+        looked(pass(&mut kernel, &mut memory, &inputs, 2, soon()));
+        assert_eq!(!kernel.dump.links[&bridge].link.altered.bridge_options, mended, "group {group}");
+    }
+}
+
+#[test]
+fn a_peer_at_the_broadcast_address_is_refused_by_the_prefix_of_now() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let eth0: weft_shared::IfName = "eth0".parse().expect("name");
+    let last = PEER.1.replace("192.0.2.2", "192.0.2.3");
+    let inputs = inputs(VXLAN, &[(PEER.0, &last)]);
+    for (addr, refused) in
+        [("192.0.2.1/24", false), ("192.0.2.1/30", true), ("192.0.2.1/31", false), ("192.0.2.1/32", false)]
+    {
+        kernel.dump.addrs.retain(|found| found.dev != eth0);
+        kernel.dump.addrs.push(found_addr(&eth0, addr.parse().expect(addr)));
+        let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+        let problem = report.peers.values().next().and_then(|peer| peer.problem());
+        assert_eq!(
+            problem.is_some_and(|p| p.contains("eth0's broadcast one")),
+            refused,
+            "{addr}: {problem:?}"
+        );
+    }
+}
+
+#[test]
 fn a_subnet_that_pods_still_live_in_is_never_routed_away() {
     let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
     let mut inputs = inputs(VXLAN, &[PEER]);
-    let need = BridgeNeed { subnets: vec!["10.5.2.0/24".parse().expect("net")], mtu: 1450 };
+    let need = BridgeNeed { subnets: vec!["10.5.2.0/24".parse().expect("net")], mtu: 1450, mac: None };
     inputs.pods.bridges.insert("cni0".parse().expect("name"), need);
     let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     let away = kernel.dump.routes.iter().find(|(_, route)| route.gateway.is_some());
@@ -219,7 +278,10 @@ fn a_subnet_that_pods_still_live_in_is_never_routed_away() {
 fn a_bridge_named_like_the_overlays_device_does_not_take_its_place() {
     let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
     let mut inputs = inputs(VXLAN, &[PEER]);
-    inputs.pods.bridges.insert("flannel.1".parse().expect("name"), BridgeNeed { subnets: vec![], mtu: 1450 });
+    inputs
+        .pods
+        .bridges
+        .insert("flannel.1".parse().expect("name"), BridgeNeed { subnets: vec![], mtu: 1450, mac: None });
     looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     let device = &kernel.dump.links[&"flannel.1".parse::<weft_shared::IfName>().expect("name")];
     assert!(matches!(device.link.kind, crate::object::LinkKind::Vxlan(_)), "{device:?}");
@@ -254,7 +316,7 @@ fn the_packet_filter_is_kept_like_everything_else() {
     assert_eq!(kernel.applied.len(), made, "what is right is not touched");
 
     // A new subnet beside the old one, whose pods are still there: both are local.
-    let need = BridgeNeed { subnets: vec!["10.5.9.0/24".parse().expect("net")], mtu: 1450 };
+    let need = BridgeNeed { subnets: vec!["10.5.9.0/24".parse().expect("net")], mtu: 1450, mac: None };
     inputs.pods.bridges.insert("cni0".parse().expect("name"), need);
     looked(pass(&mut kernel, &mut memory, &inputs, 2, soon()));
     let Part::Table { chains, .. } = &kernel.ruleset.own[0] else { panic!("{:?}", kernel.ruleset.own) };

@@ -20,8 +20,10 @@ pub fn plan(desired: &Desired, observed: &Observed, may_remove: bool) -> Vec<Op>
     let mut ops = Vec::new();
     let mut recreated: BTreeSet<&IfName> = BTreeSet::new();
     for (key, object) in desired.objects() {
-        let gone_with_its_device = object.stands_on().is_some_and(|dev| recreated.contains(dev));
-        let found = observed.objects.get(key).filter(|_| !gone_with_its_device);
+        // What stands under a wanted route's key may be one by the tunnel, while the wanted one is not: to replace what
+        // is gone would be to replace a foreign route beside it.
+        let gone = |object: &Object| object.stands_on().is_some_and(|dev| recreated.contains(dev));
+        let found = observed.objects.get(key).filter(|found| !gone(object) && !gone(&found.object));
         match found {
             Some(found) if object.satisfied_by(&found.object) && !found.overruled => continue,
             Some(found) if object.needs_recreation(&found.object) => {

@@ -467,6 +467,16 @@ fn nothing_is_removed_before_the_first_snapshot() {
 }
 
 #[test]
+fn a_route_that_went_with_its_device_is_not_replaced_but_made() {
+    let mut kernel = kernel_after(&[((3, false), Way::Tunnel(10, 50))].into(), 1450, 4789, true);
+    let foreign: Vec<_> = kernel.dump.routes.iter().filter(|(_, r)| r.protocol == 4).cloned().collect();
+    assert!(foreign.iter().any(|(dst, _)| dst.to_string() == "10.5.3.0/24"), "one beside the peer's");
+    let desired = desired(&[((3, false), Way::Direct(50))].into(), 1450, 8472);
+    assert_eq!(settle(&mut kernel, &desired, 4), vec![]);
+    assert!(foreign.iter().all(|route| kernel.dump.routes.contains(route)), "{:?}", kernel.dump.routes);
+}
+
+#[test]
 fn a_changed_peer_is_replaced_before_the_old_entry_goes() {
     let mut kernel = kernel_after(&[((2, false), Way::Tunnel(10, 50))].into(), 1450, 8472, false);
     let desired = desired(&[((2, false), Way::Tunnel(11, 51))].into(), 1450, 8472);

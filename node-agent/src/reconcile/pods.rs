@@ -1,41 +1,24 @@
 //! What wired pods need from the kernel: their bridges with the gateways' addresses, and their ports as they were made.
 
-use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
-use weft_shared::IfName;
-use weft_shared::names::bridge_mac;
+use weft_shared::names::{VETH_GROUP, bridge_mac};
 
 use super::observe::PROTOCOL_KERNEL;
 use crate::kernel::Dump;
 use crate::object::{
     AddrForm, AddrScope, Alterations, BridgePort, Desired, Link, LinkKind, LinkMac, Object, Route, RouteForm,
 };
-use crate::pods::{DeviceFacts, PodPorts};
+use crate::pods::PodPorts;
 
-/// `node` gives a new bridge of this node its own MAC, the same at every start; `known` are the bridges as this agent
-/// last saw them in place.
-pub(super) fn desired(
-    pods: &PodPorts,
-    node: Ipv4Addr,
-    dump: &Dump,
-    known: &BTreeMap<IfName, DeviceFacts>,
-) -> Desired {
+/// `node` gives a new bridge of this node its own MAC, the same at every start.
+pub(super) fn desired(pods: &PodPorts, node: Ipv4Addr, dump: &Dump) -> Desired {
     let mut desired = Desired::default();
     for (name, need) in &pods.bridges {
-        let own_mac = bridge_mac(node, name);
-        // What pods have in their neighbour tables stays, whoever changes or replaces the bridge.
-        let recorded = pods.bridge_macs.get(name).copied();
-        let mac = match known.get(name) {
-            Some(known) => LinkMac::Exactly(known.mac),
-            None => LinkMac::AtCreation(recorded.unwrap_or(own_mac)),
-        };
-        let found = dump.links.get(name).map(|found| &found.link);
-        let adopted = match known.get(name).map(|known| known.mac).or(recorded) {
-            Some(mac) => mac != own_mac,
-            None => found.is_some_and(|found| found.mac.value() != own_mac),
-        };
-        let found = found.filter(|_| adopted).map(|found| found.altered).unwrap_or_default();
+        let mac = need.mac.map_or(LinkMac::AtCreation(bridge_mac(node, name)), LinkMac::Exactly);
+        // One that weft made has its group; another's spanning tree and filters are whoever's made it.
+        let adopted = dump.links.get(name).filter(|found| found.group != VETH_GROUP);
+        let found = adopted.map(|found| found.link.altered).unwrap_or_default();
         let altered = Alterations {
             bridge_options: found.bridge_options,
             vlan_filtering: found.vlan_filtering,

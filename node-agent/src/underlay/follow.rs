@@ -64,7 +64,6 @@ mod tests {
             addr: addr.parse().expect(addr),
             mtu: 1500,
             public_ip: addr.parse().expect(addr),
-            broadcast: None,
             chosen_by: "default route".into(),
         }
     }

@@ -137,7 +137,7 @@ async fn a_bridge_is_remembered_as_it_was_last() {
     let bridge: IfName = "cni0".parse().expect("name");
     let remembered = |node: &Node| {
         let ports = node.ports.borrow();
-        (ports.bridges[&bridge].mtu, ports.bridge_macs[&bridge].to_string())
+        (ports.bridges[&bridge].mtu, ports.bridges[&bridge].mac.expect("told").to_string())
     };
     // The MAC that its pods know, whoever gave it.
     assert_eq!(remembered(&node), (1450, "02:00:00:00:00:05".into()));

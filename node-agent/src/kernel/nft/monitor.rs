@@ -12,9 +12,13 @@ use crate::kernel::KernelError;
 /// The first attribute of everything that is in a table names the table.
 const TABLE: u16 = 1;
 
-/// A socket that hears every commit in the network namespace of the calling thread.
+/// A socket that hears every commit in the network namespace of the calling thread; [`KernelError::NoNftables`] where
+/// there is nothing to hear.
 pub(crate) fn listen() -> Result<Socket, KernelError> {
-    let mut socket = Socket::new(NETLINK_NETFILTER)?;
+    let mut socket = Socket::new(NETLINK_NETFILTER).map_err(|error| match error.raw_os_error() {
+        Some(nix::libc::EPROTONOSUPPORT) => KernelError::NoNftables,
+        _ => error.into(),
+    })?;
     socket.bind(&SocketAddr::new(0, 0))?;
     socket.add_membership(GROUP_NFTABLES)?;
     Ok(socket)

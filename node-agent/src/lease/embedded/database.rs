@@ -14,7 +14,9 @@ use super::super::{Malformed, StoreError};
 /// "weft", so that a database of something else is not taken for ours (`PRAGMA application_id`).
 const APPLICATION: i64 = 0x7765_6674;
 /// `PRAGMA user_version`.
-const SCHEMA: i64 = 1;
+const SCHEMA: i64 = 2;
+/// How long a subnet that was freed is leased last.
+const FREED_LATELY: Duration = Duration::from_secs(86_400);
 /// For another agent to finish its transaction.
 const BUSY: Duration = Duration::from_secs(4);
 
@@ -158,28 +160,18 @@ impl Database {
         self.next_revision().map(drop)
     }
 
-    /// Removes what is past its time; whoever looks does it.
+    /// Removes what is past its time, notes of what was freed as well; whoever looks does it.
     pub(super) fn expire(&self, now: SystemTime) -> Result<(), StoreError> {
+        let lately = now.checked_sub(FREED_LATELY).map_or(0, to_ms) / 1000;
+        self.sql(|c| c.execute("DELETE FROM freed WHERE at < ?1", [lately]))?;
         match self.sql(|c| c.execute("DELETE FROM leases WHERE expires_at <= ?1", [to_ms(now)]))? {
             0 => Ok(()),
             _ => self.next_revision().map(drop),
         }
     }
 
-    /// From now on, whoever removes a lease. Files of earlier versions do not do that yet.
-    pub(super) fn write_down_what_is_freed(&self) -> Result<(), StoreError> {
-        self.batch(
-            "CREATE TABLE IF NOT EXISTS freed (key TEXT PRIMARY KEY, at INTEGER NOT NULL); -- Unix seconds
-             CREATE TRIGGER IF NOT EXISTS freed AFTER DELETE ON leases BEGIN
-                 INSERT OR REPLACE INTO freed VALUES (OLD.key, CAST(strftime('%s', 'now') AS INTEGER));
-             END;",
-        )
-    }
-
-    /// Subnets that were leased within the last day, some of which may be leased again; older notes are thrown away.
-    pub(super) fn freed_lately(&self, now: SystemTime) -> Result<Vec<LeaseKey>, StoreError> {
-        let day_ago = (to_ms(now) / 1000).saturating_sub(86_400);
-        self.sql(|c| c.execute("DELETE FROM freed WHERE at < ?1", [day_ago]))?;
+    /// Subnets that were leased within the last day, some of which may be leased again.
+    pub(super) fn freed_lately(&self) -> Result<Vec<LeaseKey>, StoreError> {
         let keys: Vec<String> = self.sql(|c| {
             c.prepare("SELECT key FROM freed ORDER BY key")?.query_map([], |row| row.get(0))?.collect()
         })?;
@@ -221,7 +213,11 @@ impl Database {
                          create_revision INTEGER NOT NULL DEFAULT 0,
                          mod_revision INTEGER NOT NULL DEFAULT 0,
                          expires_at INTEGER -- Unix milliseconds; NULL reserves the subnet for ever
-                     );",
+                     );
+                     CREATE TABLE freed (key TEXT PRIMARY KEY, at INTEGER NOT NULL); -- Unix seconds
+                     CREATE TRIGGER freed AFTER DELETE ON leases BEGIN
+                         INSERT OR REPLACE INTO freed VALUES (OLD.key, CAST(strftime('%s', 'now') AS INTEGER));
+                     END;",
                 )?;
                 transaction
                     .execute("INSERT INTO store (identity, revision) VALUES (?1, 1)", [random() as i64])?;

@@ -11,8 +11,7 @@ use super::super::{AcquireRequest, OwnedLease, Released, StoreError};
 use super::database::Database;
 
 pub(super) fn acquire(database: &Database, want: &AcquireRequest) -> Result<OwnedLease, StoreError> {
-    database.write_down_what_is_freed()?;
-    let selection = select(&database.entries()?, want, &database.freed_lately(SystemTime::now())?, random())?;
+    let selection = select(&database.entries()?, want, &database.freed_lately()?, random())?;
     for stale in &selection.stale {
         database.delete(&stale.key)?;
     }

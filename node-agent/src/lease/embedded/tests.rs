@@ -127,9 +127,9 @@ async fn a_file_that_is_no_store_is_refused_and_left_alone() {
 
     std::fs::remove_file(fixture.path()).expect("remove");
     fixture.put_config("{}").await;
-    pragma(&fixture.path(), "PRAGMA user_version = 2");
+    pragma(&fixture.path(), "PRAGMA user_version = 3");
     let reason = refusal(&fixture.store()).await;
-    assert!(reason.contains("user_version = 2: expected 1"), "{reason}");
+    assert!(reason.contains("user_version = 3: expected 2"), "{reason}");
 }
 
 #[tokio::test]

@@ -34,7 +34,7 @@ pub(super) async fn run(
         let wait = match look(store, &mut bell).await {
             Ok(world) => {
                 backoff.reset();
-                health::connected(&health, store);
+                health::heard(&health, store, None);
                 let replaced = known.as_ref().is_some_and(|known| !known.is_succeeded_by(&world));
                 let former = known.as_ref().filter(|_| !replaced);
                 let mut changes = former.map(|former| changes(former, &world)).unwrap_or_default();
@@ -67,7 +67,7 @@ pub(super) async fn run(
                 expiry.map_or(sweep, |expiry| expiry.min(sweep))
             }
             Err(error) => {
-                health::disconnected(&health, store, &error);
+                health::heard(&health, store, Some(&error));
                 backoff.wait()
             }
         };

@@ -171,7 +171,7 @@ async fn attempt(
 ) -> Result<Option<OwnedLease>, StoreError> {
     let world = store.read().await?;
     let mut selection = select(&world.entries, want, &[], random())?;
-    if selection.is_new(want) {
+    if selection.is_new {
         let freed = match freed {
             Some(freed) => &*freed,
             slot => &*slot.insert(history::freed_lately(store, &world).await),

@@ -41,7 +41,7 @@ pub(super) async fn run(
             End::ReceiverGone => return,
             End::Due => continue,
             End::Relist(why) => warn!(store = %store.location(), why, "watch begins anew with a snapshot"),
-            End::Broken(error) => health::disconnected(&watcher.health, store, &error),
+            End::Broken(error) => health::heard(&watcher.health, store, Some(&error)),
         }
         // A store that keeps telling us to start over must not be hammered.
         if watcher.pause(backoff.wait()).await.is_err() {
@@ -115,7 +115,7 @@ impl Watcher<'_> {
         }
         self.send(world.into_update()).await?;
         self.seen = Some(seen);
-        health::connected(&self.health, self.store);
+        health::heard(&self.health, self.store, None);
         Ok(Instant::now() + jittered(interval))
     }
 
@@ -145,17 +145,21 @@ impl Watcher<'_> {
             let mut all_reached = BTreeMap::from([(LEASES, revision), (CONFIG, revision)]);
             let mut asked = false;
             loop {
+                let patience = if asked { ANSWER.min(self.store.quiet) } else { self.store.quiet };
                 let response = tokio::select! {
                     error = self.store.connection.given_up(&live) => return Err(End::Broken(error)),
                     () = self.updates.closed() => return Err(End::ReceiverGone),
                     () = sleep_until(relist_at) => return Err(End::Due),
-                    response = timeout(if asked { ANSWER.min(self.store.quiet) } else { self.store.quiet }, stream.message()) => response,
+                    response = timeout(patience, stream.message()) => response,
                 };
                 let Ok(response) = response else {
                     if std::mem::replace(&mut asked, true) {
                         return Err(End::Relist("the watch does not say where it stands"));
                     }
-                    stream.request_progress().await.map_err(|e| End::Broken(self.store.connection.error(&e)))?;
+                    stream
+                        .request_progress()
+                        .await
+                        .map_err(|e| End::Broken(self.store.connection.error(&e)))?;
                     continue;
                 };
                 asked = false;
@@ -171,7 +175,7 @@ impl Watcher<'_> {
                 let Some(reached) = reached else { continue };
                 if response.created() {
                     backoff.reset();
-                    health::connected(&self.health, self.store);
+                    health::heard(&self.health, self.store, None);
                 }
                 for update in self.changes(&response).await {
                     self.send(update).await?;

@@ -73,9 +73,9 @@ impl Firewall {
     pub(super) fn look(&mut self, settings: &Settings) -> Result<Ruleset, KernelError> {
         let mut seen = self.nftables()?;
         match self.legacy.look(settings.legacy_period) {
-            Ok((table, left)) => {
-                seen.legacy = table;
-                seen.left.extend(left);
+            Ok(look) => {
+                seen.legacy = look.table;
+                seen.left.extend(look.left);
             }
             Err(_) => seen.legacy_unreadable = true,
         }

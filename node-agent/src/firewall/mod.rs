@@ -17,13 +17,13 @@ pub mod masquerade;
 pub mod rule;
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use weft_shared::Subnet;
 
 use crate::object::{Desired, Found, Key, Object};
 use forward::HostChain;
-use legacy::LegacyTable;
+use legacy::LegacyFilter;
 pub use rule::{Expr, Rule};
 
 /// What the operator asked for.
@@ -197,10 +197,9 @@ pub struct Ruleset {
     pub own: Vec<Part>,
     /// Chains of others on the forward hook, in the families asked for.
     pub forward: Vec<HostChain>,
-    /// `None`: nobody uses it here, or it cannot be read.
-    pub legacy: Option<LegacyTable>,
-    /// iptables-legacy is in use and its program is missing, or fails.
-    pub legacy_unreadable: bool,
+    pub legacy: LegacyFilter,
+    /// Until when that is good enough; `None` where iptables-legacy is not in use.
+    pub legacy_until: Option<Instant>,
     /// The kernel knows `masquerade fully-random`, as far as it has been asked.
     pub fully_random: bool,
     /// kube-proxy's rules are here.
@@ -214,8 +213,8 @@ impl Default for Ruleset {
         Self {
             own: Vec::new(),
             forward: Vec::new(),
-            legacy: None,
-            legacy_unreadable: false,
+            legacy: LegacyFilter::Unused,
+            legacy_until: None,
             fully_random: true,
             kube_proxy: false,
             left: Vec::new(),
@@ -243,7 +242,7 @@ pub fn desired(settings: &Settings, networks: &Networks, seen: &Ruleset) -> Desi
 pub fn found(seen: &Ruleset) -> impl Iterator<Item = (Key, Found)> {
     let tables = seen.own.iter().cloned();
     let accepts = seen.forward.iter().filter_map(forward::found);
-    let legacy = seen.legacy.iter().filter_map(legacy::found);
+    let legacy = seen.legacy.table().and_then(legacy::found);
     tables.chain(accepts).chain(legacy).map(|part| {
         let object = Object::Firewall(part);
         (object.key(), Found { object, ours: true, overruled: false })

@@ -207,7 +207,7 @@ fn iptables_legacys_table_is_read_and_edited() {
     let saved = "*filter\n:INPUT ACCEPT [0:0]\n:FORWARD DROP [3:252]\n:OUTPUT ACCEPT [0:0]\n:DOCKER-USER - [0:0]\n\
                  -A FORWARD -j DOCKER-USER\n-A FORWARD -i lo -j ACCEPT\n-A DOCKER-USER -j RETURN\nCOMMIT\n";
     let table = legacy::LegacyTable::parse(saved);
-    let seen = Ruleset { legacy: Some(table.clone()), ..Ruleset::default() };
+    let seen = Ruleset { legacy: LegacyFilter::Table(table.clone()), ..Ruleset::default() };
     let parts: Vec<Part> = legacy::desired(&networks(), &seen).into_iter().collect();
     let [Part::Legacy { rules, in_place: true }] = &parts[..] else { panic!("{parts:?}") };
     assert_eq!(
@@ -222,8 +222,8 @@ fn iptables_legacys_table_is_read_and_edited() {
     let edit = legacy::LegacyTable::parse(&closed).edit(rules).expect("an edit");
     assert!(edit.contains("-I FORWARD 3 -s 10.5.0.0/16") && edit.contains("-I FORWARD 4 -d"), "{edit}");
     let open = legacy::LegacyTable::parse(&saved.replace("FORWARD DROP", "FORWARD ACCEPT"));
-    let seen = Ruleset { legacy: Some(open), ..Ruleset::default() };
+    let seen = Ruleset { legacy: LegacyFilter::Table(open), ..Ruleset::default() };
     assert_eq!(legacy::desired(&networks(), &seen), None);
-    let unreadable = Ruleset { legacy_unreadable: true, ..Ruleset::default() };
-    assert!(legacy::desired(&networks(), &unreadable).is_some(), "the attempt says why it cannot be read");
+    let unreadable = Ruleset { legacy: LegacyFilter::Unreadable("why".into()), ..Ruleset::default() };
+    assert_eq!(legacy::desired(&networks(), &unreadable), None);
 }

@@ -14,7 +14,7 @@ use weft_shared::Subnet;
 
 use super::KernelError;
 use crate::firewall::advice::Leftover;
-use crate::firewall::legacy::LegacyTable;
+use crate::firewall::legacy::{LegacyFilter, LegacyTable};
 
 /// Tables in use in the network namespace of the reader, one a line.
 const IN_USE: &str = "/proc/thread-self/net/ip_tables_names";
@@ -24,28 +24,23 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// Of the caller's time, a look that fails takes no more than one part in so many.
 const SHARE: u32 = 10;
 
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone)]
 pub(super) struct Look {
-    pub(super) table: Option<LegacyTable>,
+    pub(super) filter: LegacyFilter,
     pub(super) left: Option<Leftover>,
+    pub(super) good_until: Instant,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Legacy {
-    seen: Option<Seen>,
-}
-
-/// A look, or what kept it from being one: a program that fails is not started anew for every announcement.
-#[derive(Debug)]
-struct Seen {
-    in_use: String,
-    look: Result<Look, KernelError>,
-    good_until: Instant,
+    /// The tables that were in use, and the last look: also one that failed, for a program that fails is not started
+    /// anew for every announcement.
+    seen: Option<(String, Look)>,
 }
 
 impl Legacy {
     /// A look that is younger than `period` is good enough.
-    pub(super) fn look(&mut self, period: Duration) -> Result<Look, KernelError> {
+    pub(super) fn look(&mut self, period: Duration) -> Look {
         // Kernels without iptables-legacy have no such file.
         let in_use = fs::read_to_string(IN_USE).unwrap_or_default();
         self.look_at(in_use, period, save)
@@ -56,19 +51,27 @@ impl Legacy {
         in_use: String,
         period: Duration,
         mut save: impl FnMut(&str) -> Result<String, KernelError>,
-    ) -> Result<Look, KernelError> {
+    ) -> Look {
         let begun = Instant::now();
-        if let Some(seen) = self.seen.as_ref().filter(|s| s.in_use == in_use && begun < s.good_until) {
-            return seen.look.clone();
+        if let Some((_, look)) =
+            self.seen.as_ref().filter(|(then, l)| *then == in_use && begun < l.good_until)
+        {
+            return look.clone();
         }
         let mut saved =
             |table: &str| in_use.lines().any(|line| line == table).then(|| save(table)).transpose();
-        let look = saved("filter").and_then(|filter| {
-            let left = saved("nat")?.and_then(|text| leftover(&text));
-            Ok(Look { table: filter.map(|text| LegacyTable::parse(&text)), left })
-        });
-        let good_for = if look.is_ok() { period } else { period.max(begun.elapsed() * SHARE) };
-        self.seen = Some(Seen { in_use, look: look.clone(), good_until: Instant::now() + good_for });
+        let filter = match saved("filter") {
+            Ok(None) => LegacyFilter::Unused,
+            Ok(Some(text)) => LegacyFilter::Table(LegacyTable::parse(&text)),
+            Err(error) => LegacyFilter::Unreadable(error.to_string()),
+        };
+        let left = saved("nat");
+        let failed = left.is_err() || matches!(filter, LegacyFilter::Unreadable(_));
+        let good_for = if failed { period.max(begun.elapsed() * SHARE) } else { period };
+        // No pod waits for what can be told of the other table.
+        let left = left.ok().flatten().and_then(|text| leftover(&text));
+        let look = Look { filter, left, good_until: Instant::now() + good_for };
+        self.seen = Some((in_use, look.clone()));
         look
     }
 
@@ -197,23 +200,33 @@ mod tests {
     #[test]
     fn a_failure_is_remembered_as_a_look_is() {
         let (mut legacy, mut started) = (Legacy::default(), 0);
-        let failure = Err(KernelError::Iptables("fails".into()));
+        let unreadable = LegacyFilter::Unreadable("fails".into());
         let (often, rarely) = (Duration::ZERO, Duration::from_secs(3600));
         let mut look = |in_use: &str, period, saved: Result<&str, &str>| {
             let look = legacy.look_at(in_use.into(), period, |_| {
                 started += 1;
                 saved.map(ToOwned::to_owned).map_err(|text| KernelError::Iptables(text.into()))
             });
-            (look, started)
+            (look.filter, started)
         };
-        assert_eq!(look("", rarely, Ok("")), (Ok(Look::default()), 0));
-        assert_eq!(look("filter\n", rarely, Err("fails")), (failure.clone(), 1));
-        assert_eq!(look("filter\n", rarely, Ok("")), (failure, 1), "not started again");
-        let table = Look { table: Some(LegacyTable::default()), left: None };
-        assert_eq!(look("filter\nnat\n", rarely, Ok("")), (Ok(table.clone()), 3), "another table is in use");
-        assert_eq!(look("filter\nnat\n", rarely, Err("fails")), (Ok(table), 3));
-        assert_eq!(look("", often, Err("fails")), (Ok(Look::default()), 3));
-        assert_eq!(look("filter\n", often, Ok("")).1, 4);
+        assert_eq!(look("", rarely, Ok("")), (LegacyFilter::Unused, 0));
+        assert_eq!(look("filter\n", rarely, Err("fails")), (unreadable.clone(), 1));
+        assert_eq!(look("filter\n", rarely, Ok("")), (unreadable, 1), "not started again");
+        let table = LegacyFilter::Table(LegacyTable::default());
+        assert_eq!(look("filter\nnat\n", rarely, Ok("")), (table.clone(), 3), "another table is in use");
+        assert_eq!(look("filter\nnat\n", rarely, Err("fails")), (table, 3));
+        assert_eq!(look("nat\n", often, Err("fails")), (LegacyFilter::Unused, 4));
         assert_eq!(look("filter\n", often, Ok("")).1, 5);
+        assert_eq!(look("filter\n", often, Ok("")).1, 6);
+    }
+
+    #[test]
+    fn a_failure_is_good_for_ten_times_as_long_as_it_took() {
+        let (mut legacy, begun) = (Legacy::default(), Instant::now());
+        let hung = || run_if_there("sleep", &["1000"], "", Duration::from_millis(20)).map(|_| String::new());
+        let look = legacy.look_at("filter\n".into(), Duration::ZERO, |_| hung());
+        assert!(look.good_until >= begun + Duration::from_millis(220));
+        let look = legacy.look_at("nat\n".into(), Duration::from_secs(5), |_| Ok(String::new()));
+        assert!(look.good_until >= begun + Duration::from_secs(5));
     }
 }

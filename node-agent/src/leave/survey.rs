@@ -15,6 +15,7 @@ use crate::before::Before;
 use crate::config::{Config, StoreConfig};
 use crate::durable::{Durable, DurableFile};
 use crate::firewall;
+use crate::firewall::legacy::LegacyFilter;
 use crate::kernel::{FoundLink, Kernel, KernelError, LinuxKernel};
 use crate::lease::{EmbeddedStore, LeaseStore};
 use crate::object::LinkKind;
@@ -105,12 +106,12 @@ fn rules(
     things: &mut Vec<Thing>,
     stays: &mut Vec<String>,
 ) -> Result<(), LeaveError> {
-    let seen = match kernel.firewall(&config.firewall) {
+    let seen = match kernel.firewall(config.firewall.legacy_period) {
         // Where there is no packet filter nothing was put into it.
         Err(KernelError::NoNftables) => return Ok(()),
         other => other?,
     };
-    if seen.legacy_unreadable {
+    if matches!(seen.legacy, LegacyFilter::Unreadable(_)) {
         stays.push(
             "iptables-legacy: it is in use and cannot be read (package iptables); rules of weft's may be in FORWARD"
                 .to_owned(),

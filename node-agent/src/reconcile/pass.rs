@@ -12,7 +12,8 @@ use super::observe::{Ownership, observe};
 use super::plan::plan;
 use super::{Aborted, Inputs, NodeInputs, PeerReport, Pending, Report, pods};
 use crate::dataplane::{LocalNode, PeerPlan};
-use crate::firewall::{self, Ruleset, advice};
+use crate::firewall::legacy::LegacyFilter;
+use crate::firewall::{self, PartKey, Ruleset, advice};
 use crate::kernel::{Dump, Kernel, KernelError};
 use crate::object::{Desired, Key, Object, Op};
 use crate::pods::{DeviceFacts, PodPorts, SeenVeth};
@@ -126,7 +127,10 @@ fn look_and_mend(
         desired.extend(wanted.desired);
         desired.extend(forwarding(node, inputs));
         let networks = firewall_networks(node, inputs);
-        let firewall = look_at_firewall(kernel, inputs, &networks, &mut failed);
+        let (firewall, unseen) = look_at_firewall(kernel, inputs, &networks);
+        for (key, error) in &unseen {
+            failed.entry(key.clone()).or_insert_with(|| error.clone());
+        }
         desired.extend(firewall::desired(&inputs.firewall, &networks, &firewall));
         let mut paths = desired.sysctl_paths();
         paths.extend(advice::SYSCTLS);
@@ -136,7 +140,7 @@ fn look_and_mend(
         observed.objects.extend(firewall::found(&firewall));
         observed.renamed.retain(|name, _| !failed.contains_key(&Key::Name(name.clone())));
         let ops = plan(&desired, &observed, inputs.has_snapshot && local.is_some());
-        let still_wrong: BTreeSet<Key> = ops.iter().map(Op::key).collect();
+        let still_wrong: BTreeSet<Key> = ops.iter().map(Op::key).chain(unseen.into_keys()).collect();
         // What failed a moment ago fails again: a later pass tries it.
         let ops: Vec<Op> = ops.into_iter().filter(|op| !failed.contains_key(&op.key())).collect();
         if ops.is_empty() || round == ROUNDS - 1 {
@@ -144,9 +148,7 @@ fn look_and_mend(
             for op in ops {
                 failed.entry(op.key()).or_insert(KernelError::Contested);
             }
-            // A moment late, so that the look is not answered from memory.
-            let period = inputs.firewall.legacy_period + Duration::from_millis(100);
-            memory.legacy_due = firewall.legacy.is_some().then(|| now + period);
+            memory.legacy_due = firewall.legacy_until;
             report.advice = advice::of(&inputs.firewall, &networks, &firewall, &sysctls);
             finish(&mut report, &dump, &desired, &wanted.peers, &failed, &inputs.pods);
             look_at_underlay(&mut report, &dump, node, local);
@@ -201,20 +203,30 @@ fn firewall_networks(node: &NodeInputs, inputs: &Inputs) -> firewall::Networks {
     firewall::Networks { overlay: overlay.collect(), local }
 }
 
-/// A packet filter that cannot be looked at leaves the rest of the node to be kept: what should be in it is pending.
+/// A packet filter that cannot be looked at leaves the rest of the node to be kept: what should be in it, or might have
+/// to be, is pending.
 fn look_at_firewall(
     kernel: &mut impl Kernel,
     inputs: &Inputs,
     networks: &firewall::Networks,
-    failed: &mut BTreeMap<Key, KernelError>,
-) -> Ruleset {
-    kernel.firewall(&inputs.firewall).unwrap_or_else(|error| {
-        let unseen = Ruleset::default();
-        for (key, _) in firewall::desired(&inputs.firewall, networks, &unseen).objects() {
-            failed.entry(key.clone()).or_insert_with(|| error.clone());
+) -> (Ruleset, BTreeMap<Key, KernelError>) {
+    match kernel.firewall(inputs.firewall.legacy_period) {
+        Ok(seen) => {
+            let unseen = match &seen.legacy {
+                LegacyFilter::Unreadable(why) if inputs.firewall.forward => {
+                    [(Key::Firewall(PartKey::Legacy), KernelError::Iptables(why.clone()))].into()
+                }
+                _ => BTreeMap::new(),
+            };
+            (seen, unseen)
         }
-        unseen
-    })
+        Err(error) => {
+            let nothing = Ruleset::default();
+            let wanted = firewall::desired(&inputs.firewall, networks, &nothing);
+            let unseen = wanted.objects().map(|(key, _)| (key.clone(), error.clone())).collect();
+            (nothing, unseen)
+        }
+    }
 }
 
 fn ownership(node: &NodeInputs, inputs: &Inputs, memory: &Memory) -> Ownership {

@@ -13,6 +13,7 @@ mod wire;
 mod tests;
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE};
 use tracing::warn;
@@ -24,11 +25,10 @@ use super::iptables::Legacy;
 use super::{Errno, KernelError};
 use crate::firewall::advice::Leftover;
 use crate::firewall::forward::{HostChain, Keeper, place};
+use crate::firewall::legacy::LegacyFilter;
 use crate::firewall::masquerade::{HOOK_FORWARD, table_id};
 use crate::firewall::rule::{Side, Step};
-use crate::firewall::{
-    Chain, ChainId, ChainPolicy, Expr, Family, Hook, Part, Rule, Ruleset, Settings, TableId,
-};
+use crate::firewall::{Chain, ChainId, ChainPolicy, Expr, Family, Hook, Part, Rule, Ruleset, TableId};
 
 pub(super) use monitor::{Commit, listen};
 
@@ -70,15 +70,12 @@ pub(super) struct Firewall {
 }
 
 impl Firewall {
-    pub(super) fn look(&mut self, settings: &Settings) -> Result<Ruleset, KernelError> {
+    pub(super) fn look(&mut self, legacy_period: Duration) -> Result<Ruleset, KernelError> {
         let mut seen = self.nftables()?;
-        match self.legacy.look(settings.legacy_period) {
-            Ok(look) => {
-                seen.legacy = look.table;
-                seen.left.extend(look.left);
-            }
-            Err(_) => seen.legacy_unreadable = true,
-        }
+        let look = self.legacy.look(legacy_period);
+        seen.legacy_until = (look.filter != LegacyFilter::Unused).then_some(look.good_until);
+        seen.legacy = look.filter;
+        seen.left.extend(look.left);
         seen.fully_random = !self.no_random;
         Ok(seen)
     }

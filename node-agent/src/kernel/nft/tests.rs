@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::sched::{CloneFlags, unshare};
 
 use super::*;
-use crate::firewall::{self, Networks, PartKey};
+use crate::firewall::{self, Networks, PartKey, Settings};
 use crate::object::{Key, Object};
 
 fn in_namespace(test: impl FnOnce() + Send + 'static) {
@@ -44,7 +44,7 @@ fn settings() -> Settings {
 
 /// What is wanted and not there, or there and not wanted, as the reconciler finds it.
 fn wrong(firewall: &mut Firewall, settings: &Settings) -> Vec<(Key, bool)> {
-    let seen = firewall.look(settings).expect("look");
+    let seen = firewall.look(settings.legacy_period).expect("look");
     let desired = firewall::desired(settings, &networks(), &seen);
     let found: BTreeMap<Key, Object> =
         firewall::found(&seen).map(|(key, found)| (key, found.object)).collect();
@@ -54,7 +54,7 @@ fn wrong(firewall: &mut Firewall, settings: &Settings) -> Vec<(Key, bool)> {
 }
 
 fn mend(firewall: &mut Firewall, settings: &Settings) {
-    let seen = firewall.look(settings).expect("look");
+    let seen = firewall.look(settings.legacy_period).expect("look");
     let desired = firewall::desired(settings, &networks(), &seen);
     for (key, set) in wrong(firewall, settings) {
         let done = match (set, desired.get(&key)) {
@@ -137,7 +137,7 @@ fn a_quiet_ruleset_is_not_listed_again_however_long_it_is() {
         std::fs::write(&file, script).expect("write");
         sh(&format!("nft -f {file}; rm {file}"));
         mend(&mut firewall, &settings);
-        assert!(firewall.look(&settings).expect("look").kube_proxy);
+        assert!(firewall.look(settings.legacy_period).expect("look").kube_proxy);
         let listed = firewall.listed;
         for _ in 0..100 {
             assert_eq!(wrong(&mut firewall, &settings), []);
@@ -273,7 +273,7 @@ fn iptables_legacy_is_mended_by_its_own_programs_and_only_where_it_is_in_use() {
         let settings = Settings { legacy_period: std::time::Duration::ZERO, ..settings() };
         let mut firewall = Firewall::default();
         mend(&mut firewall, &settings);
-        assert_eq!(firewall.look(&settings).expect("look").legacy, None);
+        assert_eq!(firewall.look(settings.legacy_period).expect("look").legacy, LegacyFilter::Unused);
         let legacy = |rule: &str| sh(&format!("iptables-legacy -w {rule}"));
         legacy("-P FORWARD DROP");
         legacy("-N TAIL");
@@ -325,7 +325,7 @@ fn rules_that_a_flanneld_left_are_seen_in_both_packet_filters() {
                  {program} -t nat -A FLANNEL-POSTRTG ! -s 10.5.0.0/16 -d 10.5.1.0/24 -m comment --comment 'flanneld masq' -j RETURN
                  {program} -t nat -A FLANNEL-POSTRTG -s 10.5.0.0/16 ! -d 224.0.0.0/4 -m comment --comment 'flanneld masq' -j MASQUERADE --random-fully"
             ));
-            let seen = Firewall::default().look(&settings()).expect("look");
+            let seen = Firewall::default().look(settings().legacy_period).expect("look");
             let pair = ("10.5.1.0/24".parse().expect("net"), "10.5.0.0/16".parse().expect("net"));
             assert_eq!(seen.left, [Leftover { legacy, spared: vec![pair] }]);
         });
@@ -393,7 +393,7 @@ fn nothing_of_ours_is_left_anywhere_when_we_leave_and_nothing_of_others_is_taken
         // Another process, which knows nothing of what the first did.
         let mut leaving = Firewall::default();
         let ours = |leaving: &mut Firewall| -> Vec<Part> {
-            let seen = leaving.look(&settings).expect("look");
+            let seen = leaving.look(settings.legacy_period).expect("look");
             let parts = firewall::found(&seen).filter_map(|(_, found)| match found.object {
                 Object::Firewall(part) => Some(part),
                 _ => None,

@@ -290,7 +290,6 @@ pub(crate) fn found_addr(dev: &IfName, addr: ipnetwork::IpNetwork) -> FoundAddr 
         scope: AddrScope::Global,
         form: AddrForm::default(),
         deprecated: false,
-        dynamic: false,
         temporary: false,
     }
 }

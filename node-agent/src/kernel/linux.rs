@@ -125,8 +125,8 @@ impl LinuxKernel {
         });
         let named = decoded.filter_map(|a| {
             let dev = names.get(&a.index)?.clone();
-            let decode::Address { addr, scope, form, deprecated, dynamic, temporary, .. } = a;
-            Some(FoundAddr { dev, addr, scope, form, deprecated, dynamic, temporary })
+            let decode::Address { addr, scope, form, deprecated, temporary, .. } = a;
+            Some(FoundAddr { dev, addr, scope, form, deprecated, temporary })
         });
         Ok(named.collect())
     }

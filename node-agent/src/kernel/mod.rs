@@ -87,8 +87,6 @@ pub struct FoundAddr {
     pub scope: AddrScope,
     pub form: AddrForm,
     pub deprecated: bool,
-    /// From a router advertisement or DHCP: it has a lifetime.
-    pub dynamic: bool,
     pub temporary: bool,
 }
 

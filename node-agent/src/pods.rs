@@ -67,6 +67,13 @@ pub struct PodPorts {
     pub bridge_macs: BTreeMap<IfName, Mac>,
 }
 
+impl PodPorts {
+    /// In which pods live, or will.
+    pub fn subnets(&self) -> impl Iterator<Item = Subnet> {
+        self.bridges.values().flat_map(|need| need.subnets.iter().copied())
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Port {
     pub ifindex: u32,

@@ -21,7 +21,6 @@ use std::time::{Duration, Instant};
 
 use weft_shared::Subnet;
 
-use crate::object::{Desired, Found, Key, Object};
 use forward::HostChain;
 use legacy::LegacyFilter;
 pub use rule::{Expr, Rule};
@@ -80,6 +79,15 @@ impl Family {
 
     pub fn of(subnet: Subnet) -> Self {
         if subnet.is_ipv4() { Self::Ip } else { Self::Ip6 }
+    }
+
+    /// `NFPROTO_*` of linux/netfilter.h.
+    pub fn nfproto(self) -> u8 {
+        match self {
+            Self::Inet => 1,
+            Self::Ip => 2,
+            Self::Ip6 => 10,
+        }
     }
 
     /// Whether packets of `other` come by chains of this family.
@@ -171,6 +179,12 @@ pub enum PartKey {
 }
 
 impl Part {
+    /// Its chains in one order, whoever lists them.
+    pub fn table(id: TableId, mut chains: Vec<Chain>) -> Self {
+        chains.sort_by(|a, b| a.name.cmp(&b.name));
+        Self::Table { id, chains }
+    }
+
     pub fn key(&self) -> PartKey {
         match self {
             Self::Table { id, .. } => PartKey::Table(id.clone()),
@@ -223,30 +237,24 @@ impl Default for Ruleset {
 }
 
 /// What should be there, given what others have there.
-pub fn desired(settings: &Settings, networks: &Networks, seen: &Ruleset) -> Desired {
-    let mut desired = Desired::default();
-    let mut want = |part| desired.insert(Object::Firewall(part));
-    for (family, network) in networks.families() {
-        if let Some(table) = masquerade::table(settings, networks, family, network, seen.fully_random) {
-            want(table);
-        }
-    }
+pub fn desired(settings: &Settings, networks: &Networks, seen: &Ruleset) -> Vec<Part> {
+    let tables = networks.families().filter_map(|(family, network)| {
+        masquerade::table(settings, networks, family, network, seen.fully_random)
+    });
+    let mut desired: Vec<Part> = tables.collect();
     if settings.forward {
-        forward::desired(networks, seen).into_iter().for_each(&mut want);
-        legacy::desired(networks, seen).into_iter().for_each(&mut want);
+        desired.extend(forward::desired(networks, seen));
+        desired.extend(legacy::desired(networks, seen));
     }
     desired
 }
 
 /// What of ours is there, whether it is wanted or not.
-pub fn found(seen: &Ruleset) -> impl Iterator<Item = (Key, Found)> {
+pub fn found(seen: &Ruleset) -> impl Iterator<Item = Part> {
     let tables = seen.own.iter().cloned();
     let accepts = seen.forward.iter().filter_map(forward::found);
     let legacy = seen.legacy.table().and_then(legacy::found);
-    tables.chain(accepts).chain(legacy).map(|part| {
-        let object = Object::Firewall(part);
-        (object.key(), Found { object, ours: true, overruled: false })
-    })
+    tables.chain(accepts).chain(legacy)
 }
 
 #[cfg(test)]

@@ -43,7 +43,7 @@ fn flannels_table_in_any_number_of_local_subnets() {
     networks.local.push(net("10.5.7.0/24"));
     let seen = Ruleset { fully_random: false, ..Ruleset::default() };
     let desired = desired(&masquerading(), &networks, &seen);
-    let (_, Object::Firewall(Part::Table { chains, .. })) = desired.objects().next().expect("a table") else {
+    let Part::Table { chains, .. } = desired.first().expect("a table") else {
         panic!("{desired:?}");
     };
     let names: Vec<&str> = chains.iter().map(|c| c.name.as_str()).collect();
@@ -59,7 +59,7 @@ fn flannels_table_in_any_number_of_local_subnets() {
 fn nothing_is_wanted_where_nothing_was_asked_for() {
     let off = Settings { forward: false, ..Settings::default() };
     let seen = Ruleset { forward: vec![chain(ChainPolicy::Drop, vec![])], ..Ruleset::default() };
-    assert_eq!(desired(&off, &networks(), &seen).objects().count(), 0);
+    assert_eq!(desired(&off, &networks(), &seen), []);
 }
 
 #[test]
@@ -115,7 +115,7 @@ fn only_chains_that_drop_and_may_be_written_get_accepts() {
     let mut seen = Ruleset { forward: vec![chain(ChainPolicy::Accept, vec![])], ..Ruleset::default() };
     let accepts = |seen: &Ruleset| {
         let desired = desired(&Settings::default(), &networks(), seen);
-        desired.objects().filter(|(key, _)| matches!(key, Key::Firewall(PartKey::Accepts(_)))).count()
+        desired.iter().filter(|part| matches!(part, Part::Accepts { .. })).count()
     };
     assert_eq!(accepts(&seen), 0);
     seen.forward[0].policy = ChainPolicy::Drop;

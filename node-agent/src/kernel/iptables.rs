@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use weft_shared::Subnet;
 
 use super::KernelError;
-use crate::firewall::advice::Leftover;
+use crate::firewall::advice::{FLANNELS_CHAIN, Leftover};
 use crate::firewall::legacy::{LegacyFilter, LegacyTable};
 
 /// Tables in use in the network namespace of the reader, one a line.
@@ -158,7 +158,7 @@ fn speaks_nftables(program: &str) -> bool {
 /// flanneld's rules that leave the overlay's own traffic alone: `-s P -d C ... -j RETURN`.
 fn leftover(saved: &str) -> Option<Leftover> {
     let table = LegacyTable::parse(saved);
-    let rules = table.chains.get("FLANNEL-POSTRTG")?;
+    let rules = table.chains.get(FLANNELS_CHAIN)?;
     let pair = |rule: &String| {
         let mut words = rule.split_whitespace();
         match (words.next(), words.next(), words.next(), words.next()) {

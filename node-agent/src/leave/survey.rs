@@ -18,7 +18,7 @@ use crate::firewall;
 use crate::firewall::legacy::LegacyFilter;
 use crate::kernel::{FoundLink, Kernel, KernelError, LinuxKernel};
 use crate::lease::{EmbeddedStore, LeaseStore};
-use crate::object::LinkKind;
+use crate::object::{LinkKind, Object};
 
 pub fn survey(config: &Config, wishes: &Wishes) -> Result<Plan, LeaveError> {
     let mut refusals = Vec::new();
@@ -117,7 +117,7 @@ fn rules(
                 .to_owned(),
         );
     }
-    things.extend(firewall::found(&seen).map(|(_, found)| Thing::Rules(found.object)));
+    things.extend(firewall::found(&seen).map(|part| Thing::Rules(Object::Firewall(part))));
     Ok(())
 }
 

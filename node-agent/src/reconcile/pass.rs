@@ -15,7 +15,7 @@ use crate::dataplane::{LocalNode, PeerPlan};
 use crate::firewall::legacy::LegacyFilter;
 use crate::firewall::{self, PartKey, Ruleset, advice};
 use crate::kernel::{Dump, Kernel, KernelError};
-use crate::object::{Desired, Key, Object, Op};
+use crate::object::{Desired, Found, Key, Object, Op};
 use crate::pods::{DeviceFacts, PodPorts, SeenVeth};
 use crate::underlay::Underlay;
 
@@ -131,13 +131,18 @@ fn look_and_mend(
         for (key, error) in &unseen {
             failed.entry(key.clone()).or_insert_with(|| error.clone());
         }
-        desired.extend(firewall::desired(&inputs.firewall, &networks, &firewall));
+        for part in firewall::desired(&inputs.firewall, &networks, &firewall) {
+            desired.insert(Object::Firewall(part));
+        }
         let mut paths = desired.sysctl_paths();
         paths.extend(advice::SYSCTLS);
         let sysctls = kernel.sysctls(&paths)?;
         let ownership = ownership(node, inputs, memory);
         let mut observed = observe(&dump, &sysctls, &desired, &ownership);
-        observed.objects.extend(firewall::found(&firewall));
+        observed.objects.extend(firewall::found(&firewall).map(|part| {
+            let object = Object::Firewall(part);
+            (object.key(), Found { object, ours: true, overruled: false })
+        }));
         observed.renamed.retain(|name, _| !failed.contains_key(&Key::Name(name.clone())));
         let ops = plan(&desired, &observed, inputs.has_snapshot && local.is_some());
         let still_wrong: BTreeSet<Key> = ops.iter().map(Op::key).chain(unseen.into_keys()).collect();
@@ -173,7 +178,7 @@ fn look_and_mend(
 /// Peers to serve, and those whose subnet pods of this node still live in: after another node has taken it, a route
 /// there would cut them off from their own node.
 fn apart_from_pods(inputs: &Inputs) -> (Vec<Lease>, Vec<(LeaseKey, PeerPlan)>) {
-    let ours: Vec<Subnet> = inputs.pods.bridges.values().flat_map(|need| need.subnets.clone()).collect();
+    let ours: Vec<Subnet> = inputs.pods.subnets().collect();
     let over = |lease: &Lease| lease.key.subnets().any(|theirs| ours.iter().any(|own| own.overlaps(theirs)));
     let (over, apart): (Vec<Lease>, Vec<Lease>) = inputs.peers.iter().cloned().partition(over);
     let problem = "pods of this node still have addresses in its subnet: recreate them";
@@ -196,11 +201,10 @@ fn forwarding(node: &NodeInputs, inputs: &Inputs) -> Desired {
 
 fn firewall_networks(node: &NodeInputs, inputs: &Inputs) -> firewall::Networks {
     let mut local: Vec<Subnet> = node.lease.subnets().collect();
-    local.extend(inputs.pods.bridges.values().flat_map(|need| need.subnets.clone()));
+    local.extend(inputs.pods.subnets());
     local.sort_unstable();
     local.dedup();
-    let overlay = [Some(node.config.v4), node.config.v6].into_iter().flatten().map(|range| range.network);
-    firewall::Networks { overlay: overlay.collect(), local }
+    firewall::Networks { overlay: node.config.networks().collect(), local }
 }
 
 /// A packet filter that cannot be looked at leaves the rest of the node to be kept: what should be in it, or might have
@@ -223,7 +227,7 @@ fn look_at_firewall(
         Err(error) => {
             let nothing = Ruleset::default();
             let wanted = firewall::desired(&inputs.firewall, networks, &nothing);
-            let unseen = wanted.objects().map(|(key, _)| (key.clone(), error.clone())).collect();
+            let unseen = wanted.iter().map(|part| (Key::Firewall(part.key()), error.clone())).collect();
             (nothing, unseen)
         }
     }
@@ -233,7 +237,7 @@ fn ownership(node: &NodeInputs, inputs: &Inputs, memory: &Memory) -> Ownership {
     let devices = memory.known.iter().map(|(name, facts)| (name.clone(), facts.ifindex));
     let ports = inputs.pods.ports.iter().map(|(veth, port)| (veth.clone(), port.ifindex));
     Ownership {
-        networks: [Some(node.config.v4), node.config.v6].into_iter().flatten().map(|r| r.network).collect(),
+        networks: node.config.networks().collect(),
         subnet_len: node.config.v4.subnet_len,
         underlay: node.underlay.iface.clone(),
         device: node.backend.plane().device().cloned(),

@@ -9,7 +9,6 @@ use nix::sched::{CloneFlags, unshare};
 
 use super::*;
 use crate::firewall::{self, Networks, PartKey, Settings};
-use crate::object::{Key, Object};
 
 fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let run = move || {
@@ -43,29 +42,23 @@ fn settings() -> Settings {
 }
 
 /// What is wanted and not there, or there and not wanted, as the reconciler finds it.
-fn wrong(firewall: &mut Firewall, settings: &Settings) -> Vec<(Key, bool)> {
+fn wrong(firewall: &mut Firewall, settings: &Settings) -> Vec<(PartKey, bool)> {
     let seen = firewall.look(settings.legacy_period).expect("look");
     let desired = firewall::desired(settings, &networks(), &seen);
-    let found: BTreeMap<Key, Object> =
-        firewall::found(&seen).map(|(key, found)| (key, found.object)).collect();
-    let missing = desired.objects().filter(|(key, object)| found.get(*key) != Some(*object));
-    let spare = found.keys().filter(|key| desired.get(key).is_none());
-    missing.map(|(key, _)| (key.clone(), true)).chain(spare.map(|key| (key.clone(), false))).collect()
+    let found: Vec<Part> = firewall::found(&seen).collect();
+    let missing = desired.iter().filter(|part| !found.contains(part));
+    let spare = found.iter().filter(|part| desired.iter().all(|wanted| wanted.key() != part.key()));
+    missing.map(|part| (part.key(), true)).chain(spare.map(|part| (part.key(), false))).collect()
 }
 
 fn mend(firewall: &mut Firewall, settings: &Settings) {
     let seen = firewall.look(settings.legacy_period).expect("look");
-    let desired = firewall::desired(settings, &networks(), &seen);
+    let (desired, found) =
+        (firewall::desired(settings, &networks(), &seen), firewall::found(&seen).collect());
     for (key, set) in wrong(firewall, settings) {
-        let done = match (set, desired.get(&key)) {
-            (true, Some(Object::Firewall(part))) => firewall.set(part),
-            _ => match firewall::found(&seen).find(|(k, _)| *k == key) {
-                Some((_, crate::object::Found { object: Object::Firewall(part), .. })) => {
-                    firewall.remove(&part)
-                }
-                other => panic!("{key}: {other:?}"),
-            },
-        };
+        let parts: &Vec<Part> = if set { &desired } else { &found };
+        let part = parts.iter().find(|part| part.key() == key).unwrap_or_else(|| panic!("{key}"));
+        let done = if set { firewall.set(part) } else { firewall.remove(part) };
         done.unwrap_or_else(|e| panic!("{key}: {e}"));
     }
     assert_eq!(wrong(firewall, settings), []);
@@ -258,10 +251,7 @@ fn a_chain_that_drops_no_more_loses_our_rules() {
         mend(&mut firewall, &settings);
         assert_eq!(sh("iptables-nft -S FORWARD").lines().count(), 3);
         sh("iptables-nft -P FORWARD ACCEPT");
-        assert!(matches!(
-            &wrong(&mut firewall, &settings)[..],
-            [(Key::Firewall(PartKey::Accepts(_)), false)]
-        ));
+        assert!(matches!(&wrong(&mut firewall, &settings)[..], [(PartKey::Accepts(_), false)]));
         mend(&mut firewall, &settings);
         assert_eq!(sh("iptables-nft -S FORWARD"), "-P FORWARD ACCEPT\n");
     });
@@ -352,8 +342,8 @@ fn random_ports_are_given_up_when_the_kernel_refuses_them_and_only_then() {
     let table = |fully_random| {
         let seen = Ruleset { fully_random, ..Ruleset::default() };
         let desired = firewall::desired(&settings(), &networks(), &seen);
-        match desired.objects().next() {
-            Some((_, Object::Firewall(Part::Table { chains, .. }))) => chains.clone(),
+        match desired.first() {
+            Some(Part::Table { chains, .. }) => chains.clone(),
             other => panic!("{other:?}"),
         }
     };
@@ -394,11 +384,7 @@ fn nothing_of_ours_is_left_anywhere_when_we_leave_and_nothing_of_others_is_taken
         let mut leaving = Firewall::default();
         let ours = |leaving: &mut Firewall| -> Vec<Part> {
             let seen = leaving.look(settings.legacy_period).expect("look");
-            let parts = firewall::found(&seen).filter_map(|(_, found)| match found.object {
-                Object::Firewall(part) => Some(part),
-                _ => None,
-            });
-            parts.collect()
+            firewall::found(&seen).collect()
         };
         let parts = ours(&mut leaving);
         let names: Vec<String> = parts.iter().map(|part| part.key().to_string()).collect();

@@ -25,7 +25,7 @@ use crate::lease::{EmbeddedStore, EtcdStore, LeaseStore, Store, StoreError, Stor
 use crate::metrics::Metrics;
 use crate::node::{Node, NodeFabric};
 use crate::pods::{PodPorts, SeenVeths};
-use crate::reconcile::Handle;
+use crate::reconcile::{Handle, Inputs};
 use crate::server::admin::{Admin, AdminState};
 use crate::server::cni::{Limits, Server};
 
@@ -51,13 +51,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let kernel = LinuxKernel::open().context("a netlink socket cannot be opened")?;
     let before = weft_shared::tombstone::boot_id().and_then(|boot| Before::load(&config.run_dir, &boot));
     let before = before.with_context(|| format!("--run-dir = {}", config.run_dir.display()))?;
-    let reconcile =
-        Handle::start(Remembering::new(kernel, before), config.resync).context("the reconcile thread")?;
-    let settings = config.firewall.clone();
-    reconcile.update_if(|inputs| {
-        inputs.firewall = settings;
-        true
-    });
+    let inputs = Inputs { firewall: config.firewall.clone(), ..Inputs::default() };
+    let reconcile = Handle::start(Remembering::new(kernel, before), inputs, config.resync)
+        .context("the reconcile thread")?;
     let monitor = config.netlink_monitor.then(|| start_monitor(&reconcile)).flatten();
 
     let (ports_sender, ports) = watch::channel(PodPorts::default());

@@ -65,6 +65,13 @@ pub struct PodPorts {
     pub bridges: BTreeMap<IfName, BridgeNeed>,
 }
 
+impl PodPorts {
+    /// In which pods live, or will.
+    pub fn subnets(&self) -> impl Iterator<Item = Subnet> {
+        self.bridges.values().flat_map(|need| need.subnets.iter().copied())
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Port {
     pub ifindex: u32,

@@ -81,6 +81,11 @@ impl Range {
 }
 
 impl NetworkConfig {
+    /// The overlay's, one of a family.
+    pub fn networks(&self) -> impl Iterator<Item = Subnet> {
+        [Some(self.v4), self.v6].into_iter().flatten().map(|range| range.network)
+    }
+
     pub fn parse(json: &str) -> Result<Self, ConfigError> {
         let value: Value = serde_json::from_str(json).map_err(|e| ConfigError::Json(e.to_string()))?;
         let Value::Object(map) = value else {

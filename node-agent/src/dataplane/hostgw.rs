@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use weft_shared::IfName;
 use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
 
-use super::{Dataplane, LocalNode, Wanted};
+use super::{Dataplane, LocalNode, Wanted, public_addr};
 use crate::object::{Object, Route};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,10 +17,7 @@ impl HostGw {
         let dev = &local.underlay.iface;
         let mut routes = Vec::new();
         for subnet in peer.key.subnets() {
-            let gateway = peer
-                .attrs
-                .public_addr(subnet)
-                .ok_or_else(|| format!("it has no public address for {subnet}"))?;
+            let gateway = public_addr(peer, subnet)?;
             if !local.on_link.contains(&gateway) {
                 return Err(format!(
                     "{gateway} is not on-link on {dev}: host-gw needs every node in one Ethernet segment"

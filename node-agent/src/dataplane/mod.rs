@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
 use weft_shared::netconf::{BackendConfig, NetworkConfig};
-use weft_shared::{IfName, Mac};
+use weft_shared::{IfName, Mac, Subnet};
 
 use crate::object::{Desired, Key, Object};
 use crate::underlay::Underlay;
@@ -126,4 +126,11 @@ impl Backend {
             Self::HostGw(plane) => plane,
         }
     }
+}
+
+/// Of the family of `subnet`.
+fn public_addr(peer: &Lease, subnet: Subnet) -> Result<IpAddr, String> {
+    let key = if subnet.is_ipv4() { "PublicIP" } else { "PublicIPv6" };
+    let missing = || format!("{key} is missing: expected the address that leads to {subnet}");
+    peer.attrs.public_addr(subnet).ok_or_else(missing)
 }

@@ -17,7 +17,7 @@ use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey, VxlanData};
 use weft_shared::netconf::VxlanConfig;
 use weft_shared::{IfName, Mac, Subnet};
 
-use super::{Dataplane, LocalNode, Wanted};
+use super::{Dataplane, LocalNode, Wanted, public_addr};
 use crate::object::{
     AddrForm, AddrScope, Alterations, FdbPath, Link, LinkKind, LinkMac, Object, Route, Vxlan, VxlanTuning,
 };
@@ -82,7 +82,7 @@ impl VxlanPlane {
             let name = format!("{} ({})", peer.key, peer.attrs.public_ip);
             if let Some(other) = vteps.get(mac).filter(|other| **other != name) {
                 return Err(format!(
-                    "VtepMAC = {mac}: {other} has the same; was /var/lib/weft copied? Remove it on one of them and restart weftd"
+                    "VtepMAC = {mac}: {other} has the same; was its --state-dir copied? Remove it on one of them and restart weftd"
                 ));
             }
             vteps.insert(*mac, name);
@@ -96,20 +96,19 @@ impl VxlanPlane {
             let dev = if subnet.is_ipv4() { Some(&self.device) } else { self.device_v6.as_ref() };
             let dev =
                 dev.ok_or_else(|| format!("VNI {} leaves no name for an IPv6 device", self.config.vni))?;
+            let key = if subnet.is_ipv4() { "BackendData" } else { "BackendV6Data" };
             let data = peer.attrs.vxlan_data(subnet).ok_or_else(|| {
                 let example = r#"{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}"#;
-                format!("its BackendData for {subnet} must look like {example}")
+                format!("{key} for {subnet}: expected an object such as {example}")
             })?;
             if data.vni != self.config.vni {
-                return Err(format!("its VNI is {}, this node's is {}", data.vni, self.config.vni));
+                return Err(format!("{key}.VNI = {}: expected {}, this node's", data.vni, self.config.vni));
             }
             if !data.vtep_mac.is_unicast() {
-                return Err(format!("its VtepMAC {} is no station's address", data.vtep_mac));
+                let mac = data.vtep_mac;
+                return Err(format!("{key}.VtepMAC = {mac}: expected a unicast address"));
             }
-            let public = peer
-                .attrs
-                .public_addr(subnet)
-                .ok_or_else(|| format!("it has no public address for {subnet}"))?;
+            let public = public_addr(peer, subnet)?;
             if local.on_link.contains(&public) {
                 let route = Route::via(public, &local.underlay.iface, false);
                 entries.push(Object::Route { dst: subnet, route });
@@ -254,19 +253,19 @@ mod tests {
             ),
             (
                 r#"{"PublicIP":"192.0.2.2","BackendType":"vxlan"}"#,
-                "BackendData for 10.5.2.0/24 must look like",
+                "BackendData for 10.5.2.0/24: expected an object such as",
             ),
             (
                 r#"{"PublicIP":"192.0.2.2","BackendType":"vxlan","BackendData":{"VNI":7,"VtepMAC":"x"}}"#,
-                "must look like",
+                "BackendData for 10.5.2.0/24: expected an object such as",
             ),
             (
                 r#"{"PublicIP":"192.0.2.2","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:02"}}"#,
-                "VNI is 1",
+                "BackendData.VNI = 1: expected 7",
             ),
             (
                 r#"{"PublicIP":"192.0.2.2","BackendType":"vxlan","BackendData":{"VNI":7,"VtepMAC":"ff:ff:ff:ff:ff:ff"}}"#,
-                "no station",
+                "BackendData.VtepMAC = ff:ff:ff:ff:ff:ff: expected a unicast address",
             ),
         ] {
             let peers = [peer("10.5.2.0-24", value)];

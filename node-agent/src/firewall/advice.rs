@@ -10,6 +10,9 @@ use super::{Family, Networks, Ruleset, Settings};
 /// Whether bridged packets pass the host's packet filter; absent without the module br_netfilter.
 pub const BRIDGE_CALLS: &str = "net/bridge/bridge-nf-call-iptables";
 
+/// Where a flanneld in iptables mode has its masquerade rules (pkg/trafficmngr/iptables).
+pub const FLANNELS_CHAIN: &str = "FLANNEL-POSTRTG";
+
 /// Settings that [`of`] wants to know, by their path below `/proc/sys`.
 pub const SYSCTLS: [&str; 1] = [BRIDGE_CALLS];
 
@@ -85,10 +88,10 @@ fn leftover(settings: &Settings, networks: &Networks, left: &Leftover) -> Advice
     };
     let iptables = if left.legacy { "iptables-legacy" } else { "iptables" };
     let problem =
-        format!("chain FLANNEL-POSTRTG of a former flanneld is still there ({iptables} -t nat){harm}");
-    let jump = "-D POSTROUTING -m comment --comment \"flanneld masq\" -j FLANNEL-POSTRTG";
+        format!("chain {FLANNELS_CHAIN} of a former flanneld is still there ({iptables} -t nat){harm}");
+    let jump = format!("-D POSTROUTING -m comment --comment \"flanneld masq\" -j {FLANNELS_CHAIN}");
     let fix = format!(
-        "{iptables} -t nat {jump}; {iptables} -t nat -F FLANNEL-POSTRTG; {iptables} -t nat -X FLANNEL-POSTRTG"
+        "{iptables} -t nat {jump}; {iptables} -t nat -F {FLANNELS_CHAIN}; {iptables} -t nat -X {FLANNELS_CHAIN}"
     );
     Advice { problem, fix }
 }

@@ -20,6 +20,25 @@ pub struct LegacyTable {
     pub chains: BTreeMap<String, Vec<String>>,
 }
 
+/// What a look has made of it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum LegacyFilter {
+    #[default]
+    Unused,
+    Table(LegacyTable),
+    /// In use, and its program is missing or fails.
+    Unreadable(String),
+}
+
+impl LegacyFilter {
+    pub fn table(&self) -> Option<&LegacyTable> {
+        match self {
+            Self::Table(table) => Some(table),
+            Self::Unused | Self::Unreadable(_) => None,
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Step<'a> {
     On,
@@ -140,10 +159,9 @@ fn accepts(network: Subnet) -> Vec<String> {
 }
 
 pub(super) fn desired(networks: &Networks, seen: &Ruleset) -> Option<Part> {
-    let drops = seen.legacy.as_ref().is_some_and(|table| matches!(table.fate(), Fate::Dropped(_)));
+    let drops = seen.legacy.table().is_some_and(|table| matches!(table.fate(), Fate::Dropped(_)));
     let v4 = networks.families().find(|(family, _)| *family == Family::Ip)?;
-    // What cannot be read has to be supposed to drop: the attempt to write there says why it cannot.
-    (drops || seen.legacy_unreadable).then(|| Part::Legacy { rules: accepts(v4.1), in_place: true })
+    drops.then(|| Part::Legacy { rules: accepts(v4.1), in_place: true })
 }
 
 pub(super) fn found(table: &LegacyTable) -> Option<Part> {

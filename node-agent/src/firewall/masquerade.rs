@@ -9,8 +9,8 @@ use weft_shared::Subnet;
 use super::rule::{Side, marked, within};
 use super::{Chain, ChainPolicy, Expr, Family, Hook, Networks, Part, Rule, Settings, TableId};
 
-pub const POSTROUTING_CHAIN: &str = "postrtg";
-pub const FORWARD_CHAIN: &str = "forward";
+const POSTROUTING_CHAIN: &str = "postrtg";
+const FORWARD_CHAIN: &str = "forward";
 
 /// kube-proxy masquerades what it has marked so (`--iptables-masquerade-bit` 14). The mark may survive encapsulation.
 const KUBE_MARK: u32 = 0x4000;
@@ -46,7 +46,7 @@ pub(super) fn table(
         let rules = masquerade(settings, networks, family, overlay, random);
         chains.push(base_chain(POSTROUTING_CHAIN, "nat", HOOK_POSTROUTING, PRIORITY_SRCNAT, rules));
     }
-    (!chains.is_empty()).then(|| Part::Table { id: table_id(family), chains })
+    (!chains.is_empty()).then(|| Part::table(table_id(family), chains))
 }
 
 fn base_chain(name: &str, kind: &str, number: u32, priority: i32, rules: Vec<Rule>) -> Chain {

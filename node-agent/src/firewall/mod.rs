@@ -17,13 +17,12 @@ pub mod masquerade;
 pub mod rule;
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use weft_shared::Subnet;
 
-use crate::object::{Desired, Found, Key, Object};
 use forward::HostChain;
-use legacy::LegacyTable;
+use legacy::LegacyFilter;
 pub use rule::{Expr, Rule};
 
 /// What the operator asked for.
@@ -80,6 +79,15 @@ impl Family {
 
     pub fn of(subnet: Subnet) -> Self {
         if subnet.is_ipv4() { Self::Ip } else { Self::Ip6 }
+    }
+
+    /// `NFPROTO_*` of linux/netfilter.h.
+    pub fn nfproto(self) -> u8 {
+        match self {
+            Self::Inet => 1,
+            Self::Ip => 2,
+            Self::Ip6 => 10,
+        }
     }
 
     /// Whether packets of `other` come by chains of this family.
@@ -171,6 +179,12 @@ pub enum PartKey {
 }
 
 impl Part {
+    /// Its chains in one order, whoever lists them.
+    pub fn table(id: TableId, mut chains: Vec<Chain>) -> Self {
+        chains.sort_by(|a, b| a.name.cmp(&b.name));
+        Self::Table { id, chains }
+    }
+
     pub fn key(&self) -> PartKey {
         match self {
             Self::Table { id, .. } => PartKey::Table(id.clone()),
@@ -197,10 +211,9 @@ pub struct Ruleset {
     pub own: Vec<Part>,
     /// Chains of others on the forward hook, in the families asked for.
     pub forward: Vec<HostChain>,
-    /// `None`: nobody uses it here, or it cannot be read.
-    pub legacy: Option<LegacyTable>,
-    /// iptables-legacy is in use and its program is missing, or fails.
-    pub legacy_unreadable: bool,
+    pub legacy: LegacyFilter,
+    /// Until when that is good enough; `None` where iptables-legacy is not in use.
+    pub legacy_until: Option<Instant>,
     /// The kernel knows `masquerade fully-random`, as far as it has been asked.
     pub fully_random: bool,
     /// kube-proxy's rules are here.
@@ -214,8 +227,8 @@ impl Default for Ruleset {
         Self {
             own: Vec::new(),
             forward: Vec::new(),
-            legacy: None,
-            legacy_unreadable: false,
+            legacy: LegacyFilter::Unused,
+            legacy_until: None,
             fully_random: true,
             kube_proxy: false,
             left: Vec::new(),
@@ -224,30 +237,24 @@ impl Default for Ruleset {
 }
 
 /// What should be there, given what others have there.
-pub fn desired(settings: &Settings, networks: &Networks, seen: &Ruleset) -> Desired {
-    let mut desired = Desired::default();
-    let mut want = |part| desired.insert(Object::Firewall(part));
-    for (family, network) in networks.families() {
-        if let Some(table) = masquerade::table(settings, networks, family, network, seen.fully_random) {
-            want(table);
-        }
-    }
+pub fn desired(settings: &Settings, networks: &Networks, seen: &Ruleset) -> Vec<Part> {
+    let tables = networks.families().filter_map(|(family, network)| {
+        masquerade::table(settings, networks, family, network, seen.fully_random)
+    });
+    let mut desired: Vec<Part> = tables.collect();
     if settings.forward {
-        forward::desired(networks, seen).into_iter().for_each(&mut want);
-        legacy::desired(networks, seen).into_iter().for_each(&mut want);
+        desired.extend(forward::desired(networks, seen));
+        desired.extend(legacy::desired(networks, seen));
     }
     desired
 }
 
 /// What of ours is there, whether it is wanted or not.
-pub fn found(seen: &Ruleset) -> impl Iterator<Item = (Key, Found)> {
+pub fn found(seen: &Ruleset) -> impl Iterator<Item = Part> {
     let tables = seen.own.iter().cloned();
     let accepts = seen.forward.iter().filter_map(forward::found);
-    let legacy = seen.legacy.iter().filter_map(legacy::found);
-    tables.chain(accepts).chain(legacy).map(|part| {
-        let object = Object::Firewall(part);
-        (object.key(), Found { object, ours: true, overruled: false })
-    })
+    let legacy = seen.legacy.table().and_then(legacy::found);
+    tables.chain(accepts).chain(legacy)
 }
 
 #[cfg(test)]

@@ -10,9 +10,6 @@ use super::Family;
 /// In the comment of every rule of ours that stands in somebody else's chain: by this it is known again.
 pub const MARK: &str = "weft forward";
 
-/// `NFPROTO_IPV4` and `NFPROTO_IPV6` of linux/netfilter.h.
-const NFPROTO: [u8; 2] = [2, 10];
-
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
     pub exprs: Vec<Expr>,
@@ -88,7 +85,7 @@ impl Rule {
         let mut rest: Vec<&Expr> =
             self.exprs.iter().filter(|e| !matches!(e, Expr::Counter | Expr::Log)).collect();
         if let [Expr::Nfproto, Expr::Cmp { equal: true, value }, ..] = rest[..]
-            && *value == [nfproto(family)]
+            && *value == [family.nfproto()]
         {
             rest.drain(..2);
         }
@@ -134,13 +131,9 @@ fn address_place(offset: u32, side: Side) -> Option<usize> {
     }
 }
 
-fn nfproto(family: Family) -> u8 {
-    NFPROTO[usize::from(family == Family::Ip6)]
-}
-
 /// `meta nfproto ipv4`: needed where a chain sees both families.
 pub fn of_family(family: Family) -> Vec<Expr> {
-    vec![Expr::Nfproto, Expr::Cmp { equal: true, value: vec![nfproto(family)] }]
+    vec![Expr::Nfproto, Expr::Cmp { equal: true, value: vec![family.nfproto()] }]
 }
 
 /// `ip saddr 10.5.0.0/16` and its like, with as few bytes as the prefix needs, as nft and iptables-nft write it.

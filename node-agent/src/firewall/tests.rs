@@ -43,7 +43,7 @@ fn flannels_table_in_any_number_of_local_subnets() {
     networks.local.push(net("10.5.7.0/24"));
     let seen = Ruleset { fully_random: false, ..Ruleset::default() };
     let desired = desired(&masquerading(), &networks, &seen);
-    let (_, Object::Firewall(Part::Table { chains, .. })) = desired.objects().next().expect("a table") else {
+    let Part::Table { chains, .. } = desired.first().expect("a table") else {
         panic!("{desired:?}");
     };
     let names: Vec<&str> = chains.iter().map(|c| c.name.as_str()).collect();
@@ -59,7 +59,7 @@ fn flannels_table_in_any_number_of_local_subnets() {
 fn nothing_is_wanted_where_nothing_was_asked_for() {
     let off = Settings { forward: false, ..Settings::default() };
     let seen = Ruleset { forward: vec![chain(ChainPolicy::Drop, vec![])], ..Ruleset::default() };
-    assert_eq!(desired(&off, &networks(), &seen).objects().count(), 0);
+    assert_eq!(desired(&off, &networks(), &seen), []);
 }
 
 #[test]
@@ -115,7 +115,7 @@ fn only_chains_that_drop_and_may_be_written_get_accepts() {
     let mut seen = Ruleset { forward: vec![chain(ChainPolicy::Accept, vec![])], ..Ruleset::default() };
     let accepts = |seen: &Ruleset| {
         let desired = desired(&Settings::default(), &networks(), seen);
-        desired.objects().filter(|(key, _)| matches!(key, Key::Firewall(PartKey::Accepts(_)))).count()
+        desired.iter().filter(|part| matches!(part, Part::Accepts { .. })).count()
     };
     assert_eq!(accepts(&seen), 0);
     seen.forward[0].policy = ChainPolicy::Drop;
@@ -207,7 +207,7 @@ fn iptables_legacys_table_is_read_and_edited() {
     let saved = "*filter\n:INPUT ACCEPT [0:0]\n:FORWARD DROP [3:252]\n:OUTPUT ACCEPT [0:0]\n:DOCKER-USER - [0:0]\n\
                  -A FORWARD -j DOCKER-USER\n-A FORWARD -i lo -j ACCEPT\n-A DOCKER-USER -j RETURN\nCOMMIT\n";
     let table = legacy::LegacyTable::parse(saved);
-    let seen = Ruleset { legacy: Some(table.clone()), ..Ruleset::default() };
+    let seen = Ruleset { legacy: LegacyFilter::Table(table.clone()), ..Ruleset::default() };
     let parts: Vec<Part> = legacy::desired(&networks(), &seen).into_iter().collect();
     let [Part::Legacy { rules, in_place: true }] = &parts[..] else { panic!("{parts:?}") };
     assert_eq!(
@@ -222,8 +222,8 @@ fn iptables_legacys_table_is_read_and_edited() {
     let edit = legacy::LegacyTable::parse(&closed).edit(rules).expect("an edit");
     assert!(edit.contains("-I FORWARD 3 -s 10.5.0.0/16") && edit.contains("-I FORWARD 4 -d"), "{edit}");
     let open = legacy::LegacyTable::parse(&saved.replace("FORWARD DROP", "FORWARD ACCEPT"));
-    let seen = Ruleset { legacy: Some(open), ..Ruleset::default() };
+    let seen = Ruleset { legacy: LegacyFilter::Table(open), ..Ruleset::default() };
     assert_eq!(legacy::desired(&networks(), &seen), None);
-    let unreadable = Ruleset { legacy_unreadable: true, ..Ruleset::default() };
-    assert!(legacy::desired(&networks(), &unreadable).is_some(), "the attempt says why it cannot be read");
+    let unreadable = Ruleset { legacy: LegacyFilter::Unreadable("why".into()), ..Ruleset::default() };
+    assert_eq!(legacy::desired(&networks(), &unreadable), None);
 }

@@ -30,10 +30,11 @@ pub(super) fn apply(
                 batch.flush(socket, &mut results);
                 results[place] = rename(socket, indices, now, name);
             }
-            Op::Set { object: Object::Link { name, link }, found } => {
+            Op::Set { object: object @ Object::Link { name, link }, found } => {
                 batch.flush(socket, &mut results);
                 let found = found.as_ref().map(|f| &f.object);
-                results[place] = set_link(socket, indices, name, link, found);
+                let anew = found.is_some_and(|found| object.needs_recreation(found));
+                results[place] = set_link(socket, indices, name, link, found, anew);
             }
             Op::Set { object: Object::Sysctl { path, value }, .. } => {
                 results[place] = super::sysctl::write(path, value);
@@ -129,6 +130,7 @@ fn set_link(
     name: &IfName,
     link: &Link,
     found: Option<&Object>,
+    anew: bool,
 ) -> Result<(), KernelError> {
     let existing = match found {
         Some(Object::Link { link: have, .. }) => Some(have),
@@ -139,7 +141,7 @@ fn set_link(
         Some(have) if link.kind == LinkKind::Bridge && have.kind != LinkKind::Bridge => {
             return Err(KernelError::NotABridge { name: name.clone(), kind: have.kind.to_string() });
         }
-        Some(have) if !recreated(link, have) => {
+        Some(have) if !anew => {
             let index = index_of(indices, name)?;
             return change_link(socket, index, link, have);
         }
@@ -158,13 +160,6 @@ fn set_link(
         indices.insert(name.clone(), made.header.index);
     }
     Ok(())
-}
-
-fn recreated(link: &Link, have: &Link) -> bool {
-    match (&link.kind, &have.kind) {
-        (LinkKind::Vxlan(want), LinkKind::Vxlan(have)) => !want.can_be_made_of(have),
-        (want, have) => want != have,
-    }
 }
 
 /// `RTM_NEWLINK` and not `RTM_SETLINK`: only the former changes a kind's own options (net/core/rtnetlink.c).

@@ -127,7 +127,6 @@ pub(super) struct Address {
     pub(super) scope: AddrScope,
     pub(super) form: AddrForm,
     pub(super) deprecated: bool,
-    pub(super) dynamic: bool,
     pub(super) temporary: bool,
 }
 
@@ -168,7 +167,6 @@ pub(super) fn address(message: &AddressMessage) -> Option<Address> {
         },
         form,
         deprecated,
-        dynamic: !permanent,
         // The flag's two names (linux/if_addr.h): IFA_F_SECONDARY in IPv4, IFA_F_TEMPORARY in IPv6.
         temporary: secondary && addr.is_ipv6(),
     })

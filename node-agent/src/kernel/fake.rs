@@ -3,13 +3,15 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use weft_shared::names::LINK_GROUP;
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError};
 use crate::firewall::forward::place;
-use crate::firewall::{self, Part, Ruleset};
+use crate::firewall::legacy::LegacyFilter;
+use crate::firewall::{Part, Ruleset};
 use crate::object::{
     AddrForm, AddrScope, Alterations, BridgePort, FdbPath, Found, Key, Link, LinkKind, LinkMac, Object, Op,
     Route, RouteChange, RouteForm,
@@ -154,7 +156,7 @@ impl FakeKernel {
                     _ => {
                         self.delete_link(name);
                         let mac = LinkMac::Exactly(link.mac.value());
-                        self.add_link(name.clone(), Link { mac, ..link.clone() }, VETH_GROUP);
+                        self.add_link(name.clone(), Link { mac, ..link.clone() }, LINK_GROUP);
                     }
                 }
             }
@@ -244,7 +246,7 @@ impl FakeKernel {
                 }
             }
             Part::Legacy { rules, .. } => {
-                if let Some(table) = &mut self.ruleset.legacy {
+                if let LegacyFilter::Table(table) = &mut self.ruleset.legacy {
                     table.chains.entry("FORWARD".into()).or_default().extend(rules.iter().cloned());
                 }
             }
@@ -259,7 +261,7 @@ impl FakeKernel {
                 host.for_each(|host| host.rules.retain(|rule| !rule.is_marked()));
             }
             Part::Legacy { rules, .. } => {
-                if let Some(table) = &mut self.ruleset.legacy {
+                if let LegacyFilter::Table(table) = &mut self.ruleset.legacy {
                     table.chains.values_mut().for_each(|chain| chain.retain(|rule| !rules.contains(rule)));
                 }
             }
@@ -288,7 +290,6 @@ pub(crate) fn found_addr(dev: &IfName, addr: ipnetwork::IpNetwork) -> FoundAddr 
         scope: AddrScope::Global,
         form: AddrForm::default(),
         deprecated: false,
-        dynamic: false,
         temporary: false,
     }
 }
@@ -306,7 +307,7 @@ impl Kernel for FakeKernel {
         Ok(paths.iter().map(|path| ((*path).to_owned(), value(path))).collect())
     }
 
-    fn firewall(&mut self, _: &firewall::Settings) -> Result<Ruleset, KernelError> {
+    fn firewall(&mut self, _: Duration) -> Result<Ruleset, KernelError> {
         self.firewall_fault.clone().map_or_else(|| Ok(self.ruleset.clone()), Err)
     }
 

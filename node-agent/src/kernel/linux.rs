@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::RouteNetlinkMessage as Message;
@@ -15,7 +16,7 @@ use super::apply::{self, Indices};
 use super::nft::Firewall;
 use super::socket::{Request, RouteSocket};
 use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError, decode, encode, sysctl};
-use crate::firewall::{self, Ruleset};
+use crate::firewall::Ruleset;
 use crate::object::{LinkKind, Op, Route};
 
 #[derive(Debug)]
@@ -124,8 +125,8 @@ impl LinuxKernel {
         });
         let named = decoded.filter_map(|a| {
             let dev = names.get(&a.index)?.clone();
-            let decode::Address { addr, scope, form, deprecated, dynamic, temporary, .. } = a;
-            Some(FoundAddr { dev, addr, scope, form, deprecated, dynamic, temporary })
+            let decode::Address { addr, scope, form, deprecated, temporary, .. } = a;
+            Some(FoundAddr { dev, addr, scope, form, deprecated, temporary })
         });
         Ok(named.collect())
     }
@@ -209,8 +210,8 @@ impl Kernel for LinuxKernel {
         Ok(found)
     }
 
-    fn firewall(&mut self, settings: &firewall::Settings) -> Result<Ruleset, KernelError> {
-        self.firewall.look(settings)
+    fn firewall(&mut self, legacy_period: Duration) -> Result<Ruleset, KernelError> {
+        self.firewall.look(legacy_period)
     }
 
     fn on_link(&mut self, dev: &IfName, peers: &BTreeSet<IpAddr>) -> Result<BTreeSet<IpAddr>, KernelError> {

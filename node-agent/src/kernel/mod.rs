@@ -18,12 +18,13 @@ pub(crate) mod fake;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 use weft_shared::names::{LINK_GROUP, is_host_ifname};
 use weft_shared::{IfName, Mac, Subnet};
 
-use crate::firewall::{self, Ruleset};
+use crate::firewall::Ruleset;
 use crate::object::{AddrForm, AddrScope, BridgePort, FdbPath, Link, Op, Route};
 
 pub use linux::LinuxKernel;
@@ -40,8 +41,9 @@ pub trait Kernel {
     /// Settings by their path below `/proc/sys`; one that this kernel does not have is absent.
     fn sysctls(&mut self, paths: &[&str]) -> Result<BTreeMap<String, String>, KernelError>;
 
-    /// The packet filter, as far as it concerns us. A look that finds it unchanged costs next to nothing.
-    fn firewall(&mut self, settings: &firewall::Settings) -> Result<Ruleset, KernelError>;
+    /// The packet filter, as far as it concerns us. A look that finds it unchanged costs next to nothing, if it is told
+    /// that: iptables-legacy, which tells nobody, is looked at once in `legacy_period`.
+    fn firewall(&mut self, legacy_period: Duration) -> Result<Ruleset, KernelError>;
 
     /// Those of `peers` that are reached through `dev` without a gateway, by the kernel's own route lookup.
     fn on_link(&mut self, dev: &IfName, peers: &BTreeSet<IpAddr>) -> Result<BTreeSet<IpAddr>, KernelError>;
@@ -85,8 +87,6 @@ pub struct FoundAddr {
     pub scope: AddrScope,
     pub form: AddrForm,
     pub deprecated: bool,
-    /// From a router advertisement or DHCP: it has a lifetime.
-    pub dynamic: bool,
     pub temporary: bool,
 }
 

@@ -3,13 +3,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use tracing::warn;
 use weft_shared::IfName;
 
 use super::{Dump, Kernel, KernelError};
 use crate::before::Before;
-use crate::firewall::{self, Ruleset};
+use crate::firewall::Ruleset;
 use crate::object::{Object, Op};
 
 #[derive(Debug)]
@@ -33,8 +34,8 @@ impl<K: Kernel> Kernel for Remembering<K> {
         self.kernel.sysctls(paths)
     }
 
-    fn firewall(&mut self, settings: &firewall::Settings) -> Result<Ruleset, KernelError> {
-        self.kernel.firewall(settings)
+    fn firewall(&mut self, legacy_period: Duration) -> Result<Ruleset, KernelError> {
+        self.kernel.firewall(legacy_period)
     }
 
     fn on_link(&mut self, dev: &IfName, peers: &BTreeSet<IpAddr>) -> Result<BTreeSet<IpAddr>, KernelError> {

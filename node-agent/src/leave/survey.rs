@@ -14,10 +14,11 @@ use crate::before::Before;
 use crate::config::{Config, StoreConfig};
 use crate::durable::{Durable, DurableFile};
 use crate::firewall;
+use crate::firewall::legacy::LegacyFilter;
 use crate::ipam::records;
 use crate::kernel::{FoundLink, Kernel, KernelError, LinuxKernel};
 use crate::lease::{EmbeddedStore, LeaseStore};
-use crate::object::LinkKind;
+use crate::object::{LinkKind, Object};
 
 pub fn survey(config: &Config, wishes: &Wishes) -> Result<Plan, LeaveError> {
     let mut refusals = Vec::new();
@@ -101,18 +102,18 @@ impl Survey<'_> {
 
     /// Tables and accepts, whatever the settings say by now.
     fn rules(&mut self) -> Result<(), LeaveError> {
-        let seen = match self.kernel.firewall(&self.config.firewall) {
+        let seen = match self.kernel.firewall(self.config.firewall.legacy_period) {
             // Where there is no packet filter nothing was put into it.
             Err(KernelError::NoNftables) => return Ok(()),
             other => other?,
         };
-        if seen.legacy_unreadable {
+        if matches!(seen.legacy, LegacyFilter::Unreadable(_)) {
             self.stays.push(
                 "iptables-legacy: it is in use and cannot be read (package iptables); rules of weft's may be in FORWARD"
                     .to_owned(),
             );
         }
-        self.things.extend(firewall::found(&seen).map(|(_, found)| Thing::Rules(found.object)));
+        self.things.extend(firewall::found(&seen).map(|part| Thing::Rules(Object::Firewall(part))));
         Ok(())
     }
 

@@ -169,9 +169,14 @@ impl Shared {
 
 impl Handle {
     /// Starts the loop; `resync` is the longest time between two passes.
-    pub fn start(kernel: impl Kernel + Send + 'static, resync: Duration) -> std::io::Result<Self> {
+    pub fn start(
+        kernel: impl Kernel + Send + 'static,
+        inputs: Inputs,
+        resync: Duration,
+    ) -> std::io::Result<Self> {
         let (publish, reports) = watch::channel(Report::default());
-        let shared = Arc::new(Shared::default());
+        let state = Mutex::new(State { inputs, ..State::default() });
+        let shared = Arc::new(Shared { state, ..Shared::default() });
         let handle = Self { shared: shared.clone(), reports };
         thread::Builder::new()
             .name("reconcile".into())

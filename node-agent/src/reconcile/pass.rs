@@ -13,9 +13,10 @@ use super::observe::{Ownership, observe};
 use super::plan::plan;
 use super::{Aborted, Inputs, NodeInputs, PeerReport, Pending, Report, pods};
 use crate::dataplane::{LocalNode, PeerPlan};
-use crate::firewall::{self, Ruleset, advice};
+use crate::firewall::legacy::LegacyFilter;
+use crate::firewall::{self, PartKey, Ruleset, advice};
 use crate::kernel::{Dump, Kernel, KernelError};
-use crate::object::{Desired, Key, Object, Op};
+use crate::object::{Desired, Found, Key, Object, Op};
 use crate::pods::{DeviceFacts, PodPorts, SeenVeth};
 use crate::underlay::Underlay;
 
@@ -127,17 +128,25 @@ fn look_and_mend(
         desired.extend(wanted.desired);
         desired.extend(forwarding(node, inputs));
         let networks = firewall_networks(node, inputs);
-        let firewall = look_at_firewall(kernel, inputs, &networks, &mut failed);
-        desired.extend(firewall::desired(&inputs.firewall, &networks, &firewall));
+        let (firewall, unseen) = look_at_firewall(kernel, inputs, &networks);
+        for (key, error) in &unseen {
+            failed.entry(key.clone()).or_insert_with(|| error.clone());
+        }
+        for part in firewall::desired(&inputs.firewall, &networks, &firewall) {
+            desired.insert(Object::Firewall(part));
+        }
         let mut paths = desired.sysctl_paths();
         paths.extend(advice::SYSCTLS);
         let sysctls = kernel.sysctls(&paths)?;
         let ownership = ownership(node, inputs, memory);
         let mut observed = observe(&dump, &sysctls, &desired, &ownership);
-        observed.objects.extend(firewall::found(&firewall));
+        observed.objects.extend(firewall::found(&firewall).map(|part| {
+            let object = Object::Firewall(part);
+            (object.key(), Found { object, ours: true, overruled: false })
+        }));
         observed.renamed.retain(|name, _| !failed.contains_key(&Key::Name(name.clone())));
         let ops = plan(&desired, &observed, inputs.has_snapshot && local.is_some());
-        let still_wrong: BTreeSet<Key> = ops.iter().map(Op::key).collect();
+        let still_wrong: BTreeSet<Key> = ops.iter().map(Op::key).chain(unseen.into_keys()).collect();
         // What failed a moment ago fails again: a later pass tries it.
         let ops: Vec<Op> = ops.into_iter().filter(|op| !failed.contains_key(&op.key())).collect();
         if ops.is_empty() || round == ROUNDS - 1 {
@@ -145,9 +154,7 @@ fn look_and_mend(
             for op in ops {
                 failed.entry(op.key()).or_insert(KernelError::Contested);
             }
-            // A moment late, so that the look is not answered from memory.
-            let period = inputs.firewall.legacy_period + Duration::from_millis(100);
-            memory.legacy_due = firewall.legacy.is_some().then(|| now + period);
+            memory.legacy_due = firewall.legacy_until;
             report.advice = advice::of(&inputs.firewall, &networks, &firewall, &sysctls);
             finish(&mut report, &dump, &desired, &wanted.peers, &failed, &inputs.pods);
             look_at_underlay(&mut report, &dump, node, local);
@@ -172,7 +179,7 @@ fn look_and_mend(
 /// Peers to serve, and those whose subnet pods of this node still live in: after another node has taken it, a route
 /// there would cut them off from their own node.
 fn apart_from_pods(inputs: &Inputs) -> (Vec<Lease>, Vec<(LeaseKey, PeerPlan)>) {
-    let ours: Vec<Subnet> = inputs.pods.bridges.values().flat_map(|need| need.subnets.clone()).collect();
+    let ours: Vec<Subnet> = inputs.pods.subnets().collect();
     let over = |lease: &Lease| lease.key.subnets().any(|theirs| ours.iter().any(|own| own.overlaps(theirs)));
     let (over, apart): (Vec<Lease>, Vec<Lease>) = inputs.peers.iter().cloned().partition(over);
     let problem = "pods of this node still have addresses in its subnet: recreate them";
@@ -195,34 +202,43 @@ fn forwarding(node: &NodeInputs, inputs: &Inputs) -> Desired {
 
 fn firewall_networks(node: &NodeInputs, inputs: &Inputs) -> firewall::Networks {
     let mut local: Vec<Subnet> = node.lease.subnets().collect();
-    local.extend(inputs.pods.bridges.values().flat_map(|need| need.subnets.clone()));
+    local.extend(inputs.pods.subnets());
     local.sort_unstable();
     local.dedup();
-    let overlay = [Some(node.config.v4), node.config.v6].into_iter().flatten().map(|range| range.network);
-    firewall::Networks { overlay: overlay.collect(), local }
+    firewall::Networks { overlay: node.config.networks().collect(), local }
 }
 
-/// A packet filter that cannot be looked at leaves the rest of the node to be kept: what should be in it is pending.
+/// A packet filter that cannot be looked at leaves the rest of the node to be kept: what should be in it, or might have
+/// to be, is pending.
 fn look_at_firewall(
     kernel: &mut impl Kernel,
     inputs: &Inputs,
     networks: &firewall::Networks,
-    failed: &mut BTreeMap<Key, KernelError>,
-) -> Ruleset {
-    kernel.firewall(&inputs.firewall).unwrap_or_else(|error| {
-        let unseen = Ruleset::default();
-        for (key, _) in firewall::desired(&inputs.firewall, networks, &unseen).objects() {
-            failed.entry(key.clone()).or_insert_with(|| error.clone());
+) -> (Ruleset, BTreeMap<Key, KernelError>) {
+    match kernel.firewall(inputs.firewall.legacy_period) {
+        Ok(seen) => {
+            let unseen = match &seen.legacy {
+                LegacyFilter::Unreadable(why) if inputs.firewall.forward => {
+                    [(Key::Firewall(PartKey::Legacy), KernelError::Iptables(why.clone()))].into()
+                }
+                _ => BTreeMap::new(),
+            };
+            (seen, unseen)
         }
-        unseen
-    })
+        Err(error) => {
+            let nothing = Ruleset::default();
+            let wanted = firewall::desired(&inputs.firewall, networks, &nothing);
+            let unseen = wanted.iter().map(|part| (Key::Firewall(part.key()), error.clone())).collect();
+            (nothing, unseen)
+        }
+    }
 }
 
 fn ownership(node: &NodeInputs, inputs: &Inputs, memory: &Memory) -> Ownership {
     let devices = memory.known.iter().map(|(name, facts)| (name.clone(), facts.ifindex));
     let ports = inputs.pods.ports.iter().map(|(veth, port)| (veth.clone(), port.ifindex));
     Ownership {
-        networks: [Some(node.config.v4), node.config.v6].into_iter().flatten().map(|r| r.network).collect(),
+        networks: node.config.networks().collect(),
         subnet_len: node.config.v4.subnet_len,
         underlay: node.underlay.iface.clone(),
         device: node.backend.plane().device().cloned(),

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use weft_shared::lease::Lease;
-use weft_shared::names::VETH_GROUP;
+use weft_shared::names::LINK_GROUP;
 use weft_shared::netconf::NetworkConfig;
 
 use super::*;
@@ -231,7 +231,7 @@ fn a_bridge_that_weft_made_is_no_adopted_one_at_another_public_ip() {
     let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     inputs.pods.bridges.get_mut(&bridge).expect("needed").mac = Some(report.devices[&bridge].mac);
     inputs.node.as_mut().expect("node").underlay.public_ip = "192.0.2.9".parse().expect("ip");
-    for (group, mended) in [(VETH_GROUP, true), (0, false)] {
+    for (group, mended) in [(LINK_GROUP, true), (0, false)] {
         let found = kernel.dump.links.get_mut(&bridge).expect("bridge");
         found.group = group;
         found.link.altered.bridge_options = true;
@@ -355,10 +355,34 @@ fn iptables_legacy_is_looked_at_again_where_it_is_in_use() {
     looked(pass(&mut kernel, &mut memory, &inputs, 1, now));
     assert_eq!(memory.retry_at(), None);
     let saved = "*filter\n:FORWARD DROP [0:0]\nCOMMIT\n";
-    kernel.ruleset.legacy = Some(LegacyTable::parse(saved));
+    kernel.ruleset.legacy = LegacyFilter::Table(LegacyTable::parse(saved));
+    let until = now + inputs.firewall.legacy_period;
+    kernel.ruleset.legacy_until = Some(until);
     let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, now));
     assert_eq!(report.pending.len(), 0);
-    assert_eq!(kernel.ruleset.legacy.as_ref().map(|table| table.chains["FORWARD"].len()), Some(2));
-    let due = memory.retry_at().expect("announced by nobody");
-    assert!(due > now + inputs.firewall.legacy_period && due < now + Duration::from_secs(6));
+    assert_eq!(kernel.ruleset.legacy.table().map(|table| table.chains["FORWARD"].len()), Some(2));
+    assert_eq!(memory.retry_at(), Some(until), "announced by nobody");
+}
+
+#[test]
+fn iptables_legacy_that_cannot_be_read_is_pending_and_nothing_is_written_there() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let mut inputs = inputs(VXLAN, &[PEER]);
+    kernel.ruleset.legacy = LegacyFilter::Unreadable("its program is missing".into());
+    for attempts in 1..3 {
+        let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+        let pending: Vec<_> =
+            report.pending.iter().map(|p| (p.key.to_string(), p.error.to_string(), p.attempts)).collect();
+        let expected = ("accept rules in iptables-legacy FORWARD", "its program is missing");
+        assert_eq!(pending, [(expected.0.to_owned(), expected.1.to_owned(), attempts)]);
+        assert!(report.usable);
+    }
+    let wrote = kernel.applied.iter().any(|op| op.key() == Key::Firewall(PartKey::Legacy));
+    assert!(!wrote, "{:?}", kernel.applied);
+    inputs.firewall.forward = false;
+    assert_eq!(looked(pass(&mut kernel, &mut memory, &inputs, 2, soon())).pending, [], "not asked for");
+    inputs.firewall.forward = true;
+    assert_eq!(looked(pass(&mut kernel, &mut memory, &inputs, 3, soon())).pending.len(), 1);
+    kernel.ruleset.legacy = LegacyFilter::Unused;
+    assert_eq!(looked(pass(&mut kernel, &mut memory, &inputs, 3, soon())).pending, []);
 }

@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use weft_shared::names::{VETH_GROUP, bridge_mac};
+use weft_shared::names::{LINK_GROUP, bridge_mac};
 
 use super::observe::PROTOCOL_KERNEL;
 use crate::kernel::Dump;
@@ -17,7 +17,7 @@ pub(super) fn desired(pods: &PodPorts, node: Ipv4Addr, dump: &Dump) -> Desired {
     for (name, need) in &pods.bridges {
         let mac = need.mac.map_or(LinkMac::AtCreation(bridge_mac(node, name)), LinkMac::Exactly);
         // One that weft made has its group; another's spanning tree and filters are whoever's made it.
-        let adopted = dump.links.get(name).filter(|found| found.group != VETH_GROUP);
+        let adopted = dump.links.get(name).filter(|found| found.group != LINK_GROUP);
         let found = adopted.map(|found| found.link.altered).unwrap_or_default();
         let altered = Alterations {
             bridge_options: found.bridge_options,

@@ -26,7 +26,7 @@ fn host_network(kernel: &mut LinuxKernel, reach: Option<IpAddr>) -> Result<HostN
         addr: found.addr,
         scope: found.scope,
         deprecated: found.deprecated,
-        dynamic: found.dynamic,
+        dynamic: found.form.expires,
         temporary: found.temporary,
     };
     let ifaces = links.iter().map(|(name, found)| HostIface {

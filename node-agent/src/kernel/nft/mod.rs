@@ -13,6 +13,7 @@ mod wire;
 mod tests;
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE};
 use tracing::warn;
@@ -22,13 +23,12 @@ use self::uapi::*;
 use self::wire::{Message, Received};
 use super::iptables::Legacy;
 use super::{Errno, KernelError};
-use crate::firewall::advice::Leftover;
+use crate::firewall::advice::{FLANNELS_CHAIN, Leftover};
 use crate::firewall::forward::{HostChain, Keeper, place};
+use crate::firewall::legacy::LegacyFilter;
 use crate::firewall::masquerade::{HOOK_FORWARD, table_id};
 use crate::firewall::rule::{Side, Step};
-use crate::firewall::{
-    Chain, ChainId, ChainPolicy, Expr, Family, Hook, Part, Rule, Ruleset, Settings, TableId,
-};
+use crate::firewall::{Chain, ChainId, ChainPolicy, Expr, Family, Hook, Part, Rule, Ruleset, TableId};
 
 pub(super) use monitor::{Commit, listen};
 
@@ -70,15 +70,12 @@ pub(super) struct Firewall {
 }
 
 impl Firewall {
-    pub(super) fn look(&mut self, settings: &Settings) -> Result<Ruleset, KernelError> {
+    pub(super) fn look(&mut self, legacy_period: Duration) -> Result<Ruleset, KernelError> {
         let mut seen = self.nftables()?;
-        match self.legacy.look(settings.legacy_period) {
-            Ok((table, left)) => {
-                seen.legacy = table;
-                seen.left.extend(left);
-            }
-            Err(_) => seen.legacy_unreadable = true,
-        }
+        let look = self.legacy.look(legacy_period);
+        seen.legacy_until = (look.filter != LegacyFilter::Unused).then_some(look.good_until);
+        seen.legacy = look.filter;
+        seen.left.extend(look.left);
         seen.fully_random = !self.no_random;
         Ok(seen)
     }
@@ -199,13 +196,13 @@ fn without_random(chains: &[Chain]) -> Vec<Chain> {
 /// Making it first keeps the removal from failing where there is none.
 fn whole_table(id: &TableId, chains: &[Chain]) -> Vec<Message> {
     let table = || {
-        Message::new(NEW_TABLE, CHANGE | NLM_F_CREATE, family_number(id.family), 0)
+        Message::new(NEW_TABLE, CHANGE | NLM_F_CREATE, id.family.nfproto(), 0)
             .text(table::NAME, &id.name)
             .attribute(table::USERDATA, &expr::comment(COMMENT))
     };
     let mut messages = vec![table(), delete_table(id), table()];
     for chain in chains {
-        let mut message = Message::new(NEW_CHAIN, CHANGE | NLM_F_CREATE, family_number(id.family), 0)
+        let mut message = Message::new(NEW_CHAIN, CHANGE | NLM_F_CREATE, id.family.nfproto(), 0)
             .text(chain::TABLE, &id.name)
             .text(chain::NAME, &chain.name);
         if let Some(hook) = &chain.hook {
@@ -222,24 +219,20 @@ fn whole_table(id: &TableId, chains: &[Chain]) -> Vec<Message> {
                 .text(chain::TYPE, &hook.kind);
         }
         messages.push(message);
-        let chain = ChainId { table: id.clone(), name: chain.name.clone() };
-        messages.extend(chains_rules(chains, &chain.name).iter().map(|rule| new_rule(&chain, rule, None)));
+        let chain_id = ChainId { table: id.clone(), name: chain.name.clone() };
+        messages.extend(chain.rules.iter().map(|rule| new_rule(&chain_id, rule, None)));
     }
     messages
 }
 
-fn chains_rules<'a>(chains: &'a [Chain], name: &str) -> &'a [Rule] {
-    chains.iter().find(|chain| chain.name == name).map(|chain| chain.rules.as_slice()).unwrap_or_default()
-}
-
 fn delete_table(id: &TableId) -> Message {
-    Message::new(DEL_TABLE, CHANGE, family_number(id.family), 0).text(table::NAME, &id.name)
+    Message::new(DEL_TABLE, CHANGE, id.family.nfproto(), 0).text(table::NAME, &id.name)
 }
 
 /// At the end, or before the rule of that handle.
 fn new_rule(chain: &ChainId, rule: &Rule, before: Option<u64>) -> Message {
     let flags = CHANGE | NLM_F_CREATE | if before.is_none() { NLM_F_APPEND } else { 0 };
-    let mut message = Message::new(NEW_RULE, flags, family_number(chain.table.family), 0)
+    let mut message = Message::new(NEW_RULE, flags, chain.table.family.nfproto(), 0)
         .text(rule::TABLE, &chain.table.name)
         .text(rule::CHAIN, &chain.name)
         .nested(rule::EXPRESSIONS, &expr::encode(&rule.exprs));
@@ -259,7 +252,7 @@ fn edit(chain: &HostChain, listed: &[ListedRule], rules: &[Rule]) -> Vec<Message
     without.rules.retain(|rule| !rule.is_marked());
     let before = place(&without).and_then(|at| others.get(at)).map(|rule| rule.handle);
     let deletions = ours.iter().map(|rule| {
-        Message::new(DEL_RULE, CHANGE, family_number(chain.id.table.family), 0)
+        Message::new(DEL_RULE, CHANGE, chain.id.table.family.nfproto(), 0)
             .text(rule::TABLE, &chain.id.table.name)
             .text(rule::CHAIN, &chain.id.name)
             .long(rule::HANDLE, rule.handle)
@@ -271,7 +264,7 @@ fn edit(chain: &HostChain, listed: &[ListedRule], rules: &[Rule]) -> Vec<Message
 fn list(socket: &mut NftSocket) -> Result<Option<Ruleset>, KernelError> {
     let mut ruleset = Ruleset::default();
     for family in Family::ALL {
-        let number = family_number(family);
+        let number = family.nfproto();
         let (Some(tables), Some(chains)) = (
             socket.dump(GET_TABLE, number, |m| m, table_flags)?,
             socket.dump(GET_CHAIN, number, |m| m, listed_chain)?,
@@ -299,7 +292,7 @@ fn list(socket: &mut NftSocket) -> Result<Option<Ruleset>, KernelError> {
         }
         ruleset.kube_proxy |= tables.contains_key("kube-proxy")
             || chains.iter().any(|chain| chain.id == ChainId::new(family, "nat", "KUBE-SERVICES"));
-        let left = ChainId::new(Family::Ip, "nat", "FLANNEL-POSTRTG");
+        let left = ChainId::new(Family::Ip, "nat", FLANNELS_CHAIN);
         if chains.iter().any(|chain| chain.id == left) {
             let Some(rules) = rules_of(socket, &left.table, Some(&left.name))? else { return Ok(None) };
             let spared = |l: &ListedRule| l.rule.prefix(Side::Source).zip(l.rule.prefix(Side::Destination));
@@ -317,17 +310,12 @@ fn own_table(
     dormant: bool,
 ) -> Result<Option<Part>, KernelError> {
     let Some(rules) = rules_of(socket, id, None)? else { return Ok(None) };
-    let mut own: Vec<Chain> = chains
-        .iter()
-        .filter(|chain| chain.id.table == *id && !dormant)
-        .map(|chain| {
-            let of_this = rules.iter().filter(|rule| rule.chain == chain.id);
-            let rules = of_this.map(|l| l.rule.clone()).collect();
-            Chain { name: chain.id.name.clone(), hook: chain.hook.clone(), rules }
-        })
-        .collect();
-    own.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(Some(Part::Table { id: id.clone(), chains: own }))
+    let own = chains.iter().filter(|chain| chain.id.table == *id && !dormant).map(|chain| {
+        let of_this = rules.iter().filter(|rule| rule.chain == chain.id);
+        let rules = of_this.map(|l| l.rule.clone()).collect();
+        Chain { name: chain.id.name.clone(), hook: chain.hook.clone(), rules }
+    });
+    Ok(Some(Part::table(id.clone(), own.collect())))
 }
 
 fn host_chain(
@@ -382,7 +370,7 @@ fn rules_of(
             None => message,
         }
     };
-    let rules = socket.dump(GET_RULE, family_number(table.family), filter, listed_rule)?;
+    let rules = socket.dump(GET_RULE, table.family.nfproto(), filter, listed_rule)?;
     // Kernels that do not know the filter list everything.
     Ok(rules.map(|mut rules| {
         rules.retain(|rule| rule.chain.table == *table && chain.is_none_or(|name| rule.chain.name == name));
@@ -425,15 +413,6 @@ fn listed_rule(message: &Received<'_>) -> Option<ListedRule> {
     Some(ListedRule { chain, handle: attributes.long(rule::HANDLE)?, rule })
 }
 
-/// `NFPROTO_*` of linux/netfilter.h.
-fn family_number(family: Family) -> u8 {
-    match family {
-        Family::Inet => 1,
-        Family::Ip => 2,
-        Family::Ip6 => 10,
-    }
-}
-
 fn family_of(number: u8) -> Option<Family> {
-    Family::ALL.into_iter().find(|family| family_number(*family) == number)
+    Family::ALL.into_iter().find(|family| family.nfproto() == number)
 }

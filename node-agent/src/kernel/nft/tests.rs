@@ -8,8 +8,7 @@ use std::time::Duration;
 use nix::sched::{CloneFlags, unshare};
 
 use super::*;
-use crate::firewall::{self, Networks, PartKey};
-use crate::object::{Key, Object};
+use crate::firewall::{self, Networks, PartKey, Settings};
 
 fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let run = move || {
@@ -43,29 +42,23 @@ fn settings() -> Settings {
 }
 
 /// What is wanted and not there, or there and not wanted, as the reconciler finds it.
-fn wrong(firewall: &mut Firewall, settings: &Settings) -> Vec<(Key, bool)> {
-    let seen = firewall.look(settings).expect("look");
+fn wrong(firewall: &mut Firewall, settings: &Settings) -> Vec<(PartKey, bool)> {
+    let seen = firewall.look(settings.legacy_period).expect("look");
     let desired = firewall::desired(settings, &networks(), &seen);
-    let found: BTreeMap<Key, Object> =
-        firewall::found(&seen).map(|(key, found)| (key, found.object)).collect();
-    let missing = desired.objects().filter(|(key, object)| found.get(*key) != Some(*object));
-    let spare = found.keys().filter(|key| desired.get(key).is_none());
-    missing.map(|(key, _)| (key.clone(), true)).chain(spare.map(|key| (key.clone(), false))).collect()
+    let found: Vec<Part> = firewall::found(&seen).collect();
+    let missing = desired.iter().filter(|part| !found.contains(part));
+    let spare = found.iter().filter(|part| desired.iter().all(|wanted| wanted.key() != part.key()));
+    missing.map(|part| (part.key(), true)).chain(spare.map(|part| (part.key(), false))).collect()
 }
 
 fn mend(firewall: &mut Firewall, settings: &Settings) {
-    let seen = firewall.look(settings).expect("look");
-    let desired = firewall::desired(settings, &networks(), &seen);
+    let seen = firewall.look(settings.legacy_period).expect("look");
+    let (desired, found) =
+        (firewall::desired(settings, &networks(), &seen), firewall::found(&seen).collect());
     for (key, set) in wrong(firewall, settings) {
-        let done = match (set, desired.get(&key)) {
-            (true, Some(Object::Firewall(part))) => firewall.set(part),
-            _ => match firewall::found(&seen).find(|(k, _)| *k == key) {
-                Some((_, crate::object::Found { object: Object::Firewall(part), .. })) => {
-                    firewall.remove(&part)
-                }
-                other => panic!("{key}: {other:?}"),
-            },
-        };
+        let parts: &Vec<Part> = if set { &desired } else { &found };
+        let part = parts.iter().find(|part| part.key() == key).unwrap_or_else(|| panic!("{key}"));
+        let done = if set { firewall.set(part) } else { firewall.remove(part) };
         done.unwrap_or_else(|e| panic!("{key}: {e}"));
     }
     assert_eq!(wrong(firewall, settings), []);
@@ -137,7 +130,7 @@ fn a_quiet_ruleset_is_not_listed_again_however_long_it_is() {
         std::fs::write(&file, script).expect("write");
         sh(&format!("nft -f {file}; rm {file}"));
         mend(&mut firewall, &settings);
-        assert!(firewall.look(&settings).expect("look").kube_proxy);
+        assert!(firewall.look(settings.legacy_period).expect("look").kube_proxy);
         let listed = firewall.listed;
         for _ in 0..100 {
             assert_eq!(wrong(&mut firewall, &settings), []);
@@ -258,10 +251,7 @@ fn a_chain_that_drops_no_more_loses_our_rules() {
         mend(&mut firewall, &settings);
         assert_eq!(sh("iptables-nft -S FORWARD").lines().count(), 3);
         sh("iptables-nft -P FORWARD ACCEPT");
-        assert!(matches!(
-            &wrong(&mut firewall, &settings)[..],
-            [(Key::Firewall(PartKey::Accepts(_)), false)]
-        ));
+        assert!(matches!(&wrong(&mut firewall, &settings)[..], [(PartKey::Accepts(_), false)]));
         mend(&mut firewall, &settings);
         assert_eq!(sh("iptables-nft -S FORWARD"), "-P FORWARD ACCEPT\n");
     });
@@ -273,7 +263,7 @@ fn iptables_legacy_is_mended_by_its_own_programs_and_only_where_it_is_in_use() {
         let settings = Settings { legacy_period: std::time::Duration::ZERO, ..settings() };
         let mut firewall = Firewall::default();
         mend(&mut firewall, &settings);
-        assert_eq!(firewall.look(&settings).expect("look").legacy, None);
+        assert_eq!(firewall.look(settings.legacy_period).expect("look").legacy, LegacyFilter::Unused);
         let legacy = |rule: &str| sh(&format!("iptables-legacy -w {rule}"));
         legacy("-P FORWARD DROP");
         legacy("-N TAIL");
@@ -325,7 +315,7 @@ fn rules_that_a_flanneld_left_are_seen_in_both_packet_filters() {
                  {program} -t nat -A FLANNEL-POSTRTG ! -s 10.5.0.0/16 -d 10.5.1.0/24 -m comment --comment 'flanneld masq' -j RETURN
                  {program} -t nat -A FLANNEL-POSTRTG -s 10.5.0.0/16 ! -d 224.0.0.0/4 -m comment --comment 'flanneld masq' -j MASQUERADE --random-fully"
             ));
-            let seen = Firewall::default().look(&settings()).expect("look");
+            let seen = Firewall::default().look(settings().legacy_period).expect("look");
             let pair = ("10.5.1.0/24".parse().expect("net"), "10.5.0.0/16".parse().expect("net"));
             assert_eq!(seen.left, [Leftover { legacy, spared: vec![pair] }]);
         });
@@ -352,8 +342,8 @@ fn random_ports_are_given_up_when_the_kernel_refuses_them_and_only_then() {
     let table = |fully_random| {
         let seen = Ruleset { fully_random, ..Ruleset::default() };
         let desired = firewall::desired(&settings(), &networks(), &seen);
-        match desired.objects().next() {
-            Some((_, Object::Firewall(Part::Table { chains, .. }))) => chains.clone(),
+        match desired.first() {
+            Some(Part::Table { chains, .. }) => chains.clone(),
             other => panic!("{other:?}"),
         }
     };
@@ -393,12 +383,8 @@ fn nothing_of_ours_is_left_anywhere_when_we_leave_and_nothing_of_others_is_taken
         // Another process, which knows nothing of what the first did.
         let mut leaving = Firewall::default();
         let ours = |leaving: &mut Firewall| -> Vec<Part> {
-            let seen = leaving.look(&settings).expect("look");
-            let parts = firewall::found(&seen).filter_map(|(_, found)| match found.object {
-                Object::Firewall(part) => Some(part),
-                _ => None,
-            });
-            parts.collect()
+            let seen = leaving.look(settings.legacy_period).expect("look");
+            firewall::found(&seen).collect()
         };
         let parts = ours(&mut leaving);
         let names: Vec<String> = parts.iter().map(|part| part.key().to_string()).collect();

@@ -9,6 +9,7 @@ pub mod plan;
 
 mod pass;
 mod pods;
+mod restless;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

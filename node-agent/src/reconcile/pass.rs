@@ -11,6 +11,7 @@ use weft_shared::{IfName, Subnet};
 
 use super::observe::{Ownership, observe};
 use super::plan::plan;
+use super::restless::Restless;
 use super::{Aborted, Inputs, NodeInputs, PeerReport, Pending, Report, pods};
 use crate::dataplane::{LocalNode, PeerPlan};
 use crate::firewall::legacy::LegacyFilter;
@@ -22,6 +23,8 @@ use crate::underlay::Underlay;
 
 /// Looks in one pass: a recreated device takes its entries with it, and those come back in the next.
 const ROUNDS: usize = 4;
+/// Lines in the log for what one pass did; the rest is counted.
+const TOLD: usize = 20;
 
 /// What the loop remembers between passes.
 #[derive(Debug, Default)]
@@ -41,6 +44,8 @@ pub struct Memory {
     adopted: bool,
     /// What was on-link in the last pass: when that changes, what follows is no repair.
     on_link: BTreeSet<IpAddr>,
+    /// What has been repaired again and again since the inputs last changed.
+    restless: Restless,
     /// Our devices as they were last in place.
     known: BTreeMap<IfName, DeviceFacts>,
 }
@@ -86,6 +91,7 @@ pub(super) fn pass(
     };
     if memory.revision != revision {
         memory.failed.clear();
+        memory.restless.clear();
         memory.revision = revision;
     }
     match look_and_mend(kernel, memory, inputs, node, revision, now) {
@@ -113,6 +119,8 @@ fn look_and_mend(
     let mut settled = memory.settled == Some(revision);
     let mut report = Report::default();
     let mut failed = memory.deferred(now);
+    let mut told = 0;
+    memory.restless.settle(now);
     for round in 0..ROUNDS {
         let dump = kernel.dump(node.backend.plane().device())?;
         let local = local_node(kernel, node, inputs, &dump)?;
@@ -150,24 +158,37 @@ fn look_and_mend(
         // What failed a moment ago fails again: a later pass tries it.
         let ops: Vec<Op> = ops.into_iter().filter(|op| !failed.contains_key(&op.key())).collect();
         if ops.is_empty() || round == ROUNDS - 1 {
+            let contested = memory.restless.contested();
             failed.retain(|key, _| still_wrong.contains(key));
-            for op in ops {
-                failed.entry(op.key()).or_insert(KernelError::Contested);
+            for key in ops.iter().map(Op::key).chain(contested) {
+                failed.entry(key).or_insert(KernelError::Contested);
             }
             memory.legacy_due = firewall.legacy_until;
             report.advice = advice::of(&inputs.firewall, &networks, &firewall, &sysctls);
             finish(&mut report, &dump, &desired, &wanted.peers, &failed, &inputs.pods);
+            // What somebody else keeps changing, and is right at the moment, does not keep pods from being served.
+            report.usable = !still_wrong.iter().any(|key| {
+                failed.contains_key(key) && matches!(key, Key::Link(_) | Key::Sysctl(_) | Key::Addr(..))
+            });
             look_at_underlay(&mut report, &dump, node, local);
             break;
         }
         for (op, result) in ops.iter().zip(kernel.apply(&ops)) {
             match result {
-                Ok(()) => log(op, settled && round == 0, &mut report.repairs),
+                Ok(()) => {
+                    let news = memory.restless.repaired(&op.key(), now) && told < TOLD;
+                    told += 1;
+                    report.repairs += u64::from(settled);
+                    log(op, settled, news);
+                }
                 Err(error) => {
                     failed.insert(op.key(), error);
                 }
             }
         }
+    }
+    if let Some(more) = told.checked_sub(TOLD).filter(|more| *more > 0) {
+        info!(more, "further objects were set, repaired or removed in this pass");
     }
     memory.known.extend(report.devices.iter().map(|(name, facts)| (name.clone(), *facts)));
     remember(memory, failed, &mut report, revision, now);
@@ -278,15 +299,14 @@ fn broadcast(underlay: &Underlay, dump: &Dump) -> Option<Ipv4Addr> {
     })
 }
 
-fn log(op: &Op, is_repair: bool, repairs: &mut u64) {
-    let key = op.key();
-    match (op, is_repair) {
-        (_, true) => {
-            *repairs += 1;
-            info!(object = %key, "repaired");
-        }
-        (Op::Set { .. }, false) => debug!(object = %key, "set"),
-        (Op::Remove(_), false) => info!(object = %key, "removed what nothing wants"),
+/// What is no news to an operator is left to those who debug.
+fn log(op: &Op, is_repair: bool, is_news: bool) {
+    let object = op.key();
+    match op {
+        Op::Set { .. } if is_repair && is_news => info!(%object, "repaired"),
+        Op::Remove(_) if is_news => info!(%object, "removed what nothing wants"),
+        Op::Set { .. } => debug!(%object, is_repair, "set"),
+        Op::Remove(_) => debug!(%object, is_repair, "removed"),
     }
 }
 
@@ -299,7 +319,6 @@ fn finish(
     pods: &PodPorts,
 ) {
     report.objects = desired.objects().filter(|(key, _)| !failed.contains_key(key)).count();
-    report.usable = !failed.keys().any(|key| matches!(key, Key::Link(_) | Key::Sysctl(_) | Key::Addr(..)));
     for (key, plan) in peers {
         let missing = plan.keys.iter().find_map(|key| failed.get(key).map(|error| format!("{key}: {error}")));
         report.peers.insert(*key, PeerReport { refused: plan.problem.clone(), missing });

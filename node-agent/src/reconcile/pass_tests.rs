@@ -386,3 +386,34 @@ fn iptables_legacy_that_cannot_be_read_is_pending_and_nothing_is_written_there()
     kernel.ruleset.legacy = LegacyFilter::Unused;
     assert_eq!(looked(pass(&mut kernel, &mut memory, &inputs, 3, soon())).pending, []);
 }
+
+#[test]
+fn a_setting_that_somebody_keeps_changing_is_named_and_no_longer_fought_for_at_once() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let inputs = inputs(HOST_GW, &[]);
+    let mut now = Instant::now();
+    looked(pass(&mut kernel, &mut memory, &inputs, 1, now));
+    let forward = Key::Sysctl("net/ipv4/ip_forward".into());
+    let mut report = Report::default();
+    kernel.applied.clear();
+    // A second of a hand that strikes every 5 ms.
+    for _ in 0..200 {
+        now += Duration::from_millis(5);
+        let off = Object::Sysctl { path: "net/ipv4/ip_forward".into(), value: "0".into() };
+        kernel.apply(&[Op::Set { object: off, found: None }]);
+        report = looked(pass(&mut kernel, &mut memory, &inputs, 1, now));
+    }
+    let named: Vec<_> = report.pending.iter().map(|p| (&p.key, &p.error)).collect();
+    assert_eq!(named, [(&forward, &KernelError::Contested)]);
+    let repairs = kernel.applied.len() - 200;
+    assert!((100..120).contains(&repairs), "{repairs} repairs");
+    assert!(!report.usable, "it is wrong while it waits");
+
+    // The hand rests: mended with the next attempt, and forgotten when it has been quiet.
+    now += Duration::from_secs(10);
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, now));
+    assert!(report.usable && report.pending.len() == 1, "{:?}", report.pending);
+    now += Duration::from_secs(20);
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, now));
+    assert_eq!(report.pending.len(), 0);
+}

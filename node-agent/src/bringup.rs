@@ -15,7 +15,7 @@ use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::sleep;
 use tracing::{info, warn};
 use weft_shared::Mac;
-use weft_shared::lease::LeaseKey;
+use weft_shared::lease::{Lease, LeaseKey};
 use weft_shared::netconf::{BackendConfig, NetworkConfig};
 use weft_shared::subnet_env::previous_lease;
 
@@ -65,33 +65,35 @@ pub async fn bring_up(
         ttl: config.lease_ttl,
     };
     let (mut keeper, handle) = Keeper::new(node.store.clone(), want, config.renew_margin);
-    let mut peers = Vec::new();
+    let mut table = LeaseTable::new(network.clone(), config.expired_peer_grace);
     let mut recalled = None;
     if let Some(saved) = saved {
         keeper = keeper.recalling(saved.own, saved.at);
-        peers = saved.snapshot.peers;
+        let attrs = backend.plane().lease_attrs(saved.own.public_ip);
+        table.recall(Lease { key: saved.own.key, attrs, create_revision: 0 }, saved.snapshot.peers);
         recalled = Some(Recalled { saved: saved.at });
     }
-    node.serve(Serving {
-        config: network.clone(),
+    let mut serving = Serving {
+        config: network,
         config_notice: None,
         underlay,
         underlay_problem: None,
         backend,
         lease: handle.state.borrow().clone(),
-        peers,
+        peers: Vec::new(),
         expired: BTreeMap::new(),
         refused: Vec::new(),
         has_snapshot: false,
         recalled,
         first_start,
-    });
+    };
+    serving.take_peers(&table);
+    node.serve(serving);
     let (sender, updates) = mpsc::channel(UPDATES);
     let mut tasks = JoinSet::new();
     tasks.spawn(async move { match keeper.run().await {} });
     let store = node.store.clone();
     tasks.spawn(async move { store.watch(sender, health).await });
-    let table = LeaseTable::new(network, config.expired_peer_grace);
     let upkeep = Upkeep::new(node, table, handle, config.underlay.clone(), files, durable);
     tokio::select! {
         ended = upkeep.run(updates) => ended,

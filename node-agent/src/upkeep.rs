@@ -143,17 +143,10 @@ impl Upkeep {
         }
     }
 
-    /// Until the store has told, what is known from disk stands.
     fn peers_changed(&self) {
-        if !self.table.has_snapshot() {
-            return;
-        }
         self.node.update(|serving| {
-            serving.peers = self.table.peers().cloned().collect();
-            serving.expired.clone_from(self.table.expired());
-            serving.refused = self.table.refused();
-            serving.has_snapshot = true;
-            if serving.recalled.take().is_some() {
+            serving.take_peers(&self.table);
+            if serving.has_snapshot && serving.recalled.take().is_some() {
                 info!(peers = serving.peers.len(), "the store has told: no longer on what was saved");
             }
         });

@@ -63,7 +63,14 @@ impl LeaseTable {
         }
     }
 
-    /// Names the lease that this node holds: it is never a peer, and nothing that overlaps it is.
+    /// Takes up what was saved: no word of the store, but whoever is missing in its first one counts as expired.
+    pub fn recall(&mut self, own: Lease, peers: Vec<Lease>) {
+        self.leases = peers.into_iter().map(|lease| (lease.key, lease)).collect();
+        self.judged = OnceLock::new();
+        self.set_own(Some(&own));
+    }
+
+    /// Names the lease that this node holds, or had last: it is never a peer, and nothing that overlaps it is.
     pub fn set_own(&mut self, own: Option<&Lease>) {
         if self.own.as_ref() != own {
             self.own = own.cloned();

@@ -14,7 +14,7 @@ use weft_shared::netconf::NetworkConfig;
 
 use crate::dataplane::Backend;
 use crate::durable::snapshot::{OwnSubnet, Recalled, Snapshot};
-use crate::lease::LeaseState;
+use crate::lease::{LeaseState, LeaseTable};
 use crate::netconf::ConfigNotice;
 use crate::pods::{NotReady, PodNetwork};
 use crate::reconcile::{Inputs, NodeInputs, Report};
@@ -99,6 +99,14 @@ impl Serving {
             changed = true;
         }
         changed
+    }
+
+    /// Whose packets go where, by the store's word or, before it, by what was recalled.
+    pub fn take_peers(&mut self, table: &LeaseTable) {
+        self.peers = table.peers().cloned().collect();
+        self.expired.clone_from(table.expired());
+        self.refused = table.refused();
+        self.has_snapshot = table.has_snapshot();
     }
 
     /// The MTU of pods on the underlay as it was seen last.

@@ -89,6 +89,50 @@ fn the_own_lease_is_no_peer_and_nothing_takes_its_addresses() {
 }
 
 #[test]
+fn what_was_recalled_and_is_not_in_the_first_snapshot_counts_as_expired() {
+    let own = lease("10.5.1.0-24", "192.0.2.1", 0);
+    let saved: Vec<Lease> =
+        (2..=5).map(|n| lease(&format!("10.5.{n}.0-24"), &format!("192.0.2.{n}"), n)).collect();
+    let mut table = table_of(config());
+    table.recall(own, saved.clone());
+    assert!(!table.has_snapshot(), "what was saved is not the store's word");
+    assert_eq!(peers(&table).len(), 4);
+    assert!(table.expired().is_empty() && table.next_end().is_none());
+    // One has renewed, one's subnet and one's address are another's now, one has not come back yet.
+    let (subnet_taken, ip_taken) =
+        (lease("10.5.3.0-24", "192.0.2.30", 12), lease("10.5.40.0-24", "192.0.2.4", 13));
+    let told = snapshot(&[lease("10.5.2.0-24", "192.0.2.2", 11), subnet_taken, ip_taken], &[]);
+    assert!(table.apply(told.clone(), now()) && table.has_snapshot());
+    let mut in_use = vec![
+        "10.5.2.0-24 192.0.2.2",
+        "10.5.3.0-24 192.0.2.30",
+        "10.5.5.0-24 192.0.2.5",
+        "10.5.40.0-24 192.0.2.4",
+    ];
+    assert_eq!(peers(&table), in_use);
+    assert_eq!(table.expired(), &BTreeMap::from([(saved[3].key, now() + GRACE)]));
+    assert!(!table.apply(told, now() + GRACE / 2), "a second snapshot gives no second grace");
+    assert!(table.pass_time(now() + GRACE));
+    in_use.remove(2);
+    assert_eq!(peers(&table), in_use);
+}
+
+#[test]
+fn the_recalled_own_lease_is_never_a_peer() {
+    let own = lease("10.5.1.0-24", "192.0.2.1", 0);
+    let mut table = table_of(config());
+    table.recall(own.clone(), vec![own, lease("10.5.2.0-24", "192.0.2.2", 2)]);
+    assert_eq!(peers(&table), ["10.5.2.0-24 192.0.2.2"], "although it was saved among them");
+    // As the store has it: by another revision, and before the keeper has found it.
+    let stored = lease("10.5.1.0-24", "192.0.2.1", 7);
+    table.apply(snapshot(&[stored, lease("10.5.2.0-24", "192.0.2.2", 2)], &[]), now());
+    assert_eq!(peers(&table), ["10.5.2.0-24 192.0.2.2"]);
+    assert_eq!(table.refused(), []);
+    table.apply(snapshot(&[], &[]), now());
+    assert_eq!(peers(&table), ["10.5.2.0-24 192.0.2.2"], "it is not an expired peer either");
+}
+
+#[test]
 fn of_two_leases_with_one_public_ip_the_elder_is_used_on_every_node() {
     let (elder, twin) = (lease("10.5.8.0-24", "192.0.2.1", 5), lease("10.5.1.0-24", "192.0.2.1", 6));
     let other = lease("10.5.2.0-24", "192.0.2.2", 7);

@@ -252,10 +252,10 @@ fn etcd_config(settings: &Settings) -> Result<EtcdConfig, UsageError> {
 
 fn underlay_choice(settings: &Settings) -> Result<UnderlayChoice, UsageError> {
     let ip = |name| {
-        settings.parse(name, "an IPv4 address of a host", |text| {
-            text.parse::<Ipv4Addr>()
-                .ok()
-                .filter(|ip| !ip.is_unspecified() && !ip.is_multicast() && !ip.is_broadcast())
+        let expected = "an IPv4 address of a host, not loopback, multicast, broadcast or of 0.0.0.0/8";
+        settings.parse(name, expected, |text| {
+            let none = |ip: &Ipv4Addr| ip.is_loopback() || ip.is_multicast() || ip.is_broadcast();
+            text.parse::<Ipv4Addr>().ok().filter(|ip| !none(ip) && ip.octets()[0] != 0)
         })
     };
     Ok(UnderlayChoice {

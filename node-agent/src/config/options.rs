@@ -198,14 +198,15 @@ pub(super) const OPTIONS: &[Opt] = &[
         Lease,
         Value("DURATION"),
         "24h",
-        "how long a lease lasts unless renewed, such as 24h or 90s",
+        "how long a lease lasts unless renewed, such as 24h or 90s; a number without a unit is seconds",
     ),
     own(
         "expired-peer-grace",
         Lease,
         Value("DURATION"),
         "10m",
-        "how long a peer whose lease expired stays in use, unless another takes its subnet or address; 0 for not at all",
+        "how long a peer whose lease expired stays in use, unless another takes its subnet or address, such as 10m; a \
+         number without a unit is seconds, 0 not at all",
     ),
     flannel(
         "ip-masq",

@@ -125,6 +125,16 @@ fn refusals_name_setting_value_and_expectation() {
         ),
         (&[], &[("WEFTD_EXPIRED_PEER_GRACE", "169h")], "WEFTD_EXPIRED_PEER_GRACE = \"169h\": expected"),
         (&["--public-ip=fd00::1"], &[], "--public-ip = \"fd00::1\": expected an IPv4 address"),
+        (
+            &["--public-ip=127.0.0.1"],
+            &[],
+            "--public-ip = \"127.0.0.1\": expected an IPv4 address of a host, not loopback, multicast, broadcast or of \
+             0.0.0.0/8",
+        ),
+        (&[], &[("FLANNELD_PUBLIC_IP", "127.9.9.9")], "FLANNELD_PUBLIC_IP = \"127.9.9.9\": expected"),
+        (&["--public-ip=0.1.2.3"], &[], "--public-ip = \"0.1.2.3\": expected"),
+        (&["--public-ip=224.0.0.9"], &[], "--public-ip = \"224.0.0.9\": expected"),
+        (&["--public-ip=255.255.255.255"], &[], "--public-ip = \"255.255.255.255\": expected"),
         (&["--iface-can-reach=0.0.0.0"], &[], "--iface-can-reach"),
         (&["--iface=fd00::1"], &[], "--iface = \"fd00::1\": expected"),
         (&["--iface-regex=eth("], &[], "--iface-regex = \"eth(\": expected a regular expression"),

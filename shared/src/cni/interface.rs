@@ -56,7 +56,7 @@ fn refuse_unsupported(keys: &Keys<'_>) -> Result<(), Failure> {
     for (key, expected) in [
         ("promiscMode", "false: the bridge is not put into promiscuous mode"),
         ("macspoofchk", "false: there is no MAC spoofing filter"),
-        ("ipMasq", "false: this version of weft does not masquerade"),
+        ("ipMasq", "false: weftd masquerades, for the whole node, with --ip-masq (FLANNELD_IP_MASQ=true)"),
         ("disableContainerInterface", "false: the interface is always brought up"),
         ("enabledad", "false: addresses come from the node's own pool and are not probed for"),
         ("forceAddress", "false: weftd owns the bridge's addresses"),
@@ -254,7 +254,10 @@ mod tests {
             (r#""vlanTrunk":[{"id":5}]"#, "vlanTrunk = [{\"id\":5}]"),
             (r#""promiscMode":true"#, "promiscMode = true"),
             (r#""macspoofchk":true"#, "macspoofchk = true"),
-            (r#""ipMasq":true"#, "ipMasq = true: expected false: this version of weft does not masquerade"),
+            (
+                r#""ipMasq":true"#,
+                "ipMasq = true: expected false: weftd masquerades, for the whole node, with --ip-masq",
+            ),
             (r#""disableContainerInterface":true"#, "disableContainerInterface = true"),
             (r#""enabledad":true"#, "enabledad = true"),
             (r#""forceAddress":true"#, "forceAddress = true"),

@@ -1,4 +1,7 @@
 //! The texts of weftctl: short, aligned, what is wrong first.
+//!
+//! Much of it comes from outside: whoever may write to the store or start a pod chooses keys, names and parts of reasons.
+//! So nothing reaches the terminal but by [`printable`].
 
 use std::fmt::Write as _;
 
@@ -8,6 +11,19 @@ use crate::status::{AttachmentStatus, DataplaneStatus, LeaseStatus, NetworkStatu
 
 /// As crictl and docker shorten a container ID.
 const SHORT_ID: usize = 12;
+
+/// One line's worth of text: what would end the line, steer the terminal or reorder what it shows is escaped as in
+/// Rust's literals (`\n`, `\u{1b}`). Quotes and backslashes stay: reasons have them, and they forge nothing.
+pub(super) fn printable(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '"' | '\'' | '\\' => shown.push(c),
+            _ => shown.extend(c.escape_debug()),
+        }
+    }
+    shown
+}
 
 pub(super) fn status(status: &Status) -> String {
     let mut page = Page::default();
@@ -196,7 +212,7 @@ pub(super) fn peers_unknown(status: &Status) -> Option<String> {
     let silent = status.peers.is_empty() && status.refused.is_empty() && !status.store.connected;
     silent.then(|| {
         let problem = status.store.problem.as_deref().unwrap_or("no answer yet");
-        format!("not known until the store answers: {problem}")
+        format!("not known until the store answers: {}", printable(problem))
     })
 }
 
@@ -227,7 +243,7 @@ pub(super) fn ping(reports: &[PingReport]) -> String {
         for (name, leg) in [("underlay", &report.underlay), ("overlay", &report.overlay)] {
             let _ = writeln!(text, "  {name:<9} {}", describe_leg(leg));
         }
-        let _ = writeln!(text, "  {}", report.verdict);
+        let _ = writeln!(text, "  {}", printable(&report.verdict));
     }
     if let [_, _, ..] = reports {
         let reachable = reports.iter().filter(|report| report.reachable).count();
@@ -242,13 +258,14 @@ fn describe_leg(leg: &Leg) -> String {
         let _ = write!(text, ", RTT {min:.2}/{avg:.2}/{max:.2} ms (min/avg/max)");
     }
     if let Some(problem) = &leg.problem {
-        let _ = write!(text, ", {problem}");
+        let _ = write!(text, ", {}", printable(problem));
     }
     text
 }
 
 pub(super) fn versions(versions: &Versions<'_>) -> String {
-    format!("weftctl {}\nweftd   {}\n", versions.weftctl, versions.weftd.unwrap_or("does not answer"))
+    let weftd = printable(versions.weftd.unwrap_or("does not answer"));
+    format!("weftctl {}\nweftd   {weftd}\n", versions.weftctl)
 }
 
 /// `1 d 4 h`, `2 h 3 min`, `40 s`: the two largest units.
@@ -271,7 +288,7 @@ struct Page {
 
 impl Page {
     fn line(&mut self, name: &str, value: String) {
-        let _ = writeln!(self.text, "{name:<10} {value}");
+        let _ = writeln!(self.text, "{name:<10} {}", printable(&value));
     }
 }
 
@@ -286,7 +303,7 @@ impl<const N: usize> Table<N> {
     }
 
     fn row(&mut self, row: [String; N]) {
-        self.rows.push(row);
+        self.rows.push(row.map(|cell| printable(&cell)));
     }
 
     fn print(&self) -> String {

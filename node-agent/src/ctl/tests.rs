@@ -311,3 +311,36 @@ fn only_a_lease_that_the_node_has_is_said_to_end_or_not_to() {
         assert!(said("lost", expires_in).ends_with("lost, public IP 192.168.9.1"));
     }
 }
+
+#[test]
+fn what_comes_from_outside_forges_no_line_and_steers_no_terminal() {
+    const FORGED: &str = "zz\nstate      ready\r\u{1b}[31m\u{9b}2J\u{202e}\u{7f}";
+    const SHOWN: &str = r"zz\nstate      ready\r\u{1b}[31m\u{9b}2J\u{202e}\u{7f}";
+    let mut status = sample::ready();
+    let lines = |text: &str| text.lines().count();
+    let (page, table) = (lines(&render::status(&status)), lines(&render::peers(&status)));
+    let pods = lines(&render::pods(&status.pods.list));
+    for refused in &mut status.refused {
+        (refused.key, refused.reason) = (FORGED.into(), FORGED.into());
+    }
+    for peer in &mut status.peers {
+        (peer.backend, peer.problem) = (FORGED.into(), Some(FORGED.into()));
+    }
+    for pod in &mut status.pods.list {
+        (pod.pod, pod.state) = (Some(FORGED.into()), FORGED.into());
+    }
+    for (text, before) in [
+        (render::status(&status), page),
+        (render::peers(&status), table),
+        (render::pods(&status.pods.list), pods),
+    ] {
+        assert_eq!(lines(&text), before, "{text}");
+        let steering = |c: char| c != '\n' && (c.is_control() || c == '\u{202e}');
+        assert!(text.contains(SHOWN) && !text.contains(steering), "{text:?}");
+    }
+    status.store.connected = false;
+    status.store.problem = Some(FORGED.into());
+    (status.peers, status.refused) = (Vec::new(), Vec::new());
+    assert_eq!(render::peers(&status), format!("not known until the store answers: {SHOWN}\n"));
+    assert_eq!(render::printable(r#"Größe "a\b" 'c'"#), r#"Größe "a\b" 'c'"#);
+}

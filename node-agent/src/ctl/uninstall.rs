@@ -8,6 +8,7 @@ use clap::Args;
 use nix::unistd::Uid;
 use serde::Serialize;
 
+use super::render::printable;
 use crate::config::{Config, Invocation, UsageError, own_variables, read};
 use crate::leave::{Fate, LeaveError, Thing, Wishes, survey};
 
@@ -223,7 +224,7 @@ impl Answer {
 
     fn text(&self) -> String {
         let mut text = String::new();
-        let mut say = |line: String| text.push_str(&(line + "\n"));
+        let mut say = |line: String| text.push_str(&(printable(&line) + "\n"));
         for (Line { kind, what }, state) in &self.things {
             match state {
                 State::Listed => say(format!("removes  {kind:<9} {what}")),

@@ -77,22 +77,21 @@ pub(super) fn foreign(thing: &Thing, spared: &[&Path]) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Network configurations that no runtime can use without this agent.
-pub(super) fn conflists(dir: &Path, socket: &Path) -> Vec<PathBuf> {
+/// Network configurations that call weft, each with the socket of the agent that it cannot be used without.
+pub(super) fn conflists(dir: &Path) -> Vec<(PathBuf, PathBuf)> {
     let names = |path: &PathBuf| has_extension(path, &["conf", "conflist", "json"]);
-    entries(dir).into_iter().filter(names).filter(|path| is_ours(path, socket)).collect()
+    let files = entries(dir).into_iter().filter(names);
+    files.filter_map(|path| socket_in(&path).map(|socket| (path, socket))).collect()
 }
 
-fn is_ours(path: &Path, socket: &Path) -> bool {
-    let json = fs::read(path).ok().and_then(|json| serde_json::from_slice::<Value>(&json).ok());
-    let Some(json) = json else { return false };
+fn socket_in(path: &Path) -> Option<PathBuf> {
+    let json: Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
     let plugins = match json["plugins"].as_array() {
         Some(plugins) => plugins.clone(),
         None => vec![json],
     };
-    plugins.iter().any(|plugin| {
-        plugin["type"] == "weft" && Path::new(plugin["socket"].as_str().unwrap_or(CNI_SOCKET)) == socket
-    })
+    let weft = plugins.iter().find(|plugin| plugin["type"] == "weft")?;
+    Some(weft["socket"].as_str().unwrap_or(CNI_SOCKET).into())
 }
 
 #[cfg(test)]
@@ -100,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_conflists_of_this_agent() {
+    fn conflists_of_weft_with_their_agents() {
         let dir = tempfile::tempdir().expect("tempdir");
         for (name, json) in [
             ("10-weft.conflist", r#"{"name":"weft","plugins":[{"type":"weft"},{"type":"portmap"}]}"#),
@@ -112,12 +111,13 @@ mod tests {
         ] {
             fs::write(dir.path().join(name), json).expect("write");
         }
-        let found = |socket: &str| -> Vec<String> {
-            let names = conflists(dir.path(), Path::new(socket)).into_iter();
-            names.map(|p| p.file_name().expect("name").to_string_lossy().into_owned()).collect()
-        };
-        assert_eq!(found(CNI_SOCKET), ["10-weft.conflist", "20-one.conf"]);
-        assert_eq!(found("/run/other/cni.sock"), ["30-other-agent.conflist"]);
-        assert!(conflists(&dir.path().join("none"), Path::new(CNI_SOCKET)).is_empty());
+        let found = conflists(dir.path());
+        let expected = [
+            ("10-weft.conflist", CNI_SOCKET),
+            ("20-one.conf", CNI_SOCKET),
+            ("30-other-agent.conflist", "/run/other/cni.sock"),
+        ];
+        assert_eq!(found, expected.map(|(name, socket)| (dir.path().join(name), socket.into())));
+        assert!(conflists(&dir.path().join("none")).is_empty());
     }
 }

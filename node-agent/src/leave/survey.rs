@@ -1,9 +1,10 @@
 //! The look at a node: what of weft is on it, what stays, what stands in the way. Nothing is changed.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 
+use weft_shared::lease::Lease;
 use weft_shared::names::LINK_GROUP;
 use weft_shared::subnet_env::previous_lease;
 use weft_shared::tombstone::boot_id;
@@ -16,7 +17,7 @@ use crate::durable::{Durable, DurableFile};
 use crate::firewall;
 use crate::firewall::legacy::LegacyFilter;
 use crate::ipam::records;
-use crate::kernel::{FoundLink, Kernel, KernelError, LinuxKernel};
+use crate::kernel::{FoundAddr, FoundLink, Kernel, KernelError, LinuxKernel};
 use crate::lease::{EmbeddedStore, LeaseStore};
 use crate::object::{LinkKind, Object};
 
@@ -36,13 +37,13 @@ pub fn survey(config: &Config, wishes: &Wishes) -> Result<Plan, LeaveError> {
 
     survey.conflists();
     survey.lease()?;
-    let (links, _) = survey.kernel.links_and_addrs()?;
+    let (links, addrs) = survey.kernel.links_and_addrs()?;
     survey.routes(&links)?;
     survey.rules()?;
     survey.devices(&links);
     survey.settings(&before)?;
     survey.subnet_file();
-    survey.store();
+    survey.store(&addrs);
     survey.files(before.file());
     let Survey { kernel, things, stays, refusals, .. } = survey;
     Ok(Plan { things, stays, refusals, before, kernel, _guards: guards })
@@ -61,8 +62,14 @@ struct Survey<'a> {
 
 impl Survey<'_> {
     fn conflists(&mut self) {
-        let found = files::conflists(&self.wishes.cni_conf_dir, &self.config.cni_socket);
-        self.things.extend(found.into_iter().map(Thing::Conflist));
+        for (path, socket) in files::conflists(&self.wishes.cni_conf_dir) {
+            if socket == self.config.cni_socket {
+                self.things.push(Thing::Conflist(path));
+            } else {
+                let (path, socket) = (path.display(), socket.display());
+                self.stays.push(format!("{path}: type weft, but for the agent at {socket}"));
+            }
+        }
     }
 
     fn lease(&mut self) -> Result<(), LeaveError> {
@@ -208,7 +215,7 @@ impl Survey<'_> {
 
     /// The embedded store is the memory of every node of this machine, configuration included: it goes at a word of
     /// its own, and never under another node's feet.
-    fn store(&mut self) {
+    fn store(&mut self, addrs: &[FoundAddr]) {
         let remove = self.wishes.remove_store;
         let StoreConfig::Embedded(embedded) = &self.config.store else {
             if remove {
@@ -228,7 +235,10 @@ impl Survey<'_> {
             ));
             return;
         }
-        match others(&EmbeddedStore::new(file), self.durable.public_ip) {
+        // An earlier run has removed the file that says which was ours, if it gave no lease back.
+        let said = [self.durable.public_ip, self.config.underlay.public_ip];
+        let ours = own_addresses(said.into_iter().flatten(), addrs);
+        match leases(&EmbeddedStore::new(file)).map(|leases| others(&leases, &ours)) {
             Ok(others) if others.is_empty() => self.things.push(Thing::Store(file.clone())),
             Ok(others) => self.refusals.push(format!(
                 "--remove-store: {shown} holds leases of other nodes: {}. Take weft off those first, with --release-lease",
@@ -257,11 +267,63 @@ fn is_vtep(name: &IfName, found: &FoundLink, vtep_mac: Option<Mac>) -> bool {
     name.as_str().starts_with("flannel") && Some(found.link.mac.value()) == vtep_mac
 }
 
-fn others(store: &EmbeddedStore, public_ip: Option<Ipv4Addr>) -> Result<Vec<String>, LeaveError> {
+fn leases(store: &EmbeddedStore) -> Result<Vec<Lease>, LeaveError> {
     let failed = |e: &dyn std::fmt::Display| LeaveError::Lease(e.to_string());
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| failed(&e))?;
-    let leases = runtime.block_on(store.leases()).map_err(|e| failed(&e))?;
-    let foreign = leases.iter().filter(|lease| Some(lease.attrs.public_ip) != public_ip);
-    Ok(foreign.map(|lease| format!("{} of {}", lease.key, lease.attrs.public_ip)).collect())
+    runtime.block_on(store.leases()).map_err(|e| failed(&e))
+}
+
+/// What this node's public address may be: what is said of it, and what its interfaces have. Every network namespace
+/// has the loopback's.
+fn own_addresses(said: impl Iterator<Item = Ipv4Addr>, addrs: &[FoundAddr]) -> BTreeSet<Ipv4Addr> {
+    let of_host = addrs.iter().filter_map(|found| match found.addr.ip() {
+        IpAddr::V4(ip) => Some(ip).filter(|ip| !ip.is_loopback()),
+        IpAddr::V6(_) => None,
+    });
+    of_host.chain(said).collect()
+}
+
+fn others(leases: &[Lease], ours: &BTreeSet<Ipv4Addr>) -> Vec<String> {
+    let foreign = leases.iter().filter(|lease| !ours.contains(&lease.attrs.public_ip));
+    foreign.map(|lease| format!("{} of {}", lease.key, lease.attrs.public_ip)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::object::{AddrForm, AddrScope};
+
+    #[test]
+    fn a_lease_of_an_address_of_this_host_is_no_other_nodes() {
+        let addr = |text: &str| FoundAddr {
+            dev: "eth0".parse().expect("name"),
+            addr: text.parse().expect(text),
+            scope: AddrScope::Global,
+            form: AddrForm::default(),
+            deprecated: false,
+            temporary: false,
+        };
+        let lease = |key: &str, public_ip: &str| Lease {
+            key: key.parse().expect(key),
+            attrs: serde_json::from_value(json!({"PublicIP": public_ip})).expect("attributes"),
+            create_revision: 1,
+        };
+        let leases = [
+            lease("10.5.1.0-24", "192.0.2.1"),
+            lease("10.5.2.0-24", "203.0.113.5"),
+            lease("10.5.3.0-24", "192.0.2.3"),
+            lease("10.5.4.0-24", "127.0.0.1"),
+        ];
+        let addrs = ["127.0.0.1/8", "2001:db8::1/64", "192.0.2.1/24"].map(addr);
+        let others = |said: Option<&str>| {
+            let said = said.map(|ip| ip.parse().expect(ip));
+            others(&leases, &own_addresses(said.into_iter(), &addrs))
+        };
+        let foreign = ["10.5.3.0-24 of 192.0.2.3", "10.5.4.0-24 of 127.0.0.1"];
+        assert_eq!(others(Some("203.0.113.5")), foreign, "behind address translation");
+        assert_eq!(others(None), [&["10.5.2.0-24 of 203.0.113.5"][..], &foreign].concat());
+    }
 }

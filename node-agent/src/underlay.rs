@@ -56,6 +56,8 @@ pub struct HostIface {
     pub name: IfName,
     pub mtu: u32,
     pub up: bool,
+    /// Weft's own, or a bridge of its pods: no candidate worth naming, and there are as many as pods.
+    pub of_weft: bool,
     /// In the kernel's order.
     pub addrs: Vec<HostAddr>,
 }
@@ -109,16 +111,24 @@ pub enum NoUnderlay {
     NoDefaultRoute { here: String },
     #[error("interface {iface} has no IPv4 address that peers could send to; it has: {has}")]
     NoAddress { iface: IfName, has: String },
+    #[error(
+        "interface {0} is the loopback, which no packet leaves the host by: expected the interface between the nodes \
+         (--iface; --public-ip may be an address of another)"
+    )]
+    Loopback(IfName),
     #[error("interface {0} has an MTU of 0")]
     NoMtu(IfName),
 }
+
+/// LOOPBACK_IFINDEX (include/net/flow.h): the same in every network namespace, whatever its name.
+const LOOPBACK: u32 = 1;
 
 /// Decides. Candidates are tried in flannel's order and the first that yields an address wins.
 pub fn choose_underlay(choice: &UnderlayChoice, host: &HostNetwork) -> Result<Underlay, NoUnderlay> {
     let finder = Finder::new(host);
     let found = match choice.public_ip {
-        None if choice.is_open() => finder.by_default_route()?,
-        Some(ip) if choice.is_open() => finder.by_public_ip(ip)?,
+        None if choice.is_open() => finder.by_default_route().and_then(outward)?,
+        Some(ip) if choice.is_open() => finder.by_public_ip(ip).and_then(outward)?,
         _ => finder.by_choice(choice)?,
     };
     if found.iface.mtu == 0 {
@@ -166,20 +176,24 @@ impl<'a> Finder<'a> {
 
     fn by_choice(&self, choice: &UnderlayChoice) -> Result<Found<'a>, NoUnderlay> {
         let mut tried = Vec::new();
+        let outward = |found: Found<'a>| {
+            let chosen_by = found.chosen_by.clone();
+            outward(found).map_err(|why| format!("{chosen_by}: {why}"))
+        };
         for spec in &choice.ifaces {
-            match self.by_spec(spec) {
+            match self.by_spec(spec).and_then(outward) {
                 Ok(found) => return Ok(found),
                 Err(why) => tried.push(why),
             }
         }
         for regex in &choice.regexes {
-            match self.by_regex(regex) {
+            match self.by_regex(regex).and_then(outward) {
                 Ok(found) => return Ok(found),
                 Err(why) => tried.push(why),
             }
         }
         if let Some(target) = choice.can_reach {
-            match self.by_reach(target) {
+            match self.by_reach(target).and_then(outward) {
                 Ok(found) => return Ok(found),
                 Err(why) => tried.push(why),
             }
@@ -202,7 +216,7 @@ impl<'a> Finder<'a> {
 
     fn by_regex(&self, regex: &Regex) -> Result<Found<'a>, String> {
         let chosen_by = format!("--iface-regex {regex}");
-        let by_addr = self.ifaces.iter().find_map(|iface| {
+        let by_addr = self.ifaces.iter().filter(|iface| iface.index != LOOPBACK).find_map(|iface| {
             let addrs = preferred(iface).into_iter();
             let addr = addrs.into_iter().find(|ip| regex.is_match(ip.to_string().as_bytes()))?;
             Some(Found { iface, addr, chosen_by: chosen_by.clone() })
@@ -237,8 +251,17 @@ impl<'a> Finder<'a> {
     }
 
     fn listing(&self) -> String {
-        let lines: Vec<String> = self.ifaces.iter().map(|iface| Listed(iface).to_string()).collect();
+        let candidates = self.ifaces.iter().filter(|iface| !iface.of_weft);
+        let lines: Vec<String> = candidates.map(|iface| Listed(iface).to_string()).collect();
         if lines.is_empty() { "none".to_owned() } else { lines.join(", ") }
+    }
+}
+
+/// An address of the host's may well be on the loopback, but by it no peer is reached.
+fn outward(found: Found<'_>) -> Result<Found<'_>, NoUnderlay> {
+    match found.iface.index {
+        LOOPBACK => Err(NoUnderlay::Loopback(found.iface.name.clone())),
+        _ => Ok(found),
     }
 }
 
@@ -300,7 +323,7 @@ mod tests {
 
     fn iface(index: u32, name: &str, addrs: &[&str]) -> HostIface {
         let addrs = addrs.iter().map(|a| addr(a)).collect();
-        HostIface { index, name: name.parse().expect(name), mtu: 1500, up: true, addrs }
+        HostIface { index, name: name.parse().expect(name), mtu: 1500, up: true, of_weft: false, addrs }
     }
 
     /// Listed out of order on purpose.
@@ -408,6 +431,43 @@ mod tests {
             }),
             2
         );
+    }
+
+    #[test]
+    fn the_loopback_carries_no_underlay() {
+        let mut host = host();
+        host.ifaces[1].addrs.push(addr("10.99.0.1/32"));
+        host.reach = Some(ReachRoute { index: 1, source: Some(Ipv4Addr::new(10, 99, 0, 1)) });
+        for refused in [
+            choice(&["lo"], &[], None, None),
+            choice(&["127.0.0.1"], &[], None, None),
+            choice(&["10.99.0.1"], &[], None, None),
+            choice(&[], &["^lo$"], None, None),
+            choice(&[], &["^10.99"], None, None),
+            choice(&[], &[], Some("10.99.0.1"), None),
+            choice(&[], &[], None, Some("10.99.0.1")),
+        ] {
+            let error = choose_underlay(&refused, &host).expect_err("the loopback").to_string();
+            assert!(error.contains("is the loopback") || error.contains("matches neither"), "{error}");
+        }
+        // The next of the list is tried, and the address may be the public one of another interface.
+        for (wanted, expected) in [
+            (choice(&["lo", "eth0"], &[], None, None), "eth0 10.0.0.2"),
+            (choice(&[], &["^10"], None, None), "eth0 10.0.0.2"),
+            (choice(&["eth0"], &[], None, Some("10.99.0.1")), "eth0 10.99.0.1"),
+        ] {
+            let found = choose_underlay(&wanted, &host).expect(expected);
+            assert_eq!(format!("{} {}", found.iface, found.public_ip), expected);
+        }
+    }
+
+    #[test]
+    fn what_is_wefts_own_is_not_listed() {
+        let mut host = host();
+        host.default_route = None;
+        host.ifaces.push(HostIface { of_weft: true, ..iface(9, "cni0", &["10.5.1.1/24"]) });
+        let error = choose_underlay(&UnderlayChoice::default(), &host).expect_err("no route").to_string();
+        assert!(error.contains("eth1 (192.168.9.7/24 ") && !error.contains("cni0"), "{error}");
     }
 
     #[test]

@@ -77,7 +77,7 @@ mod tests {
             temporary: false,
         };
         let addrs = addrs.iter().map(addr).collect();
-        HostIface { index, name: name.parse().expect(name), mtu: 1400, up: true, addrs }
+        HostIface { index, name: name.parse().expect(name), mtu: 1400, up: true, of_weft: false, addrs }
     }
 
     #[test]

@@ -35,5 +35,6 @@ pub mod pods;
 pub mod reconcile;
 pub mod server;
 pub mod status;
+pub mod udp;
 pub mod underlay;
 pub mod upkeep;

@@ -1,0 +1,84 @@
+//! What the packet path can leave to the kernel, each probed by trying and given up when the device refuses it.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+/// A capability, named as switch, status and metrics name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Offload {
+    /// `IFF_VNET_HDR`: without it none of the four that follow.
+    VnetHdr,
+    /// Reads give TCP super-packets (`TUN_F_TSO4`, `TUN_F_TSO6`).
+    TunTso,
+    /// Reads give UDP super-packets (`TUN_F_USO4`, `TUN_F_USO6`; Linux 6.2).
+    TunUso,
+    /// Received TCP segments are written to the device as one.
+    CoalesceTcp,
+    /// Received UDP datagrams are written to the device as one (Linux 6.2).
+    CoalesceUdp,
+    /// `UDP_SEGMENT`: one send, many datagrams.
+    UdpSegment,
+    /// `UDP_GRO`: one receive, many datagrams.
+    UdpGro,
+}
+
+/// Which capabilities may be tried; all of them by default.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offloads(BTreeSet<Offload>);
+
+/// What became of a capability.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    InUse,
+    /// By the operator's switch.
+    SwitchedOff,
+    /// By the kernel, and how.
+    Refused(String),
+}
+
+impl Offload {
+    pub const ALL: [Self; 7] = [
+        Self::VnetHdr,
+        Self::TunTso,
+        Self::TunUso,
+        Self::CoalesceTcp,
+        Self::CoalesceUdp,
+        Self::UdpSegment,
+        Self::UdpGro,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::VnetHdr => "vnet-hdr",
+            Self::TunTso => "tun-tso",
+            Self::TunUso => "tun-uso",
+            Self::CoalesceTcp => "coalesce-tcp",
+            Self::CoalesceUdp => "coalesce-udp",
+            Self::UdpSegment => "udp-segment",
+            Self::UdpGro => "udp-gro",
+        }
+    }
+}
+
+impl fmt::Display for Offload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl Default for Offloads {
+    fn default() -> Self {
+        Self(Offload::ALL.into())
+    }
+}
+
+impl Offloads {
+    pub fn without(mut self, off: Offload) -> Self {
+        self.0.remove(&off);
+        self
+    }
+
+    pub fn allows(&self, offload: Offload) -> bool {
+        self.0.contains(&offload)
+    }
+}

@@ -28,6 +28,7 @@ pub const SWEEP_ALONE: [&str; 2] = ["--netlink-monitor=false", "--resync=1"];
 pub enum Backend {
     Vxlan,
     HostGw,
+    Udp,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -76,6 +77,7 @@ impl Backend {
         match self {
             Self::Vxlan => "vxlan",
             Self::HostGw => "host-gw",
+            Self::Udp => "udp",
         }
     }
 }
@@ -127,7 +129,11 @@ impl Spec {
         let mut config: Value = serde_json::from_str(include_str!("../../conf/net-conf.json"))?;
         config["Network"] = json!(self.network);
         config["SubnetLen"] = json!(self.subnet_len);
-        config["Backend"]["Type"] = json!(self.backend.kind());
+        match self.backend {
+            Backend::Vxlan | Backend::HostGw => config["Backend"]["Type"] = json!(self.backend.kind()),
+            // The document's port is VXLAN's.
+            Backend::Udp => config["Backend"] = json!({ "Type": self.backend.kind() }),
+        }
         Ok(config.to_string())
     }
 }

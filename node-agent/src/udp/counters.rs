@@ -17,6 +17,8 @@ pub enum DropReason {
     BadTotalLength,
     /// Header length or header checksum.
     BadHeader,
+    /// What the device's own header says of a packet cannot be.
+    BadOffload,
     /// A datagram larger than the buffer, or a packet larger than a datagram can be.
     Oversized,
     /// The outer source is no peer's.

@@ -8,9 +8,16 @@
 //! lock-free snapshot that is replaced whole; nothing is locked, allocated or logged per packet, and every drop is
 //! counted with its reason.
 
+pub mod checksum;
+pub mod coalesce;
 pub mod counters;
+pub mod icmp;
+pub mod layout;
 pub mod offload;
+pub mod packet;
 pub mod peers;
+pub mod segment;
+pub mod virtio;
 
 use std::net::SocketAddrV4;
 

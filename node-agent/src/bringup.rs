@@ -80,6 +80,7 @@ pub async fn bring_up(
         underlay,
         underlay_problem: None,
         backend,
+        vtep_mac,
         lease: handle.state.borrow().clone(),
         peers: Vec::new(),
         expired: BTreeMap::new(),

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use weft_shared::netconf::{BackendConfig, NetworkConfig, Range, VxlanConfig};
+use weft_shared::netconf::{BackendConfig, NetworkConfig, Range, UdpConfig, VxlanConfig};
 
 /// What stands in the store in place of the configuration in force.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,18 +42,17 @@ impl fmt::Display for ConfigNotice {
 }
 
 /// What of `stored` a running node cannot take over from `in_force`; empty when it can be applied as it is: first and
-/// last subnet only say what may be leased next.
+/// last subnet only say what may be leased next, and whose packets the udp backend believes is part of the peer table,
+/// which is replaced whole.
 pub fn needs_restart(in_force: &NetworkConfig, stored: &NetworkConfig) -> Vec<String> {
     let mut changes = Changes::default();
     changes.range("", Some(in_force.v4), Some(stored.v4));
     changes.range("IPv6", in_force.v6, stored.v6);
     match (&in_force.backend, &stored.backend) {
         (BackendConfig::Vxlan(old), BackendConfig::Vxlan(new)) => changes.vxlan(old, new),
+        (BackendConfig::Udp(old), BackendConfig::Udp(new)) => changes.udp(old, new),
         (old, new) if old.kind() != new.kind() => changes.note("Backend.Type", &old.kind(), &new.kind()),
         _ => {}
-    }
-    if changes.0.is_empty() && in_force.backend != stored.backend {
-        changes.0.push("Backend".into());
     }
     changes.0
 }
@@ -76,14 +75,20 @@ impl Changes {
     }
 
     fn vxlan(&mut self, old: &VxlanConfig, new: &VxlanConfig) {
+        let VxlanConfig { vni, port, mtu: _, gbp, learning, direct_routing } = new;
         let mtu =
             |config: &VxlanConfig| config.mtu.map_or("the interface's".to_owned(), |mtu| mtu.to_string());
-        self.note("Backend.VNI", &old.vni, &new.vni);
-        self.note("Backend.Port", &old.port, &new.port);
+        self.note("Backend.VNI", &old.vni, vni);
+        self.note("Backend.Port", &old.port, port);
         self.note("Backend.MTU", &mtu(old), &mtu(new));
-        self.note("Backend.GBP", &old.gbp, &new.gbp);
-        self.note("Backend.Learning", &old.learning, &new.learning);
-        self.note("Backend.DirectRouting", &old.direct_routing, &new.direct_routing);
+        self.note("Backend.GBP", &old.gbp, gbp);
+        self.note("Backend.Learning", &old.learning, learning);
+        self.note("Backend.DirectRouting", &old.direct_routing, direct_routing);
+    }
+
+    fn udp(&mut self, old: &UdpConfig, new: &UdpConfig) {
+        let UdpConfig { port, strict_source: _, peers_behind_nat: _ } = new;
+        self.note("Backend.Port", &old.port, port);
     }
 }
 
@@ -133,6 +138,18 @@ mod tests {
             assert_eq!(changes(json), expected, "{json}");
         }
         assert!(needs_restart(&vxlan, &vxlan).is_empty());
+    }
+
+    #[test]
+    fn whose_packets_are_believed_is_applied_and_the_port_is_not() {
+        let udp =
+            |keys: &str| config(&format!(r#"{{"Network":"10.5.0.0/16","Backend":{{"Type":"udp"{keys}}}}}"#));
+        let policies = udp(r#","StrictSource":true,"PeersBehindNAT":true"#);
+        assert!(needs_restart(&udp(""), &policies).is_empty() && udp("") != policies);
+        let changes = needs_restart(&udp(""), &udp(r#","Port":9000,"StrictSource":true"#));
+        assert_eq!(changes, ["Backend.Port = 9000, in force: 8285"]);
+        let absent = config(r#"{"Network":"10.5.0.0/16"}"#);
+        assert!(needs_restart(&udp(""), &absent).is_empty(), "absent is udp");
     }
 
     #[test]

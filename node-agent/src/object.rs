@@ -27,7 +27,7 @@ pub enum Key {
     /// Before the neighbour: a peer's new MAC must lead somewhere when packets begin to carry it.
     Fdb(IfName, Mac),
     Neigh(IfName, IpAddr),
-    /// Main table, metric 0 (IPv6: the default 1024).
+    /// Main table, of the metric that is wanted: 0 (IPv6: the default 1024), unless the wanted one says so.
     Route(Subnet),
 }
 
@@ -101,6 +101,7 @@ pub struct Alterations {
 pub enum LinkKind {
     Vxlan(Vxlan),
     Bridge,
+    Tun(Tun),
     /// Found in the kernel, never wanted: its kind's name.
     Other(String),
 }
@@ -110,6 +111,7 @@ impl fmt::Display for LinkKind {
         match self {
             Self::Vxlan(_) => f.write_str("VXLAN device"),
             Self::Bridge => f.write_str("bridge"),
+            Self::Tun(tun) => f.write_str(if tun.tap { "TAP device" } else { "TUN device" }),
             Self::Other(kind) => f.write_str(kind),
         }
     }
@@ -147,6 +149,40 @@ impl VxlanTuning {
     /// A new device's.
     pub fn with_learning(learning: bool) -> Self {
         Self { learning, ttl: 0, tos: 0, df: 0, ageing: 300 }
+    }
+}
+
+/// A device of drivers/net/tun.c. Left out is what the first queue brings along that is attached: the virtio header,
+/// packet information, offloads. Whether anybody forwards is not the device's: without a queue it has no carrier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tun {
+    /// Found, never wanted: it carries Ethernet frames.
+    pub tap: bool,
+    pub multi_queue: bool,
+    /// It outlives the process that made it, addresses and routes with it.
+    pub persistent: bool,
+    /// Found, never wanted: a user or a group other than root may attach to it.
+    pub owned: bool,
+    /// It carries our link group, which it gets in a message of its own: this kind cannot be made by netlink.
+    pub marked: bool,
+    /// Found, of no consequence for one of ours: some process has it open.
+    pub attached: bool,
+}
+
+impl Tun {
+    /// What forwarding threads attach to.
+    pub fn for_queues() -> Self {
+        Self { tap: false, multi_queue: true, persistent: true, owned: false, marked: true, attached: false }
+    }
+
+    /// Whether one of ours needs no more than its mark.
+    fn can_be_made_of(&self, found: &Tun) -> bool {
+        *self == Tun { marked: self.marked, attached: self.attached, ..*found }
+    }
+
+    /// Whether a process that is not ours lives by `found`: flanneld's device goes with it, and it with its device.
+    pub fn is_denied_by(&self, found: &Tun) -> bool {
+        !found.marked && (!found.persistent || (found.attached && !self.can_be_made_of(found)))
     }
 }
 
@@ -194,6 +230,8 @@ pub enum LinkMac {
     Exactly(Mac),
     /// Given at creation and left alone afterwards: an adopted bridge keeps the address its pods know.
     AtCreation(Mac),
+    /// It has none: packets, not frames.
+    None,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -224,7 +262,7 @@ pub struct Route {
     pub form: RouteForm,
 }
 
-/// What else a route can be, in the kernel's numbers. All of it is found, none of it wanted.
+/// What else a route can be, in the kernel's numbers. All of it is found, none of it wanted but for a metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct RouteForm {
     /// Not unicast: `rtm_type`.
@@ -257,7 +295,17 @@ impl Route {
 impl RouteForm {
     /// Whether it competes with a plain route to the same subnet: TOS and metric are looked at first.
     pub fn is_in_plain_slot(&self) -> bool {
-        self.tos == 0 && self.metric.is_none()
+        self.competes_with(&Self::default())
+    }
+
+    /// Whether only the order of the two decides which gets the packets.
+    pub fn competes_with(&self, other: &Self) -> bool {
+        (self.tos, self.metric) == (other.tos, other.metric)
+    }
+
+    /// Whether all packets to the same subnet try this first, wherever it stands (IPv4).
+    pub fn comes_before(&self, other: &Self) -> bool {
+        self.tos == other.tos && self.metric.unwrap_or(0) < other.metric.unwrap_or(0)
     }
 }
 
@@ -270,8 +318,10 @@ impl Vxlan {
 
 impl LinkMac {
     pub fn value(self) -> Mac {
-        let (Self::Exactly(mac) | Self::AtCreation(mac)) = self;
-        mac
+        match self {
+            Self::Exactly(mac) | Self::AtCreation(mac) => mac,
+            Self::None => Mac([0; 6]),
+        }
     }
 }
 
@@ -298,8 +348,14 @@ impl Object {
                     (LinkMac::Exactly(want), LinkMac::Exactly(have)) => want == have,
                     _ => true,
                 };
-                let rest = |link: &Link| (link.kind.clone(), link.mtu, link.up, link.altered);
-                mac && rest(want) == rest(have)
+                let kind = match (&want.kind, &have.kind) {
+                    (LinkKind::Tun(want), LinkKind::Tun(have)) => {
+                        *want == Tun { attached: want.attached, ..*have }
+                    }
+                    (want, have) => want == have,
+                };
+                let rest = |link: &Link| (link.mtu, link.up, link.altered);
+                mac && kind && rest(want) == rest(have)
             }
             _ => self == found,
         }
@@ -309,8 +365,12 @@ impl Object {
     pub fn needs_recreation(&self, found: &Object) -> bool {
         match (self, found) {
             (Self::Link { link: want, .. }, Self::Link { link: have, .. }) => {
-                let LinkKind::Vxlan(want) = &want.kind else { return false };
-                !matches!(&have.kind, LinkKind::Vxlan(have) if want.can_be_made_of(have))
+                match (&want.kind, &have.kind) {
+                    (LinkKind::Vxlan(want), LinkKind::Vxlan(have)) => !want.can_be_made_of(have),
+                    (LinkKind::Tun(want), LinkKind::Tun(have)) => !want.can_be_made_of(have),
+                    (LinkKind::Vxlan(_) | LinkKind::Tun(_), _) => true,
+                    (LinkKind::Bridge | LinkKind::Other(_), _) => false,
+                }
             }
             _ => false,
         }
@@ -328,6 +388,15 @@ impl Object {
             Self::Route { route, .. } => route.dev.as_ref(),
         }
     }
+}
+
+/// What no operation changes: somebody else has what is wanted, and it is not ours to take.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Obstacle {
+    #[error("{0} is in use by another process (a running flanneld?)")]
+    InUse(IfName),
+    #[error("its packets take a route of somebody else's, {0}")]
+    Overruled(String),
 }
 
 /// What should be in the kernel.
@@ -369,6 +438,20 @@ pub struct Observed {
     pub surplus: Vec<Object>,
     /// Devices of ours under another name: the right one, and what they are called now.
     pub renamed: BTreeMap<IfName, IfName>,
+    /// By what is wanted and cannot be had.
+    pub obstacles: BTreeMap<Key, Obstacle>,
+}
+
+impl Observed {
+    /// Whether an object would have to be done to a device that is somebody else's.
+    pub fn denies(&self, object: &Object) -> bool {
+        let is_its = |dev: &IfName| match object {
+            Object::Link { name, .. } => name == dev,
+            Object::Sysctl { path, .. } => path.contains(&format!("/conf/{dev}/")),
+            other => other.stands_on() == Some(dev),
+        };
+        self.obstacles.values().any(|obstacle| matches!(obstacle, Obstacle::InUse(dev) if is_its(dev)))
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -376,7 +459,7 @@ pub struct Found {
     pub object: Object,
     /// It carries our mark: it may be changed, and goes when nothing wants it.
     pub ours: bool,
-    /// A foreign route to the same subnet stands before it and takes its packets.
+    /// A foreign route to the same subnet and of the same metric stands before it and takes its packets.
     pub overruled: bool,
 }
 
@@ -389,15 +472,15 @@ pub enum RouteChange {
     Replace,
     /// Ours gets no packets where it stands: taken away, then put in front.
     MoveToFront,
-    /// Ours competes elsewhere, with a metric or a TOS: the right one first, then away with it.
+    /// Ours competes elsewhere, by its metric or its TOS: the right one first, then away with it.
     PrependThenRemove,
 }
 
 impl RouteChange {
-    pub fn from_found(found: Option<&Found>) -> Self {
+    pub fn from_found(wanted: &Route, found: Option<&Found>) -> Self {
         match found {
             Some(Found { object: Object::Route { route, .. }, ours: true, overruled }) => {
-                match (route.form.is_in_plain_slot(), overruled) {
+                match (route.form.competes_with(&wanted.form), overruled) {
                     (false, _) => Self::PrependThenRemove,
                     (true, true) => Self::MoveToFront,
                     (true, false) => Self::Replace,

@@ -159,8 +159,8 @@ impl Upkeep {
                 StoredConfig::Valid(config) => match needs_restart(&serving.config, config) {
                     changes if changes.is_empty() => {
                         if serving.config != *config {
-                            let range = &config.v4;
-                            info!(first = %range.min, last = %range.max, "range of leased subnets changed");
+                            let (range, backend) = (&config.v4, &config.backend);
+                            info!(first = %range.min, last = %range.max, ?backend, "network configuration taken over");
                             serving.config.clone_from(config);
                         }
                         None

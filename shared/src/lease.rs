@@ -92,7 +92,7 @@ pub struct LeaseAttrs {
     pub public_ip: Ipv4Addr,
     #[serde(rename = "PublicIPv6", default)]
     pub public_ipv6: Option<Ipv6Addr>,
-    /// Empty for flannel's udp and alloc.
+    /// Empty for udp, as flannel has it (and for its alloc, which forwards nothing).
     #[serde(rename = "BackendType", default, skip_serializing_if = "String::is_empty")]
     pub backend_type: String,
     #[serde(rename = "BackendData", default, skip_serializing_if = "Option::is_none")]
@@ -109,6 +109,11 @@ impl LeaseAttrs {
         } else {
             self.public_ipv6.map(IpAddr::V6)
         }
+    }
+
+    /// The backend's name, as a network configuration has it.
+    pub fn backend(&self) -> &str {
+        if self.backend_type.is_empty() { "udp" } else { &self.backend_type }
     }
 
     /// `BackendData` of a VXLAN peer in the family of `subnet`.
@@ -179,6 +184,7 @@ mod tests {
         for text in [vxlan, udp] {
             let attrs: LeaseAttrs = serde_json::from_str(text).expect(text);
             assert_eq!(serde_json::to_string(&attrs).expect("encode"), text);
+            assert_eq!(attrs.backend(), if text == udp { "udp" } else { "vxlan" });
         }
         let data = VxlanData { vni: 1, vtep_mac: "c6:d2:32:6f:8f:44".parse().expect("mac") };
         let attrs = LeaseAttrs {

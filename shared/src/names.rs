@@ -23,6 +23,12 @@ pub const SUBNET_FILE: &str = "/run/flannel/subnet.env";
 pub const DEFAULT_BRIDGE: &str = "cni0";
 /// IANA's VXLAN port is 4789; the kernel and flannel default to this one.
 pub const VXLAN_PORT: u16 = 8472;
+pub const UDP_PORT: u16 = 8285;
+/// The TUN device of the udp backend: flanneld takes the first free number behind `flannel`.
+pub const UDP_DEVICE: &str = "flannel0";
+/// Of the udp backend's one route: a flanneld that starts beside a device that was left over makes a device and a route
+/// of metric 0 of its own, tolerates any that is there, and gets the packets.
+pub const UDP_ROUTE_METRIC: u32 = 4096;
 
 /// `rtm_protocol` of the routes that weft makes (linux/rtnetlink.h leaves numbers above 4 to routing daemons;
 /// 87 is in nobody's `rt_protos`).

@@ -4,13 +4,14 @@
 //! else is checked at once (pkg/subnet/config.go, `CheckNetworkConfig`) and refused by key, value and expectation.
 
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::json::{Case, Keys, brief};
 use crate::lease::LeaseKey;
-use crate::names::VXLAN_PORT;
+use crate::names::{UDP_PORT, VXLAN_PORT};
 use crate::{BadValue, IfName, Subnet};
 
 /// A checked configuration.
@@ -37,6 +38,7 @@ pub struct Range {
 pub enum BackendConfig {
     Vxlan(VxlanConfig),
     HostGw,
+    Udp(UdpConfig),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +55,19 @@ pub struct VxlanConfig {
     pub direct_routing: bool,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UdpConfig {
+    /// Of every node: the destination of a datagram is the peer's address and the sender's own port.
+    pub port: u16,
+    /// weft's own key, and the next: flannel has none and ignores them. A packet whose inner source lies outside
+    /// `Network` is refused as well.
+    #[serde(default)]
+    pub strict_source: bool,
+    /// Datagrams may come from other addresses than the peers' own.
+    #[serde(default)]
+    pub peers_behind_nat: bool,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     #[error("network configuration is not JSON: {0}")]
@@ -64,11 +79,12 @@ pub enum ConfigError {
 }
 
 impl BackendConfig {
-    /// As it stands in a lease's `BackendType`.
+    /// As it stands in `Type`.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Vxlan(_) => "vxlan",
             Self::HostGw => "host-gw",
+            Self::Udp(_) => "udp",
         }
     }
 }
@@ -186,18 +202,17 @@ fn not_for_hosts() -> impl Iterator<Item = Subnet> {
 
 impl BackendConfig {
     fn parse(keys: &Keys<'_>) -> Result<Self, ConfigError> {
-        const TYPES: &str = "\"vxlan\" or \"host-gw\", the backends of this version of weft";
+        const TYPES: &str = "\"vxlan\", \"host-gw\" or \"udp\", the backends of this version of weft";
+        // flannel's documents say vxlan, its code (pkg/subnet/config.go, `parseBackendType`) does this.
         if keys.get("Backend").is_none() {
-            let expected = format!(
-                "an object such as {{\"Type\":\"vxlan\"}} (absent means udp to flannel); Type is {TYPES}"
-            );
-            return Err(missing(keys, "Backend", &expected));
+            return Ok(Self::Udp(UdpConfig::default()));
         }
         let keys = keys.object("Backend", "an object such as {\"Type\":\"vxlan\"}")?;
         let kind = keys.str("Type", TYPES)?.ok_or_else(|| missing(&keys, "Type", TYPES))?;
         match kind.to_lowercase().as_str() {
             "vxlan" => Ok(Self::Vxlan(VxlanConfig::parse(&keys)?)),
             "host-gw" => Ok(Self::HostGw),
+            "udp" => Ok(Self::Udp(UdpConfig::parse(&keys)?)),
             _ => Err(keys.bad("Type", TYPES).into()),
         }
     }
@@ -213,22 +228,44 @@ impl VxlanConfig {
     }
 
     fn parse(keys: &Keys<'_>) -> Result<Self, ConfigError> {
-        let bounded = |key: &str, range: std::ops::RangeInclusive<u32>| {
-            let expected = format!("a whole number from {} to {}", range.start(), range.end());
-            match keys.integer(key, &expected)? {
-                Some(n) if !range.contains(&n) => Err(keys.bad(key, &expected)),
-                other => Ok(other),
-            }
-        };
         Ok(Self {
-            vni: bounded("VNI", 1..=Self::MAX_VNI)?.unwrap_or(1),
+            vni: bounded(keys, "VNI", 1..=Self::MAX_VNI)?.unwrap_or(1),
             // flannel's 0 means the kernel's default.
-            port: bounded("Port", 0..=65535)?.filter(|p| *p != 0).map_or(VXLAN_PORT, |p| p as u16),
-            mtu: bounded("MTU", 0..=65535)?.filter(|m| *m != 0),
+            port: port(keys)?.unwrap_or(VXLAN_PORT),
+            mtu: bounded(keys, "MTU", 0..=65535)?.filter(|m| *m != 0),
             gbp: keys.bool("GBP", false)?,
             learning: keys.bool("Learning", false)?,
             direct_routing: keys.bool("DirectRouting", false)?,
         })
+    }
+}
+
+impl Default for UdpConfig {
+    fn default() -> Self {
+        Self { port: UDP_PORT, strict_source: false, peers_behind_nat: false }
+    }
+}
+
+impl UdpConfig {
+    fn parse(keys: &Keys<'_>) -> Result<Self, ConfigError> {
+        Ok(Self {
+            port: port(keys)?.unwrap_or(UDP_PORT),
+            strict_source: keys.bool("StrictSource", false)?,
+            peers_behind_nat: keys.bool("PeersBehindNAT", false)?,
+        })
+    }
+}
+
+/// 0 is no port: the backend's default.
+fn port(keys: &Keys<'_>) -> Result<Option<u16>, BadValue> {
+    Ok(bounded(keys, "Port", 0..=65535)?.filter(|port| *port != 0).map(|port| port as u16))
+}
+
+fn bounded(keys: &Keys<'_>, key: &str, range: RangeInclusive<u32>) -> Result<Option<u32>, BadValue> {
+    let expected = format!("a whole number from {} to {}", range.start(), range.end());
+    match keys.integer(key, &expected)? {
+        Some(n) if !range.contains(&n) => Err(keys.bad(key, &expected)),
+        other => Ok(other),
     }
 }
 
@@ -260,6 +297,20 @@ mod tests {
             assert!(!config.admits(&outside.parse().expect("key")), "{outside}");
         }
         assert_eq!(parse(r#"{"Network":"10.3.0.0/28","Backend":{"Type":"host-gw"}}"#).v4.subnet_len, 30);
+    }
+
+    #[test]
+    fn udp_is_also_what_an_absent_backend_means() {
+        let udp = |backend: &str| match parse(&format!(r#"{{"Network":"10.3.0.0/16"{backend}}}"#)).backend {
+            BackendConfig::Udp(udp) => (udp.port, udp.strict_source, udp.peers_behind_nat),
+            other => panic!("{backend}: {other:?}"),
+        };
+        assert_eq!(udp(""), (8285, false, false));
+        assert_eq!(udp(r#","Backend":{"Type":"UDP","Port":0,"Unknown":[]}"#), (8285, false, false));
+        assert_eq!(
+            udp(r#","Backend":{"Type":"udp","port":9000,"STRICTSOURCE":true,"PeersBehindNat":true}"#),
+            (9000, true, true)
+        );
     }
 
     #[test]
@@ -303,10 +354,9 @@ mod tests {
             (vxlan(r#""SubnetMin":"10.3.9.0","SubnetMax":"10.3.7.0","#), "not above SubnetMax 10.3.7.0"),
             (vxlan(r#""EnableIPv6":true,"#), "EnableIPv6 = true"),
             (vxlan(r#""EnableIPv4":1,"#), "EnableIPv4 = 1: expected true or false"),
-            (r#"{"Network":"10.3.0.0/16"}"#.into(), "Backend is missing"),
             (backend("7"), "Backend = 7: expected an object"),
             (backend("{}"), "Backend.Type is missing"),
-            (backend(r#"{"Type":"gre"}"#), r#"Backend.Type = "gre": expected "vxlan" or "host-gw""#),
+            (backend(r#"{"Type":"gre"}"#), r#"Backend.Type = "gre": expected "vxlan", "host-gw" or "udp""#),
             (
                 backend(r#"{"Type":"vxlan","VNI":16777216}"#),
                 "Backend.VNI = 16777216: expected a whole number from 1 to 9999999",
@@ -319,6 +369,18 @@ mod tests {
             (
                 backend(r#"{"Type":"vxlan","DirectRouting":"on-link"}"#),
                 "Backend.DirectRouting = \"on-link\": expected true or false",
+            ),
+            (
+                backend(r#"{"Type":"udp","Port":-1}"#),
+                "Backend.Port = -1: expected a whole number from 0 to 65535",
+            ),
+            (
+                backend(r#"{"Type":"udp","StrictSource":1}"#),
+                "Backend.StrictSource = 1: expected true or false",
+            ),
+            (
+                backend(r#"{"Type":"udp","peersbehindnat":"yes"}"#),
+                "Backend.PeersBehindNAT = \"yes\": expected true or false",
             ),
         ] {
             let error = NetworkConfig::parse(&json).expect_err(&json).to_string();

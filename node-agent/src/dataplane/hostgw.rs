@@ -30,7 +30,7 @@ impl HostGw {
 }
 
 impl Dataplane for HostGw {
-    fn kind(&self) -> &'static str {
+    fn backend_type(&self) -> &'static str {
         "host-gw"
     }
 
@@ -42,7 +42,7 @@ impl Dataplane for HostGw {
         LeaseAttrs {
             public_ip,
             public_ipv6: None,
-            backend_type: self.kind().into(),
+            backend_type: self.backend_type().into(),
             backend_data: None,
             backend_v6_data: None,
         }

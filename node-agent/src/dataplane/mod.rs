@@ -3,6 +3,7 @@
 //! Nothing here asks the kernel or a store anything; what a dataplane needs to know of the host is in [`LocalNode`].
 
 pub mod hostgw;
+pub mod udp;
 pub mod vxlan;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,6 +17,7 @@ use crate::object::{Desired, Key, Object};
 use crate::underlay::Underlay;
 
 pub use hostgw::HostGw;
+pub use udp::UdpPlane;
 pub use vxlan::VxlanPlane;
 
 /// This node, as the dataplanes see it.
@@ -58,8 +60,8 @@ impl Wanted {
 }
 
 pub trait Dataplane {
-    /// `BackendType` in leases.
-    fn kind(&self) -> &'static str;
+    /// As it stands in leases; empty for udp.
+    fn backend_type(&self) -> &'static str;
 
     /// The overlay's device, if there is one.
     fn device(&self) -> Option<&IfName>;
@@ -76,7 +78,7 @@ pub trait Dataplane {
     /// Whether [`LocalNode::on_link`] decides anything.
     fn asks_for_on_link(&self) -> bool;
 
-    /// `peers` are of this kind.
+    /// `peers` are of this backend.
     fn desired(&self, local: &LocalNode, peers: &[&Lease]) -> Wanted;
 }
 
@@ -85,6 +87,7 @@ pub trait Dataplane {
 pub enum Backend {
     Vxlan(VxlanPlane),
     HostGw(HostGw),
+    Udp(UdpPlane),
 }
 
 impl Backend {
@@ -93,6 +96,7 @@ impl Backend {
         match &config.backend {
             BackendConfig::Vxlan(vxlan) => Self::Vxlan(VxlanPlane::new(vxlan.clone(), vtep_mac)),
             BackendConfig::HostGw => Self::HostGw(HostGw),
+            BackendConfig::Udp(_) => Self::Udp(UdpPlane::new(config.v4.network)),
         }
     }
 
@@ -101,7 +105,7 @@ impl Backend {
     pub fn desired(&self, local: &LocalNode, peers: &[Lease]) -> Wanted {
         let plane = self.plane();
         let (same, other): (Vec<_>, Vec<_>) =
-            peers.iter().partition(|p| p.attrs.backend_type == plane.kind());
+            peers.iter().partition(|p| p.attrs.backend_type == plane.backend_type());
         let (broadcast, same): (Vec<_>, Vec<_>) =
             same.into_iter().partition(|p| Some(p.attrs.public_ip) == local.broadcast);
         let mut wanted = plane.desired(local, &same);
@@ -113,8 +117,12 @@ impl Backend {
             );
         }
         for peer in other {
-            let (theirs, ours) = (&peer.attrs.backend_type, plane.kind());
-            wanted.refuse(peer, format!("BackendType = {theirs:?}: expected {ours:?}, this node's"));
+            let theirs = &peer.attrs.backend_type;
+            let ours = match plane.backend_type() {
+                "" => "none, which is udp".to_owned(),
+                ours => format!("{ours:?}"),
+            };
+            wanted.refuse(peer, format!("BackendType = {theirs:?}: expected {ours}, this node's"));
         }
         wanted
     }
@@ -124,6 +132,7 @@ impl Backend {
         match self {
             Self::Vxlan(plane) => plane,
             Self::HostGw(plane) => plane,
+            Self::Udp(plane) => plane,
         }
     }
 }

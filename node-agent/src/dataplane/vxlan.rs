@@ -121,7 +121,7 @@ impl VxlanPlane {
 }
 
 impl Dataplane for VxlanPlane {
-    fn kind(&self) -> &'static str {
+    fn backend_type(&self) -> &'static str {
         "vxlan"
     }
 
@@ -134,7 +134,7 @@ impl Dataplane for VxlanPlane {
         LeaseAttrs {
             public_ip,
             public_ipv6: None,
-            backend_type: self.kind().into(),
+            backend_type: self.backend_type().into(),
             backend_data: serde_json::to_value(data).ok(),
             backend_v6_data: None,
         }

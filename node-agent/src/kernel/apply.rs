@@ -4,14 +4,15 @@ use std::collections::BTreeMap;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage as Message;
-use nix::libc::{EADDRNOTAVAIL, EBUSY, EEXIST, ENODEV, ENOENT, ESRCH};
+use nix::libc::{EADDRNOTAVAIL, EBUSY, EEXIST, EINVAL, ENODEV, ENOENT, ENXIO, EPERM, ESRCH};
 use weft_shared::IfName;
 
-use super::encode;
 use super::nft::Firewall;
 use super::socket::{Request, RouteSocket};
 use super::{Errno, KernelError};
+use super::{decode, encode};
 use crate::object::{Found, Link, LinkKind, Object, Op, RouteChange};
+use crate::tun;
 
 /// Interface indices by name, as far as they are known.
 pub(super) type Indices = BTreeMap<IfName, u32>;
@@ -151,6 +152,17 @@ fn set_link(
         }
         None => {}
     }
+    if matches!(link.kind, LinkKind::Tun(_)) {
+        make_tun(name)?;
+        if let Some(Message::NewLink(made)) = socket.get(encode::link_by_name(name))? {
+            let index = made.header.index;
+            indices.insert(name.clone(), index);
+            if let Some((_, made, _)) = decode::link(&made) {
+                change_link(socket, index, link, &made.link)?;
+            }
+        }
+        return Ok(());
+    }
     let new = Message::NewLink(encode::new_link(name, link));
     match socket.request(Request { message: new, flags: NLM_F_CREATE | NLM_F_EXCL }) {
         Err(KernelError::Refused(Errno(EEXIST))) => return Err(KernelError::Taken(name.clone())),
@@ -160,6 +172,17 @@ fn set_link(
         indices.insert(name.clone(), made.header.index);
     }
     Ok(())
+}
+
+/// In the network namespace of this thread, as its netlink socket.
+fn make_tun(name: &IfName) -> Result<(), KernelError> {
+    tun::create(name).map_err(|error| match error.raw_os_error() {
+        // Another TUN device has the name; a device of another kind has it.
+        Some(EBUSY | EINVAL) => KernelError::Taken(name.clone()),
+        Some(errno @ EPERM) => KernelError::Refused(Errno(errno)),
+        Some(ENOENT | ENODEV | ENXIO) | None => KernelError::NoTun(error.to_string()),
+        Some(errno) => KernelError::Refused(Errno(errno)),
+    })
 }
 
 /// `RTM_NEWLINK` and not `RTM_SETLINK`: only the former changes a kind's own options (net/core/rtnetlink.c).
@@ -220,7 +243,7 @@ fn requests(indices: &Indices, object: &Object, found: Option<&Found>) -> Result
             // The very same route is there already: the kernel makes connected ones itself.
             let prepend = Step { fine: &[EEXIST], ..set(NLM_F_CREATE) };
             let old = found.and_then(|f| removal(indices, &f.object));
-            match RouteChange::from_found(found) {
+            match RouteChange::from_found(route, found) {
                 RouteChange::Replace => vec![set(replace)],
                 RouteChange::Prepend => vec![prepend],
                 RouteChange::MoveToFront => old.into_iter().chain([prepend]).collect(),

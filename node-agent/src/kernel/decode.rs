@@ -9,8 +9,8 @@ use netlink_packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
 };
 use netlink_packet_route::link::{
-    BridgeStpState, InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoVxlan, LinkAttribute,
-    LinkFlags, LinkInfo, LinkMessage,
+    BridgeStpState, InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoTun, InfoVxlan,
+    LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
@@ -23,12 +23,20 @@ use weft_shared::{IfName, Mac, Subnet};
 
 use super::FoundLink;
 use crate::object::{
-    AddrForm, AddrScope, Alterations, BridgePort, FdbPath, Link, LinkKind, LinkMac, RouteForm, Vxlan,
+    AddrForm, AddrScope, Alterations, BridgePort, FdbPath, Link, LinkKind, LinkMac, RouteForm, Tun, Vxlan,
     VxlanTuning,
 };
 
 /// linux/neighbour.h.
 pub(super) const NDA_NH_ID: u16 = 13;
+
+// linux/if_link.h, linux/if_tun.h.
+const IFLA_TUN_OWNER: u16 = 1;
+const IFLA_TUN_GROUP: u16 = 2;
+const IFLA_TUN_TYPE: u16 = 3;
+const IFLA_TUN_PERSIST: u16 = 6;
+const IFLA_TUN_MULTI_QUEUE: u16 = 7;
+const IFF_TAP: u8 = 2;
 
 /// A new bridge's, in hundredths of a second.
 pub(super) const BRIDGE_AGEING: u32 = 300 * 100;
@@ -39,19 +47,20 @@ const IPV6_DEFAULT_METRIC: u32 = 1024;
 /// A link with its name and the index of its bridge.
 pub(super) fn link(message: &LinkMessage) -> Option<(IfName, FoundLink, Option<u32>)> {
     let mut name = None;
-    let (mut mac, mut mtu, mut group, mut master) = (Mac([0; 6]), 0, 0, None);
+    let (mut mac, mut mtu, mut group, mut master) = (None, 0, 0, None);
     let mut kind = LinkKind::Other("physical device".into());
-    let mut proto_down = false;
+    let (mut proto_down, mut carrier) = (false, false);
     let mut bridge: &[InfoBridge] = &[];
     let mut options: &[InfoBridgePort] = &[];
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(text) => name = text.parse::<IfName>().ok(),
-            LinkAttribute::Address(bytes) => mac = mac_of(bytes).unwrap_or(mac),
+            LinkAttribute::Address(bytes) => mac = mac_of(bytes),
             LinkAttribute::Mtu(value) => mtu = *value,
             LinkAttribute::Group(value) => group = *value,
             LinkAttribute::Controller(index) => master = Some(*index),
             LinkAttribute::ProtoDown(on) => proto_down = *on != 0,
+            LinkAttribute::Carrier(on) => carrier = *on != 0,
             LinkAttribute::LinkInfo(infos) => {
                 kind = link_kind(infos).unwrap_or(kind);
                 bridge = bridge_data(infos);
@@ -60,12 +69,17 @@ pub(super) fn link(message: &LinkMessage) -> Option<(IfName, FoundLink, Option<u
             _ => {}
         }
     }
+    if let LinkKind::Tun(tun) = &mut kind {
+        (tun.marked, tun.attached) = (group == LINK_GROUP, carrier);
+    }
+    let is_tunnel = matches!(kind, LinkKind::Vxlan(_) | LinkKind::Tun(_));
     let flags = message.header.flags;
     let up = flags.contains(LinkFlags::Up);
     let altered = Alterations {
-        noarp: flags.contains(LinkFlags::Noarp),
+        // Of a device without MAC addresses it says nothing.
+        noarp: flags.contains(LinkFlags::Noarp) && !matches!(kind, LinkKind::Tun(_)),
         proto_down,
-        enslaved: master.is_some() && matches!(kind, LinkKind::Vxlan(_)),
+        enslaved: master.is_some() && is_tunnel,
         bridge_options: bridge.iter().any(|option| match option {
             InfoBridge::StpState(state) => *state != BridgeStpState::Disabled,
             InfoBridge::AgeingTime(time) => *time != BRIDGE_AGEING,
@@ -89,7 +103,8 @@ pub(super) fn link(message: &LinkMessage) -> Option<(IfName, FoundLink, Option<u
             other => port.altered |= stops_packets(other),
         }
     }
-    let link = Link { kind, mac: LinkMac::Exactly(mac), mtu, up, altered };
+    let mac = mac.map_or(LinkMac::None, LinkMac::Exactly);
+    let link = Link { kind, mac, mtu, up, altered };
     Some((name?, FoundLink { index: message.header.index, link, group, port }, master))
 }
 
@@ -282,14 +297,39 @@ fn link_kind(infos: &[LinkInfo]) -> Option<LinkKind> {
         _ => None,
     })?;
     let data = infos.iter().find_map(|info| match info {
-        LinkInfo::Data(InfoData::Vxlan(data)) => Some(data),
+        LinkInfo::Data(data) => Some(data),
         _ => None,
     });
     Some(match (kind, data) {
         (InfoKind::Bridge, _) => LinkKind::Bridge,
-        (InfoKind::Vxlan, Some(data)) => LinkKind::Vxlan(vxlan(data)),
+        (InfoKind::Vxlan, Some(InfoData::Vxlan(data))) => LinkKind::Vxlan(vxlan(data)),
+        (InfoKind::Tun, Some(InfoData::Tun(data))) => LinkKind::Tun(tun(data)),
         (other, _) => LinkKind::Other(other.to_string()),
     })
+}
+
+/// As `tun_fill_info` of drivers/net/tun.c tells it.
+fn tun(data: &[InfoTun]) -> Tun {
+    let mut tun = Tun {
+        tap: false,
+        multi_queue: false,
+        persistent: false,
+        owned: false,
+        marked: false,
+        attached: false,
+    };
+    for nla in data.iter().filter(|nla| nla.value_len() > 0) {
+        let mut value = vec![0; nla.value_len()];
+        nla.emit_value(&mut value);
+        match nla.kind() {
+            IFLA_TUN_OWNER | IFLA_TUN_GROUP => tun.owned = true,
+            IFLA_TUN_TYPE => tun.tap = value[0] == IFF_TAP,
+            IFLA_TUN_PERSIST => tun.persistent = value[0] != 0,
+            IFLA_TUN_MULTI_QUEUE => tun.multi_queue = value[0] != 0,
+            _ => {}
+        }
+    }
+    tun
 }
 
 fn vxlan(data: &[InfoVxlan]) -> Vxlan {

@@ -36,20 +36,24 @@ pub(super) fn new_link(name: &IfName, link: &Link) -> LinkMessage {
             info.push(LinkInfo::Kind(InfoKind::Vxlan));
             info.push(LinkInfo::Data(InfoData::Vxlan(vxlan_data(vxlan))));
         }
+        // Refused: the kernel makes these for /dev/net/tun only.
+        LinkKind::Tun(_) => info.push(LinkInfo::Kind(InfoKind::Tun)),
         LinkKind::Other(kind) => info.push(LinkInfo::Kind(InfoKind::Other(kind.clone()))),
     }
     let mut message = up_or_down(0, link.up);
     message.attributes = vec![
         LinkAttribute::IfName(name.to_string()),
         LinkAttribute::Group(LINK_GROUP),
-        LinkAttribute::Address(link.mac.value().0.to_vec()),
         LinkAttribute::Mtu(link.mtu),
         LinkAttribute::LinkInfo(info),
     ];
+    if let LinkMac::Exactly(mac) | LinkMac::AtCreation(mac) = link.mac {
+        message.attributes.push(LinkAttribute::Address(mac.0.to_vec()));
+    }
     message
 }
 
-/// `ip link set dev NAME mtu MTU [address MAC] up arp on nomaster protodown off`
+/// `ip link set dev NAME mtu MTU [address MAC] [group GROUP] up arp on nomaster protodown off`
 ///
 /// Only what differs: a MAC that is written again flushes the device's neighbours, permanent ones included.
 pub(super) fn change_link(index: u32, link: &Link, have: &Link) -> LinkMessage {
@@ -62,6 +66,12 @@ pub(super) fn change_link(index: u32, link: &Link, have: &Link) -> LinkMessage {
         && mac != have.mac.value()
     {
         attributes.push(LinkAttribute::Address(mac.0.to_vec()));
+    }
+    if let (LinkKind::Tun(want), LinkKind::Tun(have)) = (&link.kind, &have.kind)
+        && want.marked
+        && !have.marked
+    {
+        attributes.push(LinkAttribute::Group(LINK_GROUP));
     }
     if have.altered.enslaved {
         attributes.push(LinkAttribute::Controller(0));
@@ -209,7 +219,7 @@ pub(super) fn fdb(index: u32, mac: Mac, dst: IpAddr, path: FdbPath) -> Neighbour
     message
 }
 
-/// `ip route replace DST [via GATEWAY] dev DEV [onlink] proto PROTOCOL [src SOURCE]`
+/// `ip route replace DST [via GATEWAY] dev DEV [onlink] proto PROTOCOL [src SOURCE] [metric METRIC]`
 pub(super) fn route(index: Option<u32>, dst: Subnet, route: &Route) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family(dst.addr());
@@ -225,6 +235,7 @@ pub(super) fn route(index: Option<u32>, dst: Subnet, route: &Route) -> RouteMess
     message.attributes.extend(index.map(RouteAttribute::Oif));
     message.attributes.extend(route.gateway.map(|ip| RouteAttribute::Gateway(RouteAddress::from(ip))));
     message.attributes.extend(route.source.map(|ip| RouteAttribute::PrefSource(RouteAddress::from(ip))));
+    message.attributes.extend(route.form.metric.map(RouteAttribute::Priority));
     message
 }
 
@@ -235,7 +246,6 @@ pub(super) fn route_to_delete(index: Option<u32>, dst: Subnet, found: &Route) ->
     message.header.tos = form.tos;
     message.header.scope = form.scope.map_or(message.header.scope, Into::into);
     message.header.kind = form.kind.map_or(RouteType::Unicast, Into::into);
-    message.attributes.extend(form.metric.map(RouteAttribute::Priority));
     if let Some(id) = form.nexthop {
         // A nexthop object's device and gateway are not the route's own.
         message.attributes.retain(|a| !matches!(a, RouteAttribute::Oif(_) | RouteAttribute::Gateway(_)));

@@ -106,11 +106,11 @@ impl FakeKernel {
                 routes.insert(0, wanted.clone());
             }
         };
-        match RouteChange::from_found(found) {
+        match RouteChange::from_found(route, found) {
             RouteChange::Prepend => prepend(routes),
             // The kernel replaces the first that competes, whosever it is.
             RouteChange::Replace => {
-                match routes.iter().position(|(d, r)| *d == dst && r.form.is_in_plain_slot()) {
+                match routes.iter().position(|(d, r)| *d == dst && r.form.competes_with(&route.form)) {
                     Some(place) => routes[place] = wanted,
                     None => prepend(routes),
                 }
@@ -155,7 +155,10 @@ impl FakeKernel {
                     Some(_) if found.is_none() => return Err(KernelError::Refused(Errno(nix::libc::EEXIST))),
                     _ => {
                         self.delete_link(name);
-                        let mac = LinkMac::Exactly(link.mac.value());
+                        let mac = match link.mac {
+                            LinkMac::AtCreation(mac) => LinkMac::Exactly(mac),
+                            other => other,
+                        };
                         self.add_link(name.clone(), Link { mac, ..link.clone() }, LINK_GROUP);
                     }
                 }

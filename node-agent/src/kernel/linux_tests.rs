@@ -157,6 +157,7 @@ fn look(kernel: &mut LinuxKernel, desired: &Desired) -> Observed {
         subnet_len: 24,
         underlay: name("eth0"),
         device: Some(name("flannel.1")),
+        vtep_mac: "02:00:00:00:00:01".parse().expect("mac"),
         bridges: vec![name("cni0")],
         adopt_flannels: false,
         indices: Default::default(),

@@ -25,7 +25,7 @@ use weft_shared::names::{LINK_GROUP, is_host_ifname};
 use weft_shared::{IfName, Mac, Subnet};
 
 use crate::firewall::Ruleset;
-use crate::object::{AddrForm, AddrScope, BridgePort, FdbPath, Link, Op, Route};
+use crate::object::{AddrForm, AddrScope, BridgePort, FdbPath, Link, Obstacle, Op, Route};
 
 pub use linux::LinuxKernel;
 pub use monitor::{Monitor, Neighbours};
@@ -104,6 +104,10 @@ pub enum KernelError {
         "{0} exists: another device has the name, perhaps as its alternative name, or is a VXLAN device of the same VNI and port"
     )]
     Taken(IfName),
+    #[error("/dev/net/tun: {0}: TUN devices need the module tun and, in a container, the device node")]
+    NoTun(String),
+    #[error(transparent)]
+    Obstacle(#[from] Obstacle),
     #[error("netlink: {0}")]
     Socket(String),
     #[error("netlink: a message could not be read: {0}")]

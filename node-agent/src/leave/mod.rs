@@ -10,7 +10,7 @@
 //! ours is the last, so that a run that was cut off can be begun again.
 //!
 //! What is ours: routes by their protocol, rules by their comment and tables by their names, veths by link group and
-//! name, bridges and VXLAN devices by link group. **A VXLAN device that was adopted goes as well**: it is the one that
+//! name, bridges, VXLAN and TUN devices by link group. **A VXLAN device that was adopted goes as well**: it is the one that
 //! bears our VTEP MAC. While no agent runs it would go on taking packets out of the tunnel into this host, with entries
 //! that nobody keeps; and flanneld, if it is to come back, makes its own at every start. **A bridge that was adopted
 //! stays**, with its addresses: it is the runtime's or another plugin's, and other containers may hang on it.

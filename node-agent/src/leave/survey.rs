@@ -141,6 +141,7 @@ impl Survey<'_> {
             let kind = match &found.link.kind {
                 LinkKind::Vxlan(_) if made || is_vtep(name, found, self.durable.vtep_mac) => "VXLAN device",
                 LinkKind::Bridge if made => "bridge",
+                LinkKind::Tun(_) if made => "TUN device",
                 LinkKind::Bridge if used_by_pods.contains(name) => {
                     self.stays.push(format!("bridge {name}, with its addresses: it was there before weft"));
                     continue;

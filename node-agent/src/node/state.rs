@@ -8,9 +8,9 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::time::{Instant, SystemTime};
 
-use weft_shared::Subnet;
 use weft_shared::lease::{Lease, LeaseKey};
 use weft_shared::netconf::NetworkConfig;
+use weft_shared::{Mac, Subnet};
 
 use crate::dataplane::Backend;
 use crate::durable::snapshot::{OwnSubnet, Recalled, Snapshot};
@@ -40,6 +40,7 @@ pub struct Serving {
     /// Why it cannot be used and no other can be chosen.
     pub underlay_problem: Option<String>,
     pub backend: Backend,
+    pub vtep_mac: Mac,
     pub lease: LeaseState,
     pub peers: Vec<Lease>,
     /// Of the peers, those whose lease has expired, and until when they are used all the same.
@@ -84,6 +85,7 @@ impl Serving {
             let node = NodeInputs {
                 config: self.config.clone(),
                 backend: self.backend.clone(),
+                vtep_mac: self.vtep_mac,
                 lease,
                 underlay: self.underlay.clone(),
                 first_start: self.first_start,
@@ -224,6 +226,7 @@ mod tests {
                 chosen_by: "a test".into(),
             },
             underlay_problem: None,
+            vtep_mac: "02:00:00:00:00:01".parse().expect("mac"),
             lease,
             peers: vec![],
             expired: BTreeMap::new(),

@@ -98,7 +98,7 @@ impl Serving {
             PeerStatus {
                 key: lease.key,
                 public_ip: lease.attrs.public_ip.into(),
-                backend: lease.attrs.backend_type.clone(),
+                backend: lease.attrs.backend().to_owned(),
                 programmed: known.is_some() && problem.is_none(),
                 problem,
                 grace_left: self.expired.get(&lease.key).map(|until| left(*until)),
@@ -134,6 +134,7 @@ fn network_status(config: &NetworkConfig, serving: Option<&Serving>) -> NetworkS
     let (port, vni) = match &config.backend {
         BackendConfig::Vxlan(vxlan) => (Some(vxlan.port), Some(vxlan.vni)),
         BackendConfig::HostGw => (None, None),
+        BackendConfig::Udp(udp) => (Some(udp.port), None),
     };
     let notice = serving.and_then(|serving| serving.config_notice.as_ref());
     NetworkStatus {

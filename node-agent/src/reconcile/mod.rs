@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use tracing::warn;
 use weft_shared::lease::{Lease, LeaseKey};
 use weft_shared::netconf::NetworkConfig;
-use weft_shared::{IfName, Subnet};
+use weft_shared::{IfName, Mac, Subnet};
 
 use crate::dataplane::Backend;
 use crate::firewall::{self, advice::Advice};
@@ -52,6 +52,8 @@ pub struct Inputs {
 pub struct NodeInputs {
     pub config: NetworkConfig,
     pub backend: Backend,
+    /// Which a VXLAN device bears that an earlier backend of this node left.
+    pub vtep_mac: Mac,
     pub lease: LeaseKey,
     /// As chosen last; index and MTU are looked up anew in every pass.
     pub underlay: Underlay,

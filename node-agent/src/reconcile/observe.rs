@@ -1,17 +1,18 @@
 //! From a dump to what concerns us: which of the kernel's objects are ours, and which stand in our way.
 //!
 //! Ours is: a route with our protocol; a permanent neighbour or forwarding entry on the overlay's device; an address
-//! of the overlay's network on a device we own. Routes that flanneld left behind are adopted. Everything else is
-//! foreign: it is seen only where it has the key of something we want, and it is never removed.
+//! of the overlay's network on a device we own; a tunnel's end that weft made or that bears our VTEP MAC. Routes that
+//! flanneld left behind are adopted. Everything else is foreign: it is seen only where it has the key of something we
+//! want, and it is never removed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::discriminant;
 
-use weft_shared::names::ROUTE_PROTOCOL;
-use weft_shared::{IfName, Subnet};
+use weft_shared::names::{LINK_GROUP, ROUTE_PROTOCOL};
+use weft_shared::{IfName, Mac, Subnet};
 
 use crate::kernel::{Dump, FoundLink};
-use crate::object::{Desired, Found, Key, LinkKind, Object, Observed, Route};
+use crate::object::{Desired, Found, Key, LinkKind, Object, Observed, Obstacle, Route, RouteForm};
 
 /// `RTPROT_KERNEL`: routes that come and go with an address.
 pub const PROTOCOL_KERNEL: u8 = 2;
@@ -26,6 +27,8 @@ pub struct Ownership {
     pub subnet_len: u8,
     pub underlay: IfName,
     pub device: Option<IfName>,
+    /// This node's, whatever its backend is now.
+    pub vtep_mac: Mac,
     pub bridges: Vec<IfName>,
     /// Until the first complete pass of a first start: host-gw routes of a flanneld that ran here count as ours.
     pub adopt_flannels: bool,
@@ -52,15 +55,36 @@ impl Ownership {
         our_device && self.networks.iter().any(|n| n.covers(addr))
     }
 
-    /// What our device `name` is called now: it has the index that ours had, or is of the same kind with the same MAC,
-    /// which tells after a restart of the agent.
+    /// A tunnel's end: of a backend that this node had before, nothing is left.
+    fn owns_link(&self, name: &IfName, found: &FoundLink) -> bool {
+        match &found.link.kind {
+            LinkKind::Tun(tun) => tun.marked,
+            LinkKind::Vxlan(_) => {
+                let adopted = name.as_str().starts_with("flannel") && found.link.mac.value() == self.vtep_mac;
+                found.group == LINK_GROUP || adopted
+            }
+            LinkKind::Bridge | LinkKind::Other(_) => false,
+        }
+    }
+
+    /// Whether another process lives by the device that has the name of a wanted one.
+    fn is_denied(&self, name: &IfName, found: &FoundLink, wanted: &Object) -> bool {
+        let Object::Link { link, .. } = wanted else { return false };
+        let denied = matches!((&link.kind, &found.link.kind),
+            (LinkKind::Tun(want), LinkKind::Tun(have)) if want.is_denied_by(have));
+        denied && self.indices.get(name) != Some(&found.index)
+    }
+
+    /// What our device `name` is called now: it has the index that ours had, or is of the same kind with the same MAC
+    /// or, without one, with our mark, which tells after a restart of the agent.
     fn renamed<'a>(&self, dump: &'a Dump, name: &IfName, wanted: &Object) -> Option<&'a IfName> {
         let index = self.indices.get(name);
         let is_it = |found: &FoundLink| {
             let alike = match wanted {
                 Object::Link { link, .. } => {
                     let same = discriminant(&link.kind) == discriminant(&found.link.kind);
-                    same && link.mac.value() == found.link.mac.value()
+                    let marked = |kind: &LinkKind| !matches!(kind, LinkKind::Tun(tun) if !tun.marked);
+                    same && link.mac.value() == found.link.mac.value() && marked(&found.link.kind)
                 }
                 _ => false,
             };
@@ -83,16 +107,25 @@ pub fn observe(
     let mut see = |object: Object, ours: bool| {
         let key = object.key();
         let wanted = desired.get(&key);
-        let in_plain_slot = matches!(&object, Object::Route { route, .. } if route.form.is_in_plain_slot());
-        if in_plain_slot && !ours {
+        let slot = match wanted {
+            Some(Object::Route { route, .. }) => route.form,
+            _ => RouteForm::default(),
+        };
+        let competes = matches!(&object, Object::Route { route, .. } if route.form.competes_with(&slot));
+        if competes && !ours {
             foreign_routes.insert(key.clone());
         }
+        if let (Some(_), false, Object::Route { dst, route }) = (wanted, ours, &object)
+            && route.form.comes_before(&slot)
+        {
+            observed.obstacles.entry(key.clone()).or_insert_with(|| Obstacle::Overruled(words(*dst, route)));
+        }
         // A foreign route elsewhere, by its metric or TOS, has not our key.
-        let is_elsewhere = matches!(key, Key::Route(_)) && !in_plain_slot;
+        let is_elsewhere = matches!(key, Key::Route(_)) && !competes;
         if !ours && (wanted.is_none() || is_elsewhere) {
             return;
         }
-        let overruled = in_plain_slot && ours && foreign_routes.contains(&key);
+        let overruled = competes && ours && foreign_routes.contains(&key);
         let satisfies = |object: &Object| wanted.is_some_and(|w| w.satisfied_by(object));
         match observed.objects.get_mut(&key) {
             None => {
@@ -109,8 +142,13 @@ pub fn observe(
             }
         }
     };
+    let mut denied = Vec::new();
     for (name, found) in &dump.links {
-        see(Object::Link { name: name.clone(), link: found.link.clone() }, false);
+        let object = Object::Link { name: name.clone(), link: found.link.clone() };
+        if desired.get(&object.key()).is_some_and(|wanted| ownership.is_denied(name, found, wanted)) {
+            denied.push(name.clone());
+        }
+        see(object, ownership.owns_link(name, found));
         // Its mark may be what somebody took away: a name of ours for which a port is on record tells as well.
         let on_record = is_veth(found) && desired.get(&Key::Port(name.clone())).is_some();
         if found.is_our_veth(name) || on_record {
@@ -136,6 +174,9 @@ pub fn observe(
     for (dst, route) in &dump.routes {
         see(Object::Route { dst: *dst, route: route.clone() }, ownership.owns_route(*dst, route));
     }
+    for name in denied {
+        observed.obstacles.insert(Key::Link(name.clone()), Obstacle::InUse(name));
+    }
     for (key, object) in desired.objects() {
         if let Key::Link(name) | Key::Port(name) = key
             && let Some(now) = ownership.renamed(dump, name, object)
@@ -152,6 +193,18 @@ pub fn observe(
         }
     }
     observed
+}
+
+/// In those of iproute2.
+fn words(dst: Subnet, route: &Route) -> String {
+    let mut words = dst.to_string();
+    if let Some(gateway) = route.gateway {
+        words.push_str(&format!(" via {gateway}"));
+    }
+    if let Some(dev) = &route.dev {
+        words.push_str(&format!(" dev {dev}"));
+    }
+    format!("{words} proto {} metric {}", route.protocol, route.form.metric.unwrap_or(0))
 }
 
 fn is_veth(found: &FoundLink) -> bool {

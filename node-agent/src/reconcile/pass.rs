@@ -64,9 +64,10 @@ impl Memory {
     }
 
     /// What is not due yet. A failing operation is announced by the kernel as well, and those announcements must not
-    /// make it a busy loop.
+    /// make it a busy loop. What an obstacle stood before was not tried, and is as soon as it is out of the way.
     fn deferred(&self, now: Instant) -> BTreeMap<Key, KernelError> {
-        let waiting = self.failed.iter().filter(|(_, failed)| now < failed.retry_at);
+        let is_failure = |failed: &Failed| !matches!(failed.error, KernelError::Obstacle(_));
+        let waiting = self.failed.iter().filter(|(_, failed)| now < failed.retry_at && is_failure(failed));
         waiting.map(|(key, failed)| (key.clone(), failed.error.clone())).collect()
     }
 }
@@ -154,12 +155,14 @@ fn look_and_mend(
         }));
         observed.renamed.retain(|name, _| !failed.contains_key(&Key::Name(name.clone())));
         let ops = plan(&desired, &observed, inputs.has_snapshot && local.is_some());
-        let still_wrong: BTreeSet<Key> = ops.iter().map(Op::key).chain(unseen.into_keys()).collect();
+        let still_wrong = ops.iter().map(Op::key).chain(unseen.into_keys());
+        let still_wrong: BTreeSet<Key> = still_wrong.chain(observed.obstacles.keys().cloned()).collect();
         // What failed a moment ago fails again: a later pass tries it.
         let ops: Vec<Op> = ops.into_iter().filter(|op| !failed.contains_key(&op.key())).collect();
         if ops.is_empty() || round == ROUNDS - 1 {
             let contested = memory.restless.contested();
             failed.retain(|key, _| still_wrong.contains(key));
+            failed.extend(observed.obstacles.into_iter().map(|(key, obstacle)| (key, obstacle.into())));
             for key in ops.iter().map(Op::key).chain(contested) {
                 failed.entry(key).or_insert(KernelError::Contested);
             }
@@ -263,6 +266,7 @@ fn ownership(node: &NodeInputs, inputs: &Inputs, memory: &Memory) -> Ownership {
         subnet_len: node.config.v4.subnet_len,
         underlay: node.underlay.iface.clone(),
         device: node.backend.plane().device().cloned(),
+        vtep_mac: node.vtep_mac,
         bridges: inputs.pods.bridges.keys().cloned().collect(),
         adopt_flannels: node.first_start && !memory.adopted,
         indices: ports.chain(devices).collect(),
@@ -370,7 +374,7 @@ fn remember(
     for (key, error) in failed {
         let known = before.get(&key);
         let failure = match known {
-            Some(waiting) if now < waiting.retry_at => waiting.clone(),
+            Some(waiting) if now < waiting.retry_at => Failed { error, ..waiting.clone() },
             _ => {
                 let attempts = known.map_or(0, |failed| failed.attempts) + 1;
                 Failed { error, attempts, retry_at: now + backoff(attempts) }

@@ -29,6 +29,7 @@ fn inputs(config: &str, peers: &[(&str, &str)]) -> Inputs {
     let node = NodeInputs {
         config,
         backend,
+        vtep_mac: "02:00:00:00:00:01".parse().expect("mac"),
         lease: "10.5.1.0-24".parse().expect("key"),
         underlay,
         first_start: false,

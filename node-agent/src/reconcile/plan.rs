@@ -20,6 +20,9 @@ pub fn plan(desired: &Desired, observed: &Observed, may_remove: bool) -> Vec<Op>
     let mut ops = Vec::new();
     let mut recreated: BTreeSet<&IfName> = BTreeSet::new();
     for (key, object) in desired.objects() {
+        if observed.denies(object) {
+            continue;
+        }
         // What stands under a wanted route's key may be one by the tunnel, while the wanted one is not: to replace what
         // is gone would be to replace a foreign route beside it.
         let gone = |object: &Object| object.stands_on().is_some_and(|dev| recreated.contains(dev));
@@ -43,6 +46,7 @@ pub fn plan(desired: &Desired, observed: &Observed, may_remove: bool) -> Vec<Op>
             observed.objects.iter().rev().filter(|(key, found)| found.ours && desired.get(key).is_none());
         let mut removals: Vec<&Object> = surplus.chain(stale.map(|(_, found)| &found.object)).collect();
         removals.retain(|object| object.stands_on().is_none_or(|dev| !recreated.contains(dev)));
+        removals.retain(|object| !observed.denies(object));
         removals.sort_by_key(|object| std::cmp::Reverse(object.key()));
         ops.extend(removals.into_iter().cloned().map(Op::Remove));
     }

@@ -149,6 +149,7 @@ fn ownership() -> Ownership {
         subnet_len: 24,
         underlay: name("eth0"),
         device: Some(device()),
+        vtep_mac: mac(1),
         bridges: vec![name("cni0")],
         adopt_flannels: false,
         // As `kernel_after` makes them.

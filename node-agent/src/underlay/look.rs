@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use tokio::task::spawn_blocking;
 use weft_shared::IfName;
-use weft_shared::names::LINK_GROUP;
+use weft_shared::names::{LINK_GROUP, UDP_DEVICE};
 
 use super::follow::follow_underlay;
 use super::{HostAddr, HostIface, HostNetwork, ReachRoute, Underlay, UnderlayChoice, choose_underlay};
@@ -60,6 +60,7 @@ fn is_of_weft(name: &IfName, found: &FoundLink, links: &BTreeMap<IfName, FoundLi
         || links.iter().any(|(port, link)| link.port.bridge.as_ref() == Some(name) && link.is_our_veth(port));
     found.group == LINK_GROUP
         || matches!(found.link.kind, LinkKind::Vxlan(_)) && name.as_str().starts_with("flannel.")
+        || matches!(found.link.kind, LinkKind::Tun(_)) && name.as_str() == UDP_DEVICE
         || has_pods()
 }
 
@@ -68,7 +69,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-    use crate::object::{Alterations, BridgePort, Link, LinkMac, Vxlan, VxlanTuning};
+    use crate::object::{Alterations, BridgePort, Link, LinkMac, Tun, Vxlan, VxlanTuning};
 
     #[test]
     fn wefts_own_and_the_bridges_of_its_pods() {
@@ -83,6 +84,7 @@ mod tests {
                 tuning: VxlanTuning::with_learning(false),
             })
         };
+        let tun = || LinkKind::Tun(Tun { persistent: false, marked: false, ..Tun::for_queues() });
         let veth = || LinkKind::Other("veth".into());
         let links: BTreeMap<IfName, FoundLink> = [
             ("cni0", LinkKind::Bridge, LINK_GROUP, None),
@@ -90,6 +92,8 @@ mod tests {
             ("br-lan", LinkKind::Bridge, 0, None),
             ("eth0", veth(), 0, Some("br-lan")),
             ("flannel.1", vxlan(), 0, None),
+            ("flannel0", tun(), 0, None),
+            ("tun7", tun(), 0, None),
             ("tunnel7", vxlan(), 0, None),
             ("vethab2cd3ef4gh", veth(), LINK_GROUP, Some("br-adopted")),
             ("vethij5kl6mn7op", veth(), 0, Some("br-lan")),
@@ -112,6 +116,6 @@ mod tests {
         .collect();
         let own = links.iter().filter(|(name, found)| is_of_weft(name, found, &links));
         let own: Vec<&str> = own.map(|(name, _)| name.as_str()).collect();
-        assert_eq!(own, ["br-adopted", "cni0", "flannel.1", "vethab2cd3ef4gh"]);
+        assert_eq!(own, ["br-adopted", "cni0", "flannel.1", "flannel0", "vethab2cd3ef4gh"]);
     }
 }

@@ -349,14 +349,6 @@ mod tests {
     }
 
     #[test]
-    fn other_backends_have_no_packet_path() {
-        for backend in [r#"{"Type":"vxlan"}"#, r#"{"Type":"host-gw"}"#] {
-            assert_eq!(want(&inputs(backend, &[PEER]), &Offloads::default()), None);
-        }
-        assert_eq!(want(&Inputs::default(), &Offloads::default()), None);
-    }
-
-    #[test]
     fn threads_are_replaced_for_other_settings_alone() {
         let known = wanted(&inputs(UDP, &[PEER]));
         let runs = |want: &Want, step: Step| {

@@ -28,6 +28,7 @@ pub const SWEEP_ALONE: [&str; 2] = ["--netlink-monitor=false", "--resync=1"];
 pub enum Backend {
     Vxlan,
     HostGw,
+    Udp,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -76,6 +77,7 @@ impl Backend {
         match self {
             Self::Vxlan => "vxlan",
             Self::HostGw => "host-gw",
+            Self::Udp => "udp",
         }
     }
 }

@@ -38,7 +38,14 @@ impl ForeignPeer {
             routes.push(format!("{}={}", key.v4, node.net.address));
         }
         let mut command = Command::new("python3");
-        command.args(["-c", PROGRAM, DEVICE, &net.address.to_string(), &PORT.to_string(), &corrupt.to_string()]);
+        command.args([
+            "-c",
+            PROGRAM,
+            DEVICE,
+            &net.address.to_string(),
+            &PORT.to_string(),
+            &corrupt.to_string(),
+        ]);
         command.args(&routes).stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = net.netns.spawn(&mut command).context("python3 is needed (package python3)")?;
         let stdout = child.stdout.take().context("stdout of python3")?;

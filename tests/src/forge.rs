@@ -74,8 +74,7 @@ mod tests {
     fn sums_of_what_is_right_are_zero() {
         // The example of RFC 1071, section 3.
         assert_eq!(checksum(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]), !0xddf2);
-        let packet =
-            Forged::new(Ipv4Addr::new(10, 5, 2, 9), (Ipv4Addr::new(10, 5, 1, 2), 9), b"odd").bytes();
+        let packet = Forged::new(Ipv4Addr::new(10, 5, 2, 9), (Ipv4Addr::new(10, 5, 1, 2), 9), b"odd").bytes();
         assert_eq!(packet.len(), 31);
         assert_eq!(checksum(&packet[..20]), 0);
         let mut pseudo = [&packet[12..20], &[0, 17, 0, 11]].concat();

@@ -57,7 +57,7 @@ fn who_claims_to_come(backend: Backend) -> Result<()> {
         )?;
         // Where the node itself is the source, its address on the way out: the tunnel's, or the underlay's.
         let on_overlay = match backend {
-            Backend::Vxlan => own_network(cluster, 0)?,
+            Backend::Vxlan | Backend::Udp => own_network(cluster, 0)?,
             Backend::HostGw => first.net.address,
         };
         for (what, from, to, address, port, expected) in [

@@ -22,6 +22,8 @@ fn value(backend: Backend, public_ip: &str) -> String {
     let data = match backend {
         Backend::Vxlan => r#","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:99"}"#,
         Backend::HostGw => "",
+        // flannel's udp publishes its address alone.
+        Backend::Udp => return format!(r#"{{"PublicIP":"{public_ip}","PublicIPv6":null}}"#),
     };
     format!(r#"{{"PublicIP":"{public_ip}","PublicIPv6":null,"BackendType":"{}"{data}}}"#, backend.kind())
 }

@@ -178,6 +178,7 @@ fn suggestions(state: &State) -> String {
     let heal = match state.backend {
         Backend::Vxlan => "scripts/lab exec n1 ip link delete flannel.1",
         Backend::HostGw => "scripts/lab exec n1 ip route flush proto 87",
+        Backend::Udp => "scripts/lab exec n1 ip link delete flannel0",
     };
     let between = if near.node == far.node { "pod to pod, on one node" } else { "pod to pod, across nodes" };
     [

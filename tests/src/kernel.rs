@@ -54,7 +54,12 @@ impl KernelView {
             objects.insert(format!("sysctl {key} = {}", netns.sysctl(key)?));
         }
         // Gone with their device, and no fact of their own then.
-        for key in ["ipv4/conf/cni0/forwarding", "ipv4/conf/flannel.1/forwarding"] {
+        for key in [
+            "ipv4/conf/cni0/forwarding",
+            "ipv4/conf/flannel.1/forwarding",
+            "ipv4/conf/flannel0/forwarding",
+            "ipv6/conf/flannel0/disable_ipv6",
+        ] {
             if let Ok(value) = netns.sysctl(key) {
                 objects.insert(format!("sysctl {key} = {value}"));
             }
@@ -99,6 +104,10 @@ fn link_facts(link: &Value) -> Value {
     // A bridge's data are mostly timers that run.
     let data = match kind.as_str() {
         Some("vxlan") => data.clone(),
+        Some("tun") => json!({
+            "type": data["type"], "multi_queue": data["multi_queue"], "persist": data["persist"],
+            "user": data["user"],
+        }),
         Some("bridge") => json!({ "stp_state": data["stp_state"], "ageing_time": data["ageing_time"] }),
         _ => Value::Null,
     };

@@ -151,7 +151,7 @@ fn bad_input_is_refused_before_anything_is_made() -> Result<()> {
     for (arguments, expected) in [
         ("up --nodes 0", "1 to 20"),
         ("up --nodes many", "many"),
-        ("up --backend udp", "vxlan or host-gw"),
+        ("up --backend gre", "vxlan, host-gw or udp"),
         ("up --store=zookeeper", "embedded or etcd"),
         ("up --colour", "--colour"),
         ("up 3", "3"),

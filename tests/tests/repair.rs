@@ -184,6 +184,38 @@ const VXLAN: &[Fault] = &[
     ),
 ];
 
+const UDP: &[Fault] = &[
+    ("device deleted", &["link delete flannel0"]),
+    ("device MTU", &["link set flannel0 mtu 1300"]),
+    ("device down", &["link set flannel0 down"]),
+    ("device down and up", &["link set flannel0 down", "link set flannel0 up"]),
+    ("device renamed", &["link set flannel0 name foreign2"]),
+    ("device's group", &["link set flannel0 group 0"]),
+    ("device given up by its queues' hand", &["tuntap delete dev flannel0 mode tun multi_queue"]),
+    (
+        "a device of one queue in the device's place",
+        &["link delete flannel0", "tuntap add dev flannel0 mode tun"],
+    ),
+    (
+        "a device for frames in the device's place",
+        &["link delete flannel0", "tuntap add dev flannel0 mode tap multi_queue"],
+    ),
+    ("a bridge in the device's place", &["link delete flannel0", "link add flannel0 type bridge"]),
+    ("forwarding off on the device", &["sysctl ipv4/conf/flannel0/forwarding 0"]),
+    ("IPv6 on the device", &["sysctl ipv6/conf/flannel0/disable_ipv6 0"]),
+    ("device address deleted", &["address delete OWN_NETWORK/32 dev flannel0"]),
+    ("address too much", &["address add 10.5.250.0/32 dev flannel0"]),
+    ("route deleted", &["route delete NETWORK"]),
+    ("route without its metric", &["route delete NETWORK", "route add NETWORK dev flannel0 proto 87"]),
+    ("route elsewhere", &["route replace NETWORK via 192.168.77.1 metric 4096 proto 87"]),
+    (
+        "route replaced by a blackhole of our protocol",
+        &["route replace blackhole NETWORK metric 4096 proto 87"],
+    ),
+    ("route with a locked MTU", &["route replace NETWORK dev flannel0 metric 4096 proto 87 mtu lock 600"]),
+    ("route of ours too much", &["route add 10.5.251.0/24 dev flannel0 proto 87"]),
+];
+
 /// What the foreign hand needs to know of the node under test.
 struct Target<'a> {
     netns: &'a Netns,
@@ -200,6 +232,7 @@ impl<'a> Target<'a> {
         let vtep = vtep.first().and_then(|link| link["address"].as_str()).unwrap_or_default();
         let words = [
             ("NODE", node.net.port.clone()),
+            ("NETWORK", cluster.spec.network.clone()),
             ("PEER_NETWORK", peer_subnet.addr().to_string()),
             ("PEER_SUBNET", peer_subnet.to_string()),
             ("PEER_VTEP", vtep.to_owned()),
@@ -336,6 +369,11 @@ fn the_monitor_mends_host_gw_within_a_second() -> Result<()> {
 }
 
 #[test]
+fn the_monitor_mends_udp_within_a_second() -> Result<()> {
+    mended(Backend::Udp, &[UDP], &MONITOR_ALONE, SECOND)
+}
+
+#[test]
 fn the_sweep_alone_mends_vxlan() -> Result<()> {
     mended(Backend::Vxlan, &[VXLAN], &SWEEP_ALONE, SECOND * 5)
 }
@@ -348,4 +386,9 @@ fn the_sweep_alone_mends_what_pods_hang_on() -> Result<()> {
 #[test]
 fn the_sweep_alone_mends_host_gw() -> Result<()> {
     mended(Backend::HostGw, &[ROUTES, HOST_GW], &SWEEP_ALONE, SECOND * 5)
+}
+
+#[test]
+fn the_sweep_alone_mends_udp() -> Result<()> {
+    mended(Backend::Udp, &[UDP], &SWEEP_ALONE, SECOND * 5)
 }

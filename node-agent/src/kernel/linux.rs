@@ -243,3 +243,7 @@ impl Kernel for LinuxKernel {
 #[cfg(test)]
 #[path = "linux_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "linux_tun_tests.rs"]
+mod tun_tests;

@@ -19,7 +19,7 @@ use crate::reconcile::observe::{Ownership, PROTOCOL_KERNEL, observe};
 use crate::reconcile::plan::plan;
 
 /// Runs `test` in a thread with a fresh network namespace, which goes with the thread.
-fn in_namespace(test: impl FnOnce() + Send) {
+pub(super) fn in_namespace(test: impl FnOnce() + Send) {
     let run = move || {
         unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace of its own needs root");
         test();
@@ -29,7 +29,7 @@ fn in_namespace(test: impl FnOnce() + Send) {
     }
 }
 
-fn ip(args: &str) {
+pub(super) fn ip(args: &str) {
     let output = Command::new("ip").args(args.split_whitespace()).output().expect("iproute2 is installed");
     assert!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
 }
@@ -40,7 +40,7 @@ fn bridge(args: &str) {
     assert!(output.status.success(), "bridge {args}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-fn name(text: &str) -> IfName {
+pub(super) fn name(text: &str) -> IfName {
     text.parse().expect(text)
 }
 
@@ -53,7 +53,7 @@ fn veth_name() -> IfName {
 }
 
 /// eth0 with 192.0.2.1/24, and a pod's veth with our mark.
-fn underlay(kernel: &mut LinuxKernel) -> u32 {
+pub(super) fn underlay(kernel: &mut LinuxKernel) -> u32 {
     ip("link add eth0 type veth peer name far0");
     ip("address add 192.0.2.1/24 dev eth0");
     ip("link set eth0 up");
@@ -65,7 +65,7 @@ fn underlay(kernel: &mut LinuxKernel) -> u32 {
 }
 
 /// One object of every kind.
-fn desired(underlay: u32) -> Desired {
+pub(super) fn desired(underlay: u32) -> Desired {
     let dev = name("flannel.1");
     let vxlan = Vxlan {
         vni: 1,
@@ -149,14 +149,17 @@ fn desired(underlay: u32) -> Desired {
 }
 
 fn look(kernel: &mut LinuxKernel, desired: &Desired) -> Observed {
-    let dev = name("flannel.1");
+    look_with(kernel, desired, name("flannel.1"))
+}
+
+pub(super) fn look_with(kernel: &mut LinuxKernel, desired: &Desired, dev: IfName) -> Observed {
     let dump = kernel.dump(Some(&dev)).expect("dump");
     let sysctls = kernel.sysctls(&desired.sysctl_paths()).expect("sysctls");
     let ownership = Ownership {
         networks: vec!["10.5.0.0/16".parse().expect("net")],
         subnet_len: 24,
         underlay: name("eth0"),
-        device: Some(name("flannel.1")),
+        device: Some(dev),
         vtep_mac: "02:00:00:00:00:01".parse().expect("mac"),
         bridges: vec![name("cni0")],
         adopt_flannels: false,
@@ -167,9 +170,13 @@ fn look(kernel: &mut LinuxKernel, desired: &Desired) -> Observed {
 
 /// Applies until nothing is left, as a pass does; the number of operations.
 fn settle(kernel: &mut LinuxKernel, desired: &Desired) -> usize {
+    settle_with(kernel, desired, &name("flannel.1"))
+}
+
+pub(super) fn settle_with(kernel: &mut LinuxKernel, desired: &Desired, dev: &IfName) -> usize {
     let mut done = 0;
     for _ in 0..4 {
-        let ops = plan(desired, &look(kernel, desired), true);
+        let ops = plan(desired, &look_with(kernel, desired, dev.clone()), true);
         if ops.is_empty() {
             return done;
         }
@@ -178,7 +185,7 @@ fn settle(kernel: &mut LinuxKernel, desired: &Desired) -> usize {
             result.unwrap_or_else(|e| panic!("{}: {e}", op.key()));
         }
     }
-    panic!("never settles: {:?}", plan(desired, &look(kernel, desired), true));
+    panic!("never settles: {:?}", plan(desired, &look_with(kernel, desired, dev.clone()), true));
 }
 
 #[test]
@@ -431,7 +438,7 @@ const FOREIGN_HANDS: &[(&str, &[&str])] = &[
     ("second route to the same subnet", &["route append 10.5.3.0/24 via 192.0.2.45 proto 87"]),
 ];
 
-fn strike(command: &str) {
+pub(super) fn strike(command: &str) {
     let command = command.replace("VETH", veth_name().as_str());
     if let Some(words) = command.strip_prefix("bridge ") {
         bridge(words);

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use weft_shared::Mac;
 use weft_shared::lease::Lease;
 use weft_shared::names::LINK_GROUP;
 use weft_shared::netconf::NetworkConfig;
@@ -12,8 +13,9 @@ use crate::firewall::forward::{HostChain, Keeper};
 use crate::firewall::legacy::LegacyTable;
 use crate::firewall::{ChainId, ChainPolicy, Family, Part};
 use crate::kernel::fake::{FakeKernel, found_addr};
-use crate::object::{LinkMac, Route};
+use crate::object::{Link, LinkKind, LinkMac, Route, RouteForm, Tun};
 use crate::pods::BridgeNeed;
+use crate::reconcile::observe::PROTOCOL_KERNEL;
 
 fn inputs(config: &str, peers: &[(&str, &str)]) -> Inputs {
     let config = NetworkConfig::parse(config).expect("valid");
@@ -55,6 +57,8 @@ fn looked(outcome: Result<Option<Report>, Aborted>) -> Report {
 
 const VXLAN: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#;
 const HOST_GW: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}"#;
+const UDP: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"udp"}}"#;
+const UDP_PEER: (&str, &str) = ("10.5.3.0-24", r#"{"PublicIP":"192.0.2.3","PublicIPv6":null}"#);
 const PEER: (&str, &str) = (
     "10.5.2.0-24",
     r#"{"PublicIP":"192.0.2.2","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:02"}}"#,
@@ -286,6 +290,159 @@ fn a_bridge_named_like_the_overlays_device_does_not_take_its_place() {
     looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     let device = &kernel.dump.links[&"flannel.1".parse::<weft_shared::IfName>().expect("name")];
     assert!(matches!(device.link.kind, crate::object::LinkKind::Vxlan(_)), "{device:?}");
+}
+
+#[test]
+fn every_peer_of_the_udp_backend_stands_on_the_same_device_and_route() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let inputs = inputs(UDP, &[UDP_PEER, PEER]);
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert_eq!((report.pending.len(), report.repairs, report.usable), (0, 0, true));
+    let problem = |report: &Report, (key, _): (&str, &str)| {
+        report.peers[&key.parse().expect("key")].problem().map(ToOwned::to_owned)
+    };
+    assert_eq!(problem(&report, UDP_PEER), None);
+    assert!(problem(&report, PEER).is_some_and(|why| why.contains("expected none, which is udp")));
+    let made = kernel.applied.len();
+    looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert_eq!(kernel.applied.len(), made, "what is right is not touched");
+
+    kernel.dump.routes.retain(|(_, route)| route.protocol == PROTOCOL_KERNEL);
+    kernel.faults = [true].into();
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert!(problem(&report, UDP_PEER).is_some_and(|why| why.starts_with("route 10.5.0.0/16: ")));
+}
+
+#[test]
+fn a_device_that_another_process_lives_by_is_waited_for_and_made_as_soon_as_it_is_gone() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let inputs = inputs(UDP, &[UDP_PEER]);
+    let dev: weft_shared::IfName = "flannel0".parse().expect("name");
+    let flannels = Tun { persistent: false, multi_queue: false, marked: false, ..Tun::for_queues() };
+    let link = Link {
+        kind: LinkKind::Tun(flannels),
+        mac: LinkMac::None,
+        mtu: 1472,
+        up: true,
+        altered: Default::default(),
+    };
+    kernel.add_link(dev.clone(), link, 0);
+    kernel.dump.addrs.push(found_addr(&dev, "10.5.7.0/32".parse().expect("net")));
+    let plain = RouteForm::default();
+    let route = Route { gateway: None, protocol: 3, form: plain, ..Route::via([0; 4].into(), &dev, false) };
+    kernel.dump.routes.push(("10.5.0.0/16".parse().expect("net"), route));
+    let before = kernel.dump.clone();
+    let mut now = Instant::now();
+    for attempt in 1..=6 {
+        let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, now));
+        assert_eq!(kernel.dump, before, "nothing of a living flanneld is touched");
+        let [pending] = report.pending.as_slice() else { panic!("{:?}", report.pending) };
+        let said = format!("{}: {}", pending.key, pending.error);
+        let expected = "link flannel0: flannel0 is in use by another process (a running flanneld?)";
+        assert_eq!((said.as_str(), pending.attempts), (expected, attempt));
+        assert!(!report.usable);
+        let peer = report.peers.values().next().and_then(|peer| peer.problem());
+        assert_eq!(peer, Some(expected));
+        now = memory.retry_at().expect("tried again");
+    }
+    // Long before that.
+    kernel.delete_link(&dev);
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, now - Duration::from_secs(3)));
+    assert!(report.pending.is_empty() && report.usable, "{:?}", report.pending);
+    assert!(kernel.dump.routes.iter().any(|(_, route)| route.dev.as_ref() == Some(&dev)));
+    assert_eq!(memory.retry_at(), None);
+}
+
+#[test]
+fn a_device_that_is_known_as_ours_stays_ours_whatever_mark_it_lost() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let inputs = inputs(UDP, &[UDP_PEER]);
+    let dev: weft_shared::IfName = "flannel0".parse().expect("name");
+    looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    let LinkKind::Tun(tun) = &mut kernel.dump.links.get_mut(&dev).expect("made").link.kind else {
+        panic!("no TUN device")
+    };
+    (tun.marked, tun.persistent, tun.attached) = (false, false, true);
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert!(report.pending.is_empty() && report.usable, "{:?}", report.pending);
+    assert_eq!(kernel.dump.links[&dev].link.kind, LinkKind::Tun(Tun::for_queues()));
+}
+
+#[test]
+fn a_foreign_route_that_takes_the_packets_is_named_and_ours_is_there_all_the_same() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let inputs = inputs(UDP, &[UDP_PEER]);
+    let network: Subnet = "10.5.0.0/16".parse().expect("net");
+    let foreign = |metric: Option<u32>, tos: u8| {
+        let form = RouteForm { metric, tos, ..RouteForm::default() };
+        let route = Route::via("192.0.2.9".parse().expect("ip"), &"eth0".parse().expect("name"), false);
+        (network, Route { protocol: 3, form, ..route })
+    };
+    for (route, overrules) in [
+        (foreign(None, 0), true),
+        (foreign(Some(4095), 0), true),
+        (foreign(Some(4097), 0), false),
+        (foreign(None, 16), false),
+    ] {
+        kernel.dump.routes = vec![route.clone()];
+        let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+        assert!(kernel.dump.routes.contains(&route), "theirs stays");
+        assert_eq!(kernel.dump.routes.iter().filter(|(_, route)| route.protocol == 87).count(), 1);
+        let said: Vec<String> = report.pending.iter().map(|p| format!("{}: {}", p.key, p.error)).collect();
+        let named = format!(
+            "route 10.5.0.0/16: its packets take a route of somebody else's, 10.5.0.0/16 via 192.0.2.9 dev eth0 proto 3 metric {}",
+            route.1.form.metric.unwrap_or(0)
+        );
+        assert_eq!(said, if overrules { vec![named] } else { vec![] });
+        assert!(report.usable, "pods can be added while packets go another way");
+    }
+}
+
+#[test]
+fn a_node_that_changes_its_backend_leaves_nothing_of_the_other_once_it_knows_its_peers() {
+    let mac: Mac = "02:00:00:00:00:01".parse().expect("mac");
+    let devices = |kernel: &FakeKernel| {
+        let names = kernel.dump.links.keys().map(ToString::to_string);
+        names.filter(|name| name.starts_with("flannel")).collect::<Vec<_>>()
+    };
+    for marked in [true, false] {
+        let mut kernel = FakeKernel::with_underlay("eth0");
+        looked(pass(&mut kernel, &mut Memory::default(), &inputs(VXLAN, &[PEER]), 1, soon()));
+        let vxlan: weft_shared::IfName = "flannel.1".parse().expect("name");
+        let device = kernel.dump.links.get_mut(&vxlan).expect("made");
+        assert_eq!(device.link.mac, LinkMac::Exactly(mac));
+        if !marked {
+            // As flanneld made it, and weft adopted it.
+            device.group = 0;
+        }
+        // An operator's own.
+        let foreign =
+            Link { mac: LinkMac::Exactly("02:00:00:00:00:09".parse().expect("mac")), ..device.link.clone() };
+        kernel.add_link("flannel.9".parse().expect("name"), foreign, 0);
+        let tun = Tun { marked: false, ..Tun::for_queues() };
+        let link = Link {
+            kind: LinkKind::Tun(tun),
+            mac: LinkMac::None,
+            mtu: 1500,
+            up: true,
+            altered: Default::default(),
+        };
+        kernel.add_link("tun7".parse().expect("name"), link, 0);
+
+        let mut udp = inputs(UDP, &[UDP_PEER]);
+        udp.has_snapshot = false;
+        looked(pass(&mut kernel, &mut Memory::default(), &udp, 1, soon()));
+        assert_eq!(devices(&kernel), ["flannel.1", "flannel.9", "flannel0"], "not before it knows its peers");
+        udp.has_snapshot = true;
+        looked(pass(&mut kernel, &mut Memory::default(), &udp, 1, soon()));
+        assert_eq!(devices(&kernel), ["flannel.9", "flannel0"]);
+        assert!(kernel.dump.routes.iter().all(|(_, route)| route.dev.as_ref() != Some(&vxlan)));
+
+        looked(pass(&mut kernel, &mut Memory::default(), &inputs(HOST_GW, &[]), 1, soon()));
+        assert_eq!(devices(&kernel), ["flannel.9"]);
+        assert!(kernel.dump.links.contains_key(&"tun7".parse::<weft_shared::IfName>().expect("name")));
+        assert!(kernel.dump.routes.iter().all(|(_, route)| route.protocol != 87));
+    }
 }
 
 #[test]

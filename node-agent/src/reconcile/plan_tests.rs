@@ -122,6 +122,7 @@ fn desired(peers: &Peers, mtu: u32, port: u16) -> Desired {
         Object::Addr { dev: device(), addr: "10.5.1.0/32".parse().expect("net"), scope, form },
         Object::Addr { dev: name("cni0"), addr: "10.5.1.1/24".parse().expect("net"), scope, form },
         Object::Route { dst: "10.5.1.0/24".parse().expect("net"), route: connected },
+        Object::Route { dst: "10.5.0.0/16".parse().expect("net"), route: with_metric() },
     ] {
         desired.insert(object);
     }
@@ -141,6 +142,12 @@ fn desired(peers: &Peers, mtu: u32, port: u16) -> Desired {
         entries(*n, *v6, *way).into_iter().for_each(|object| desired.insert(object));
     }
     desired
+}
+
+/// A wanted route that is not in the plain slot, as the udp backend has one.
+fn with_metric() -> Route {
+    let form = RouteForm { metric: Some(4096), ..RouteForm::default() };
+    Route { gateway: None, form, ..Route::via(public(1), &device(), false) }
 }
 
 fn ownership() -> Ownership {
@@ -188,13 +195,13 @@ fn kernel_after(before: &Peers, mtu: u32, port: u16, foreign: bool) -> FakeKerne
     kernel
 }
 
-/// Routes of an operator: one beside ours, one to the very subnet of a possible peer.
+/// Routes of an operator: one beside ours, one to the very subnet of a possible peer, one before ours to the network.
 fn foreign_routes() -> Vec<(Subnet, Route)> {
     let via = |dst: &str| {
         let route = Route { protocol: 4, ..Route::via(public(254), &name("eth0"), false) };
         (dst.parse().expect(dst), route)
     };
-    vec![via("172.16.0.0/12"), via("10.5.3.0/24")]
+    vec![via("172.16.0.0/12"), via("10.5.3.0/24"), via("10.5.0.0/16")]
 }
 
 fn settle(kernel: &mut FakeKernel, desired: &Desired, rounds: usize) -> Vec<Op> {
@@ -370,11 +377,12 @@ fn strike(kernel: &mut FakeKernel, hand: Hand) {
     }
 }
 
-/// Of the routes that compete for a subnet the first counts: it must be the wanted one.
+/// Of the routes of one metric that compete for a subnet the first counts: it must be the wanted one.
 fn first_routes_are_ours(kernel: &FakeKernel, desired: &Desired) -> Result<(), TestCaseError> {
     for (key, object) in desired.objects() {
         if let (Key::Route(dst), Object::Route { route, .. }) = (key, object) {
-            let first = kernel.dump.routes.iter().find(|(d, r)| d == dst && r.form.is_in_plain_slot());
+            let first =
+                kernel.dump.routes.iter().find(|(d, r)| d == dst && r.form.competes_with(&route.form));
             prop_assert_eq!(first, Some(&(*dst, route.clone())));
         }
     }

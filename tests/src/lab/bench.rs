@@ -31,7 +31,7 @@ pub fn run(rounds: usize, seconds: u64) -> Result<()> {
         "{:<8} {:>12} {:>12} {:>7}   {:>11} {:>11} {:>7}",
         "backend", "node Gbit/s", "pod Gbit/s", "ratio", "node RTT us", "pod RTT us", "ratio"
     ));
-    for backend in [Backend::Vxlan, Backend::HostGw] {
+    for backend in [Backend::Vxlan, Backend::HostGw, Backend::Udp] {
         let cluster = Cluster::start(Bed::create(Path::new(BENCH_ROOT))?, Spec::embedded(2, backend))?;
         let (near, far) = cluster.pod_pair()?;
         let (first, second) = (&cluster.nodes[0], &cluster.nodes[1]);

@@ -130,6 +130,10 @@ impl Spec {
         config["Network"] = json!(self.network);
         config["SubnetLen"] = json!(self.subnet_len);
         config["Backend"]["Type"] = json!(self.backend.kind());
+        if self.backend == Backend::Udp {
+            // The document's port is VXLAN's.
+            config["Backend"] = json!({ "Type": self.backend.kind() });
+        }
         Ok(config.to_string())
     }
 }

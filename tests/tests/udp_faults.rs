@@ -131,7 +131,10 @@ fn the_device_deleted_under_traffic() -> Result<()> {
             report::took(format_args!("flannel0 deleted by a foreign hand, time {time}"), took);
             ensure!(node.packet_path()?.device_lost == time, "{:?}", node.packet_path()?);
         }
-        ensure!(node.status()?.ready, "{:?}", node.status()?.waiting_for);
+        eventually("the node to be ready", READY, || {
+            let waiting = node.status()?.waiting_for;
+            if waiting.is_empty() { Ok(true) } else { bail!("waits for {waiting:?}") }
+        })?;
         let rounds = flows.rounds();
         eventually("every flow to carry on", READY, || Ok(flows.rounds() > rounds + 2))?;
         flows.end()?;

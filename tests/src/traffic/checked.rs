@@ -100,8 +100,8 @@ fn send(socket: &UdpSocket, count: u64, arrived: &AtomicU64) -> Result<u64> {
             thread::yield_now();
         }
         let (train, size) = match random.below(64) {
-            0 => (1, 2_000 + random.below(7_000)),
-            1..20 => (1, HEADER as u64 + random.below(LARGEST - HEADER as u64 + 1)),
+            0..6 => (1, 2_000 + random.below(7_000)),
+            6..24 => (1, HEADER as u64 + random.below(LARGEST - HEADER as u64 + 1)),
             _ => (2 + random.below(MAX_TRAIN - 1), 40 + random.below(LARGEST - 39)),
         };
         let train = train.min(65_000 / size);

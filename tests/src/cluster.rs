@@ -129,10 +129,10 @@ impl Spec {
         let mut config: Value = serde_json::from_str(include_str!("../../conf/net-conf.json"))?;
         config["Network"] = json!(self.network);
         config["SubnetLen"] = json!(self.subnet_len);
-        config["Backend"]["Type"] = json!(self.backend.kind());
-        if self.backend == Backend::Udp {
+        match self.backend {
+            Backend::Vxlan | Backend::HostGw => config["Backend"]["Type"] = json!(self.backend.kind()),
             // The document's port is VXLAN's.
-            config["Backend"] = json!({ "Type": self.backend.kind() });
+            Backend::Udp => config["Backend"] = json!({ "Type": self.backend.kind() }),
         }
         Ok(config.to_string())
     }

@@ -11,6 +11,7 @@
 
 pub mod agent;
 pub mod bed;
+pub mod bench;
 pub mod binaries;
 pub mod books;
 pub mod capture;

@@ -152,6 +152,7 @@ fn a_cluster_that_changes_its_backend_and_back_keeps_its_pods_and_nothing_of_the
                     let notice = node.status()?.network.and_then(|network| network.notice);
                     Ok(notice.is_some_and(|n| n.text.contains(&format!("Backend.Type = {backend}"))))
                 })?;
+                node.agent.stop()?;
                 node.agent.restart(READY)?;
             }
             cluster.wait_converged()?;

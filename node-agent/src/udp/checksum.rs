@@ -131,3 +131,70 @@ impl Chain {
 pub fn patched(checksum: u16, old: u16, new: u16) -> u16 {
     (Sum::word(!checksum) + Sum::word(!old) + Sum::word(new)).checksum()
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::reference;
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn sums_are_the_plain_ones_however_the_bytes_are_cut(
+            bytes in prop::collection::vec(any::<u8>(), 0..3000),
+            cuts in prop::collection::vec(0usize..3000, 0..6),
+        ) {
+            let wanted = reference::checksum(&bytes);
+            prop_assert_eq!(Sum::of(&bytes).checksum(), wanted);
+            let mut cuts: Vec<usize> = cuts.into_iter().filter(|cut| *cut < bytes.len()).collect();
+            cuts.sort_unstable();
+            let (mut chain, mut at) = (Chain::default(), 0);
+            for cut in cuts.into_iter().chain([bytes.len()]) {
+                chain.push(&bytes[at..cut]);
+                at = cut;
+            }
+            prop_assert_eq!(chain.sum().checksum(), wanted);
+        }
+
+        #[test]
+        fn a_patched_checksum_is_the_one_that_summing_again_gives(
+            mut bytes in prop::collection::vec(any::<u8>(), 2..60),
+            at in 0usize..30,
+            new in prop_oneof![any::<u16>(), Just(0), Just(0xffff)],
+        ) {
+            bytes.truncate(bytes.len() & !1);
+            // A header is never all zero, the one case in which the two zeros differ.
+            bytes.extend([0x45, 0]);
+            let at = at % (bytes.len() / 2 - 1) * 2;
+            let before = reference::checksum(&bytes);
+            let old = u16::from_be_bytes([bytes[at], bytes[at + 1]]);
+            bytes[at..at + 2].copy_from_slice(&new.to_be_bytes());
+            prop_assert_eq!(patched(before, old, new), reference::checksum(&bytes));
+        }
+    }
+
+    #[test]
+    fn the_largest_sums_do_not_overflow() {
+        let bytes = vec![0xff; 65536];
+        assert_eq!(Sum::of(&bytes).checksum(), 0);
+        assert!(Sum::of(&bytes).is_right());
+        let many = (0..65536).fold(Sum::default(), |sum, _| sum + Sum::of(&bytes));
+        assert_eq!(many.checksum(), 0);
+    }
+
+    #[test]
+    fn corners() {
+        assert_eq!(Sum::of(&[]).checksum(), 0xffff);
+        assert_eq!(Sum::of(&[0xab]).fold(), 0xab00);
+        assert_eq!(Sum::word(0x1234).fold(), 0x1234);
+        // The example of RFC 1071 section 3.
+        assert_eq!(Sum::of(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]).fold(), 0xddf2);
+        // And that of RFC 1624 section 4, which equation 2 gets wrong.
+        assert_eq!(patched(0xdd2f, 0x5555, 0x3285), 0x0000);
+        assert_eq!(
+            Sum::pseudo(&[10, 5, 1, 2, 10, 5, 2, 3], 17, 0x1_0002).fold(),
+            0x0a05 * 2 + 0x102 + 0x203 + 17 + 3
+        );
+    }
+}

@@ -484,3 +484,6 @@ const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
 fn mixed(hash: u64) -> usize {
     (hash.wrapping_mul(MULTIPLIER) >> 40) as usize
 }
+
+#[cfg(test)]
+mod tests;

@@ -130,3 +130,140 @@ impl Default for RateLimit {
         Self::new()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::reference;
+    use super::*;
+
+    fn local() -> Local {
+        Local {
+            network: "10.5.0.0/16".parse().expect("a subnet"),
+            subnets: vec!["10.5.1.0/24".parse().expect("a subnet")],
+            device_addr: Ipv4Addr::new(10, 5, 1, 0),
+        }
+    }
+
+    fn packet(protocol: u8, options: usize, payload: &[u8]) -> Vec<u8> {
+        let mut p = vec![
+            0x45 + (options / 4) as u8,
+            0,
+            0,
+            0,
+            0,
+            1,
+            0,
+            0,
+            1,
+            protocol,
+            0,
+            0,
+            10,
+            5,
+            1,
+            2,
+            10,
+            5,
+            2,
+            3,
+        ];
+        p.resize(20 + options, 1);
+        p.extend_from_slice(payload);
+        let len = p.len() as u16;
+        p[2..4].copy_from_slice(&len.to_be_bytes());
+        repair(&mut p);
+        p
+    }
+
+    fn repair(p: &mut [u8]) {
+        p[10..12].fill(0);
+        let sum = reference::checksum(&p[..reference::network_len(p)]);
+        p[10..12].copy_from_slice(&sum.to_be_bytes());
+    }
+
+    fn answered(problem: Problem, p: &[u8]) -> Option<Vec<u8>> {
+        // Not clean, as a buffer that is used again is not.
+        let mut out = [0xee; MAX_ANSWER];
+        answer(problem, &Ipv4::parse(p).expect("a packet"), &local(), &mut out).map(<[u8]>::to_vec)
+    }
+
+    #[test]
+    fn an_answer_quotes_header_and_eight_bytes_and_both_checksums_are_right() {
+        for (problem, kind) in [(Problem::TimeExceeded, [11, 0]), (Problem::NetUnreachable, [3, 0])] {
+            for (options, payload) in [(0, 0), (0, 3), (0, 8), (0, 9), (0, 1000), (40, 100)] {
+                let p = packet(17, options, &vec![0xab; payload]);
+                let answer = answered(problem, &p).expect("an answer");
+                let quoted = &p[..p.len().min(20 + options + 8)];
+                assert_eq!(answer[28..], *quoted, "{payload} bytes behind {options} of options");
+                assert_eq!(answer[20..22], kind);
+                assert_eq!(answer[24..28], [0; 4]);
+                assert_eq!(answer[12..20], [10, 5, 1, 0, 10, 5, 1, 2]);
+                assert_eq!(reference::checksum(&answer[20..]), 0);
+                let parsed = Ipv4::parse(&answer).expect("a packet");
+                assert_eq!((parsed.protocol(), parsed.header_len(), parsed.ttl()), (1, 20, 64));
+            }
+        }
+    }
+
+    #[test]
+    fn echo_is_answered_and_errors_are_not() {
+        for kind in 0..=u8::MAX {
+            let wanted = matches!(kind, 0 | 8..=10 | 13..=18);
+            let p = packet(1, 0, &[kind, 0, 0, 0, 0, 0, 0, 0]);
+            assert_eq!(answered(Problem::TimeExceeded, &p).is_some(), wanted, "type {kind}");
+        }
+        assert_eq!(
+            answered(Problem::TimeExceeded, &packet(1, 0, &[])),
+            None,
+            "an ICMP packet without its type"
+        );
+    }
+
+    #[test]
+    fn nobody_is_told_of_what_is_no_ones_or_everybodys() {
+        let with = |change: fn(&mut Vec<u8>)| {
+            let mut p = packet(17, 0, &[0; 8]);
+            change(&mut p);
+            repair(&mut p);
+            answered(Problem::NetUnreachable, &p).is_some()
+        };
+        assert!(with(|_| ()));
+        assert!(with(|p| p[6] = 0x20), "a first fragment");
+        assert!(!with(|p| p[7] = 1), "a later fragment");
+        assert!(!with(|p| p[6] = 0x10), "a later fragment");
+        for destination in [[224, 0, 0, 1], [239, 1, 2, 3], [255; 4], [10, 5, 255, 255], [10, 5, 1, 255]] {
+            let mut p = packet(17, 0, &[0; 8]);
+            p[16..20].copy_from_slice(&destination);
+            repair(&mut p);
+            assert_eq!(answered(Problem::NetUnreachable, &p), None, "to {destination:?}");
+        }
+        for source in
+            [[0; 4], [0, 1, 2, 3], [127, 0, 0, 1], [224, 0, 0, 1], [255; 4], [10, 5, 1, 255], [10, 5, 1, 0]]
+        {
+            let mut p = packet(17, 0, &[0; 8]);
+            p[12..16].copy_from_slice(&source);
+            repair(&mut p);
+            assert_eq!(answered(Problem::NetUnreachable, &p), None, "from {source:?}");
+        }
+    }
+
+    #[test]
+    fn some_at_once_and_then_so_many_a_second() {
+        let start = Instant::now() + Duration::from_secs(1000);
+        let mut limit = RateLimit::new();
+        let mut allowed =
+            |at: Duration, tries: u32| (0..tries).filter(|_| limit.allow(start + at)).count() as u32;
+        assert_eq!(allowed(Duration::ZERO, 500), RateLimit::BURST);
+        assert_eq!(allowed(Duration::from_millis(10), 500), 10);
+        assert_eq!(allowed(Duration::from_micros(10_500), 500), 0);
+        assert_eq!(allowed(Duration::from_micros(11_000), 500), 1);
+        // However long nothing was sent, no more than that at once.
+        assert_eq!(allowed(Duration::from_secs(900), 500), RateLimit::BURST);
+        // Within a second under fire: the rate, and what was saved.
+        let within: u32 =
+            (0..1000).map(|ms| allowed(Duration::from_secs(1000) + Duration::from_millis(ms), 5)).sum();
+        assert_eq!(within, RateLimit::BURST + RateLimit::PER_SECOND - 1);
+        // A clock that goes back gives nothing away.
+        assert_eq!(allowed(Duration::ZERO, 500), 0);
+    }
+}

@@ -16,6 +16,8 @@ pub mod layout;
 pub mod offload;
 pub mod packet;
 pub mod peers;
+#[cfg(any(test, fuzzing))]
+pub mod reference;
 pub mod segment;
 pub mod virtio;
 

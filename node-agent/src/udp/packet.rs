@@ -102,3 +102,84 @@ pub fn decrement_ttl(packet: &mut [u8]) -> Result<(), DropReason> {
     header[CHECKSUM..CHECKSUM + 2].copy_from_slice(&patched(checksum, old, old - TTL_STEP).to_be_bytes());
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::reference;
+    use super::*;
+
+    /// From a pod to another.
+    fn packet(ttl: u8, options: usize, payload: &[u8]) -> Vec<u8> {
+        let mut p =
+            vec![0x45 + (options / 4) as u8, 0, 0, 0, 0, 1, 0, 0, ttl, 17, 0, 0, 10, 5, 1, 2, 10, 5, 2, 3];
+        p.resize(20 + options, 1);
+        p.extend([0x12, 0x34, 0x00, 0x35, 0, 0, 0, 0]);
+        p.extend_from_slice(payload);
+        reference::finish(&mut p);
+        p
+    }
+
+    fn with(change: impl FnOnce(&mut Vec<u8>)) -> Result<(), DropReason> {
+        let mut p = packet(64, 0, b"payload");
+        change(&mut p);
+        Ipv4::parse(&p).map(|_| ())
+    }
+
+    #[test]
+    fn what_a_packet_says() {
+        let bytes = packet(7, 8, b"abc");
+        let parsed = Ipv4::parse(&bytes).expect("a packet");
+        assert_eq!(parsed.source(), Ipv4Addr::new(10, 5, 1, 2));
+        assert_eq!(parsed.destination(), Ipv4Addr::new(10, 5, 2, 3));
+        assert_eq!((parsed.ttl(), parsed.protocol(), parsed.header_len()), (7, 17, 28));
+        assert_eq!(&parsed.payload()[8..], b"abc");
+        assert!(!parsed.is_later_fragment());
+        assert_eq!(parsed.bytes(), bytes);
+    }
+
+    #[test]
+    fn each_fault_has_one_reason() {
+        assert_eq!(with(|_| ()), Ok(()));
+        assert_eq!(with(Vec::clear), Err(DropReason::Short));
+        assert_eq!(with(|p| p.truncate(19)), Err(DropReason::Short));
+        assert_eq!(with(|p| p[0] = 0x65), Err(DropReason::WrongVersion));
+        assert_eq!(with(|p| p[0] = 0x05), Err(DropReason::WrongVersion));
+        assert_eq!(with(|p| p[0] = 0x44), Err(DropReason::BadHeader));
+        assert_eq!(with(|p| p[0] = 0x40), Err(DropReason::BadHeader));
+        assert_eq!(with(|p| p[0] = 0x4f), Err(DropReason::Short), "options that are not there");
+        assert_eq!(with(|p| p.truncate(34)), Err(DropReason::BadTotalLength), "truncated");
+        assert_eq!(with(|p| p.push(0)), Err(DropReason::BadTotalLength), "trailing bytes");
+        assert_eq!(with(|p| p[10] ^= 1), Err(DropReason::BadHeader));
+        assert_eq!(with(|p| p[15] ^= 1), Err(DropReason::BadHeader));
+    }
+
+    #[test]
+    fn every_ttl_is_decremented_once_and_none_wraps() {
+        for ttl in 0..=u8::MAX {
+            let mut bytes = packet(ttl, 4, b"x");
+            let before = bytes.clone();
+            let outcome = decrement_ttl(&mut bytes);
+            if ttl <= 1 {
+                assert_eq!((outcome, &bytes), (Err(DropReason::TtlExceeded), &before), "TTL {ttl}");
+            } else {
+                assert_eq!((outcome, &bytes), (Ok(()), &packet(ttl - 1, 4, b"x")), "TTL {ttl}");
+            }
+        }
+        assert_eq!(decrement_ttl(&mut [0x45; 19]), Err(DropReason::Short));
+    }
+
+    #[test]
+    fn a_patched_header_is_right_whatever_the_checksum_was() {
+        // Every checksum that a header can have.
+        let mut bytes = packet(64, 0, b"");
+        for id in 0..=u16::MAX {
+            bytes[4..6].copy_from_slice(&id.to_be_bytes());
+            bytes[8] = 64;
+            reference::finish(&mut bytes);
+            decrement_ttl(&mut bytes).expect("far to go");
+            let patched = bytes.clone();
+            reference::finish(&mut bytes);
+            assert_eq!(bytes, patched);
+        }
+    }
+}

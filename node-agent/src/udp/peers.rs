@@ -41,6 +41,7 @@ pub struct PeerTable {
     local: Local,
     policy: SourcePolicy,
     network: Span,
+    ours: Vec<Span>,
     /// By subnet, each subnet once.
     peers: Vec<Peer>,
     /// Where each range begins, ascending; it ends where the next begins.
@@ -85,7 +86,8 @@ impl PeerTable {
         senders.dedup();
         // A network that is not IPv4 has no address inside.
         let network = Span::of(local.network).unwrap_or(Span { first: 1, last: 0 });
-        Self { local, policy, network, peers, starts, owners, senders }
+        let ours = local.subnets.iter().filter_map(|s| Span::of(*s)).collect();
+        Self { local, policy, network, ours, peers, starts, owners, senders }
     }
 
     pub fn local(&self) -> &Local {
@@ -126,9 +128,11 @@ impl PeerTable {
         if sender != Some(outer.ip()) {
             self.admit_other(outer, source, from)?;
         }
-        match self.owner(destination) {
-            Owner::Local => Ok(()),
-            Owner::Peer(_) | Owner::Nobody => Err(DropReason::NotOurs),
+        // One or two: cheaper than a look-up.
+        if self.ours.iter().any(|span| span.contains(destination)) {
+            Ok(())
+        } else {
+            Err(DropReason::NotOurs)
         }
     }
 
@@ -200,4 +204,205 @@ fn ranges(mut spans: Vec<(Span, Owner)>) -> (Vec<u32>, Vec<Owner>) {
     }
     close_until(&mut open, &mut cuts, None);
     cuts.into_iter().unzip()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn subnet(text: &str) -> Subnet {
+        text.parse().expect(text)
+    }
+
+    fn addr(text: &str) -> Ipv4Addr {
+        text.parse().expect(text)
+    }
+
+    fn peer(text: &str, at: &str) -> Peer {
+        Peer { subnet: subnet(text), addr: SocketAddrV4::new(addr(at), 8285) }
+    }
+
+    fn local() -> Local {
+        Local {
+            network: subnet("10.5.0.0/16"),
+            subnets: vec![subnet("10.5.1.0/24"), subnet("10.5.11.0/24")],
+            device_addr: addr("10.5.1.0"),
+        }
+    }
+
+    fn table(policy: SourcePolicy) -> PeerTable {
+        let peers = [
+            peer("10.5.2.0/24", "192.168.0.2"),
+            peer("10.5.22.0/24", "192.168.0.2"),
+            peer("10.5.3.0/24", "192.168.0.3"),
+            // Inside that of another, and one without any overlay.
+            peer("10.5.3.64/26", "192.168.0.4"),
+            peer("172.30.0.0/16", "192.168.0.5"),
+            peer("fd00::/64", "192.168.0.6"),
+        ];
+        PeerTable::new(local(), policy, peers)
+    }
+
+    #[test]
+    fn the_longest_prefix_counts() {
+        let table = table(SourcePolicy::default());
+        for (to, at) in [
+            ("10.5.2.0", Some("192.168.0.2")),
+            ("10.5.2.255", Some("192.168.0.2")),
+            ("10.5.22.9", Some("192.168.0.2")),
+            ("10.5.3.63", Some("192.168.0.3")),
+            ("10.5.3.64", Some("192.168.0.4")),
+            ("10.5.3.127", Some("192.168.0.4")),
+            ("10.5.3.128", Some("192.168.0.3")),
+            ("172.30.255.255", Some("192.168.0.5")),
+            ("172.31.0.0", None),
+            ("10.5.4.0", None),
+            ("10.5.1.9", None),
+            ("10.5.255.255", None),
+            ("0.0.0.0", None),
+            ("255.255.255.255", None),
+        ] {
+            assert_eq!(table.route(addr(to)).map(|p| *p.addr.ip()), at.map(addr), "to {to}");
+        }
+        assert_eq!(table.peers().len(), 5, "IPv6 has no place here");
+    }
+
+    #[test]
+    fn of_two_with_one_subnet_the_later_counts_and_what_is_ours_is_nobodys() {
+        let peers = [
+            peer("10.5.2.0/24", "192.168.0.2"),
+            peer("10.5.2.0/24", "192.168.0.3"),
+            peer("10.5.1.0/24", "192.168.0.4"),
+        ];
+        let table = PeerTable::new(local(), SourcePolicy::default(), peers);
+        assert_eq!(table.route(addr("10.5.2.1")).map(|p| *p.addr.ip()), Some(addr("192.168.0.3")));
+        assert_eq!(table.route(addr("10.5.1.1")), None);
+        // What has no range has no owner either.
+        let everything = PeerTable::new(local(), SourcePolicy::default(), [peer("0.0.0.0/0", "192.168.0.9")]);
+        for to in ["0.0.0.0", "255.255.255.255", "10.5.2.0", "10.5.0.255"] {
+            assert!(everything.route(addr(to)).is_some(), "to {to}");
+        }
+        assert_eq!(everything.route(addr("10.5.11.255")), None);
+    }
+
+    #[test]
+    fn who_may_send_what() {
+        use DropReason::{NotOurs, SourceRefused, UnknownPeer};
+        let (default, strict) = (SourcePolicy::default(), SourcePolicy { strict: true, behind_nat: false });
+        let nat = SourcePolicy { strict: false, behind_nat: true };
+        let strict_nat = SourcePolicy { strict: true, behind_nat: true };
+        let ok = [Ok(()); 4];
+        let all = |reason| [Err(reason); 4];
+        // In the order default, strict, behind NAT, both.
+        for (what, outer, source, destination, wanted) in [
+            ("a peer's pod", "192.168.0.2", "10.5.2.9", "10.5.1.9", ok),
+            ("to the device itself", "192.168.0.2", "10.5.2.9", "10.5.1.0", ok),
+            ("its second lease, ours too", "192.168.0.2", "10.5.22.9", "10.5.11.9", ok),
+            ("outside the overlay, yet leased", "192.168.0.5", "172.30.1.1", "10.5.1.9", ok),
+            (
+                "the node's own address",
+                "192.168.0.2",
+                "192.168.0.2",
+                "10.5.1.9",
+                [Ok(()), Err(SourceRefused), Ok(()), Err(SourceRefused)],
+            ),
+            (
+                "another peer's pod",
+                "192.168.0.2",
+                "10.5.3.9",
+                "10.5.1.9",
+                [Err(SourceRefused), Err(SourceRefused), Ok(()), Ok(())],
+            ),
+            (
+                "a pod inside its subnet that is another's",
+                "192.168.0.3",
+                "10.5.3.64",
+                "10.5.1.9",
+                [Err(SourceRefused), Err(SourceRefused), Ok(()), Ok(())],
+            ),
+            ("our own pod", "192.168.0.2", "10.5.1.7", "10.5.1.9", all(SourceRefused)),
+            ("our own other pod", "192.168.0.2", "10.5.11.7", "10.5.1.9", all(SourceRefused)),
+            ("nobody's pod", "192.168.0.2", "10.5.9.9", "10.5.1.9", all(SourceRefused)),
+            ("loopback", "192.168.0.2", "127.0.0.1", "10.5.1.9", all(SourceRefused)),
+            ("multicast", "192.168.0.2", "224.0.0.1", "10.5.1.9", all(SourceRefused)),
+            ("broadcast", "192.168.0.2", "255.255.255.255", "10.5.1.9", all(SourceRefused)),
+            ("this host", "192.168.0.2", "0.0.0.0", "10.5.1.9", all(SourceRefused)),
+            ("for another node", "192.168.0.2", "10.5.2.9", "10.5.3.9", all(NotOurs)),
+            ("for nobody", "192.168.0.2", "10.5.2.9", "10.5.9.9", all(NotOurs)),
+            ("for the Internet", "192.168.0.2", "10.5.2.9", "1.1.1.1", all(NotOurs)),
+            (
+                "a stranger",
+                "192.168.0.77",
+                "10.5.2.9",
+                "10.5.1.9",
+                [Err(UnknownPeer), Err(UnknownPeer), Ok(()), Ok(())],
+            ),
+            (
+                "a stranger with an address of its own",
+                "192.168.0.77",
+                "192.168.0.77",
+                "10.5.1.9",
+                [Err(UnknownPeer), Err(UnknownPeer), Err(SourceRefused), Err(SourceRefused)],
+            ),
+            (
+                "a stranger as our own pod",
+                "192.168.0.77",
+                "10.5.1.7",
+                "10.5.1.9",
+                [Err(UnknownPeer), Err(UnknownPeer), Err(SourceRefused), Err(SourceRefused)],
+            ),
+            (
+                "a stranger as nobody's pod",
+                "192.168.0.77",
+                "10.5.9.9",
+                "10.5.1.9",
+                [Err(UnknownPeer), Err(UnknownPeer), Err(SourceRefused), Err(SourceRefused)],
+            ),
+            (
+                "a stranger for another node",
+                "192.168.0.77",
+                "10.5.2.9",
+                "10.5.3.9",
+                [Err(UnknownPeer), Err(UnknownPeer), Err(NotOurs), Err(NotOurs)],
+            ),
+        ] {
+            for (policy, wanted) in [default, strict, nat, strict_nat].into_iter().zip(wanted) {
+                // Whatever port it comes from.
+                for port in [8285, 40000] {
+                    let outer = SocketAddrV4::new(addr(outer), port);
+                    let admitted = table(policy).admit(outer, addr(source), addr(destination));
+                    assert_eq!(admitted, wanted, "{what}, {policy:?}");
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_look_up_gives_what_going_through_all_of_them_gives(
+            peers in prop::collection::vec((0u32..64, 0u8..=32), 0..60),
+            asked in prop::collection::vec(0u32..64, 30),
+        ) {
+            // Few addresses at the ends of the range, so that prefixes nest and meet.
+            let place = |n: u32| Ipv4Addr::from_bits(n.wrapping_sub(32));
+            let peers: Vec<Peer> = peers
+                .into_iter()
+                .zip(1u32..)
+                .filter_map(|((n, len), index)| {
+                    let subnet = Subnet::new(place(n).into(), len)?;
+                    Some(Peer { subnet, addr: SocketAddrV4::new(Ipv4Addr::from_bits(index), 8285) })
+                })
+                .collect();
+            let none = Local { subnets: Vec::new(), ..local() };
+            let table = PeerTable::new(none, SourcePolicy::default(), peers.clone());
+            for n in asked {
+                let covering = peers.iter().filter(|p| p.subnet.contains(place(n).into()));
+                // The last of the longest, as the later of two counts.
+                let wanted = covering.max_by_key(|p| p.subnet.len());
+                prop_assert_eq!(table.route(place(n)), wanted);
+            }
+        }
+    }
 }

@@ -226,3 +226,6 @@ impl<'a> Super<'a> {
         Segment { headers: layout.headers, payload }
     }
 }
+
+#[cfg(test)]
+mod tests;

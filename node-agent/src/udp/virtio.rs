@@ -92,3 +92,38 @@ impl VirtioHeader {
         b
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_header_as_linux_lays_it_out() {
+        let header = VirtioHeader {
+            checksum: Some(PartialChecksum { start: 20, offset: 16 }),
+            gso: Some(Gso { kind: GsoKind::TcpV4, size: 1448 }),
+            hdr_len: 52,
+        };
+        let mut bytes = vec![1, 1];
+        for field in [52u16, 1448, 20, 16] {
+            bytes.extend(field.to_ne_bytes());
+        }
+        assert_eq!(header.encode()[..], bytes);
+        bytes.extend([7, 7, 7]);
+        assert_eq!(VirtioHeader::split(&mut bytes), Some((header, &mut [7, 7, 7][..])));
+        assert_eq!(VirtioHeader::default().encode(), [0; LEN]);
+    }
+
+    #[test]
+    fn kinds_that_were_not_asked_for_are_refused() {
+        let decode = |kind| VirtioHeader::decode(&[0, kind, 0, 0, 0, 0, 0, 0, 0, 0]);
+        // The third is the old UFO, which fragments; 0x81 is TCP with CWR.
+        assert_eq!(decode(3), None);
+        assert_eq!(decode(2), None);
+        assert_eq!(decode(0x81).and_then(|h| h.gso).map(|g| g.kind), Some(GsoKind::TcpV4));
+        assert_eq!(decode(0), Some(VirtioHeader::default()));
+        assert_eq!(VirtioHeader::split(&mut [0; 9]), None);
+        // DATA_VALID, which asks for nothing.
+        assert_eq!(VirtioHeader::decode(&[2, 0, 0, 0, 0, 0, 0, 0, 0, 0]), Some(VirtioHeader::default()));
+    }
+}

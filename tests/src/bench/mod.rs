@@ -1,0 +1,250 @@
+//! The bench of the dataplanes: weft's own beside node-to-node traffic and beside the alternative, in one run.
+//!
+//! ```text
+//! Pair (two namespaces, a veth between them) per configuration, all standing from beginning to end
+//! round 1..n:  setting of underlay and cores:  load:  configuration, configuration, ...   <- in turns
+//! Results -> JSON (every sample) -> page with tables and goals, picture
+//! ```
+//! Taking turns within seconds is what makes ratios worth something on a machine that others use as well. What fails is
+//! noted and costs its own cell; results are written after every round.
+
+pub mod choice;
+pub mod cpu;
+pub mod goals;
+pub mod interrupt;
+pub mod load;
+pub mod naive;
+pub mod offload;
+pub mod pair;
+pub mod picture;
+pub mod program;
+pub mod result;
+pub mod stats;
+mod sys;
+pub mod table;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::bed::{Bed, teardown};
+use crate::binaries::{Binaries, require_tools};
+use crate::lab::out::say;
+use choice::{Selection, Setting};
+use cpu::Cores;
+use interrupt::Interrupt;
+use load::Timing;
+use pair::Pair;
+use result::{Cell, Conditions, Results};
+
+const ROOT: &str = "/run/weft-bench";
+/// The commit that the programs are built from, said by the script that builds them.
+pub const COMMIT: &str = "WEFT_COMMIT";
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Options {
+    pub rounds: usize,
+    pub window: Duration,
+    pub selection: Selection,
+    pub out: PathBuf,
+}
+
+impl Options {
+    fn timing(&self) -> Timing {
+        Timing { warm_up: self.window.mul_f64(0.4), window: self.window }
+    }
+}
+
+/// Measures, and leaves `dataplane.json`, `dataplane.md` and `dataplane.svg` in the directory asked for.
+pub fn run(options: &Options, interrupt: &Interrupt) -> Result<()> {
+    let cores = Cores::available()?;
+    if options.selection.settings.contains(&Setting::TwoCores) && !cores.has_two() {
+        bail!("this process may use one core only: leave out {} (--only)", Setting::TwoCores);
+    }
+    require_tools(&[("ip", "iproute2"), ("ethtool", "ethtool")])?;
+    let binaries = Binaries::find()?;
+    fs::create_dir_all(&options.out).with_context(|| format!("make {}", options.out.display()))?;
+    teardown(Path::new(ROOT))?;
+    let bed = Bed::create(Path::new(ROOT))?;
+    let mut results = Results::new(conditions(options)?);
+    let pairs = start_pairs(&bed, &binaries, options, &cores, &mut results, interrupt)?;
+    let measured = measure(&pairs, options, &cores, &mut results, interrupt);
+    save(&results, &options.out)?;
+    say(format!("\n{}", table::page(&results)));
+    say(format!("Written to {}: dataplane.json, dataplane.md, dataplane.svg", options.out.display()));
+    measured?;
+    ensure!(results.failures.is_empty(), "{} measurements failed, see above", results.failures.len());
+    Ok(())
+}
+
+/// Page and picture anew from an earlier run's figures.
+pub fn render(from: &Path, out: &Path) -> Result<()> {
+    let results = Results::load(from)?;
+    fs::create_dir_all(out).with_context(|| format!("make {}", out.display()))?;
+    save(&results, out)?;
+    say(table::page(&results));
+    Ok(())
+}
+
+fn start_pairs(
+    bed: &Bed,
+    binaries: &Binaries,
+    options: &Options,
+    cores: &Cores,
+    results: &mut Results,
+    interrupt: &Interrupt,
+) -> Result<Vec<Pair>> {
+    let mut pairs = Vec::new();
+    for configuration in &options.selection.configurations {
+        say(format!("Starting {} ({configuration}) ...", configuration.title()));
+        match Pair::start(bed, binaries, *configuration, cores, interrupt) {
+            Ok(pair) => pairs.push(pair),
+            Err(error) => {
+                interrupt.check()?;
+                note(results, format!("{configuration} did not start: {error:#}"));
+            }
+        }
+        interrupt.check()?;
+    }
+    ensure!(!pairs.is_empty(), "no configuration started");
+    Ok(pairs)
+}
+
+fn measure(
+    pairs: &[Pair],
+    options: &Options,
+    cores: &Cores,
+    results: &mut Results,
+    interrupt: &Interrupt,
+) -> Result<()> {
+    let (start, stolen) = (Instant::now(), cpu::stolen()?);
+    for round in 0..options.rounds {
+        for setting in &options.selection.settings {
+            let on = if setting.is_pinned() { cores.last() } else { cores.both() };
+            let pairs = set(pairs, *setting, &on, round, results);
+            for load in &options.selection.loads {
+                for pair in &pairs {
+                    let cell = Cell { setting: *setting, load: *load, configuration: pair.configuration };
+                    let measured = load::measure(*load, &pair.places, options.timing(), &on, interrupt);
+                    interrupt.check()?;
+                    match measured {
+                        Ok(sample) => results.add(cell, round, sample),
+                        Err(error) => {
+                            let what =
+                                format!("round {}: {load} of {} in {setting}", round + 1, pair.configuration);
+                            note(results, format!("{what}: {error:#}"));
+                            say(pair.explain());
+                        }
+                    }
+                }
+            }
+        }
+        let elapsed = start.elapsed();
+        let all = elapsed.as_secs_f64() * f64::from(std::thread::available_parallelism()?.get() as u32);
+        results.conditions.stolen = (cpu::stolen()?.saturating_sub(stolen)).as_secs_f64() / all;
+        save(results, &options.out)?;
+        let left = elapsed / (round + 1) as u32 * (options.rounds - round - 1) as u32;
+        say(format!(
+            "Round {} of {} after {} s, about {} s to go.",
+            round + 1,
+            options.rounds,
+            elapsed.as_secs(),
+            left.as_secs()
+        ));
+    }
+    Ok(())
+}
+
+/// Those that could be set; what a pair cannot be set to must not be measured as if it were.
+fn set<'a>(
+    pairs: &'a [Pair],
+    setting: Setting,
+    on: &[usize],
+    round: usize,
+    results: &mut Results,
+) -> Vec<&'a Pair> {
+    let mut ready = Vec::new();
+    for pair in pairs {
+        match pair.set(setting, on) {
+            Ok(()) => ready.push(pair),
+            Err(error) => {
+                note(
+                    results,
+                    format!(
+                        "round {}: {} cannot be set to {setting}: {error:#}",
+                        round + 1,
+                        pair.configuration
+                    ),
+                );
+                say(pair.explain());
+            }
+        }
+    }
+    ready
+}
+
+fn note(results: &mut Results, failure: String) {
+    say(format!("FAILED: {failure}"));
+    results.failures.push(failure);
+}
+
+fn save(results: &Results, out: &Path) -> Result<()> {
+    let files = [
+        ("dataplane.json", results.to_json()?),
+        ("dataplane.md", table::page(results)),
+        ("dataplane.svg", picture::svg(results)),
+    ];
+    for (name, content) in files {
+        let path = out.join(name);
+        fs::write(&path, content).with_context(|| format!("write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn conditions(options: &Options) -> Result<Conditions> {
+    let read = |path: &str| fs::read_to_string(path).with_context(|| path.to_owned());
+    let model = read("/proc/cpuinfo")?;
+    let model = model.lines().find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1));
+    let load = read("/proc/loadavg")?;
+    let load = load.split(' ').next().context("/proc/loadavg")?.parse().context("/proc/loadavg")?;
+    let date = Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"]).output().context("date")?;
+    Ok(Conditions {
+        machine: format!(
+            "{}, {} cores",
+            model.unwrap_or("unknown processor"),
+            std::thread::available_parallelism()?
+        ),
+        kernel: read("/proc/sys/kernel/osrelease")?.trim().to_owned(),
+        commit: std::env::var(COMMIT).unwrap_or_else(|_| "of an unknown commit".to_owned()),
+        date: String::from_utf8_lossy(&date.stdout).trim().to_owned(),
+        load_average_before: load,
+        stolen: 0.0,
+        rounds: options.rounds,
+        seconds: options.window.as_secs_f64(),
+        warm_up_seconds: options.timing().warm_up.as_secs_f64(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn conditions_name_machine_and_kernel() -> Result<()> {
+        let options = Options {
+            rounds: 3,
+            window: Duration::from_millis(500),
+            selection: Selection::everything(),
+            out: PathBuf::from("."),
+        };
+        let conditions = conditions(&options)?;
+        assert!(conditions.machine.contains("cores"), "{conditions:?}");
+        assert!(conditions.kernel.contains('.'), "{conditions:?}");
+        assert!(conditions.date.ends_with("UTC"), "{conditions:?}");
+        assert!((conditions.warm_up_seconds - 0.2).abs() < 1e-9);
+        Ok(())
+    }
+}

@@ -1,0 +1,168 @@
+//! A run as an SVG picture: a row of panels per load, a panel per setting, a bar per configuration. Each panel has its
+//! own scale; bars are medians from zero, whiskers quartiles.
+//!
+//! Colours follow the reader's light or dark mode (CSS `prefers-color-scheme`), the ground is left to the page.
+
+use std::fmt::Write as _;
+
+use super::choice::{Configuration, Load, Setting};
+use super::result::{Cell, Figure, Results};
+use super::stats::Summary;
+use super::table::number;
+
+const ROWS: [(&str, Load, Figure); 6] = [
+    ("TCP, 1 stream, Gbit/s", Load::Tcp1, Figure::Gbps),
+    ("TCP, 4 streams, Gbit/s", Load::Tcp4, Figure::Gbps),
+    ("UDP, 1 flow of 64 bytes, thousand datagrams per second", Load::Udp1, Figure::Kpps),
+    ("UDP, 64 flows of mixed sizes, thousand datagrams per second", Load::Udp64, Figure::Kpps),
+    ("request/response, 1 connection, median in µs (less is better)", Load::Exchange1, Figure::P50),
+    ("request/response, 16 connections, exchanges per second", Load::Exchange16, Figure::PerSecond),
+];
+
+const LABELS: usize = 172;
+const PANEL: usize = 236;
+const BAR: f64 = 128.0;
+const LINE: usize = 17;
+const HEAD: usize = 62;
+const ROW_HEAD: usize = 30;
+
+const STYLE: &str = "\
+<style>
+text { font: 12px 'DejaVu Sans', Verdana, sans-serif; fill: #1f2328 }
+.title { font-size: 15px; font-weight: bold }
+.row { font-weight: bold }
+.faint { fill: #59636e; font-size: 11px }
+.line { stroke: #d1d9e0; stroke-width: 1 }
+.whisker { stroke: #1f2328; stroke-width: 1.2 }
+.node { fill: #8c959f } .host-gw { fill: #2da44e } .vxlan { fill: #0969da }
+.udp { fill: #bc4c00 } .udp-plain { fill: #e9a26b } .naive { fill: #a475f9 }
+@media (prefers-color-scheme: dark) {
+text { fill: #f0f6fc } .faint { fill: #9198a1 } .line { stroke: #3d444d } .whisker { stroke: #f0f6fc }
+.node { fill: #656c76 } .host-gw { fill: #238636 } .vxlan { fill: #1f6feb }
+.udp { fill: #db6d28 } .udp-plain { fill: #9b5a2c } .naive { fill: #8957e5 }
+}
+</style>
+";
+
+pub fn svg(results: &Results) -> String {
+    let selection = results.selection();
+    let rows: Vec<_> = ROWS.iter().filter(|(_, load, _)| selection.loads.contains(load)).collect();
+    let row_height = ROW_HEAD + LINE * selection.configurations.len() + 12;
+    let width = LABELS + PANEL * selection.settings.len().max(2);
+    let height = HEAD + row_height * rows.len() + 30;
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" role=\"img\" \
+         aria-label=\"Throughput and latency of weft's dataplanes side by side\">\n{STYLE}"
+    );
+    text(&mut svg, 8, 22, "title", "weft's dataplanes side by side");
+    for (column, setting) in selection.settings.iter().enumerate() {
+        let x = LABELS + PANEL * column;
+        let (cores, underlay) = setting.title().split_once(", ").unwrap_or((setting.title(), ""));
+        text(&mut svg, x, 40, "faint", cores);
+        text(&mut svg, x, 54, "faint", underlay);
+    }
+    for (index, (title, load, figure)) in rows.into_iter().enumerate() {
+        let top = HEAD + row_height * index;
+        let _ = writeln!(svg, "<path class=\"line\" d=\"M8 {top}H{}\"/>", width - 8);
+        text(&mut svg, 8, top + 19, "row", title);
+        for (line, configuration) in selection.configurations.iter().enumerate() {
+            let y = top + ROW_HEAD + LINE * line;
+            text(&mut svg, 8, y + 12, "", label(*configuration));
+            for (column, setting) in selection.settings.iter().enumerate() {
+                let cell = Cell { setting: *setting, load: *load, configuration: *configuration };
+                let largest = largest(results, *setting, *load, *figure);
+                bar(&mut svg, results, cell, *figure, largest, (LABELS + PANEL * column, y));
+            }
+        }
+    }
+    let c = &results.conditions;
+    let foot = format!(
+        "{}, Linux {}, weft {}, {}; medians of {} rounds, whiskers: quartiles, ×: ratio to node to node",
+        c.machine, c.kernel, c.commit, c.date, c.rounds
+    );
+    text(&mut svg, 8, height - 10, "faint", &foot);
+    svg + "</svg>\n"
+}
+
+/// Shorter than its title, which would not fit.
+fn label(configuration: Configuration) -> &'static str {
+    match configuration {
+        Configuration::Naive => "one packet per call",
+        other => other.title(),
+    }
+}
+
+fn largest(results: &Results, setting: Setting, load: Load, figure: Figure) -> f64 {
+    let values = Configuration::ALL
+        .iter()
+        .filter_map(|c| results.summary(Cell { setting, load, configuration: *c }, figure))
+        .map(|summary| summary.q3.max(summary.median));
+    values.fold(0.0, f64::max)
+}
+
+fn bar(
+    svg: &mut String,
+    results: &Results,
+    cell: Cell,
+    figure: Figure,
+    largest: f64,
+    (x, y): (usize, usize),
+) {
+    let Some(Summary { median, q1, q3, .. }) = results.summary(cell, figure) else {
+        return text(svg, x, y + 12, "faint", "not measured");
+    };
+    let at = |value: f64| if largest > 0.0 { value / largest * BAR } else { 0.0 };
+    let _ = writeln!(
+        svg,
+        "<rect class=\"{}\" x=\"{x}\" y=\"{}\" width=\"{:.1}\" height=\"{}\"/>",
+        cell.configuration,
+        y + 2,
+        at(median).max(1.0),
+        LINE - 5
+    );
+    let (from, to, middle) = (x as f64 + at(q1), x as f64 + at(q3), y as f64 + 2.0 + (LINE - 5) as f64 / 2.0);
+    let _ = writeln!(svg, "<path class=\"whisker\" d=\"M{from:.1} {middle:.1}H{to:.1}\"/>");
+    let ratio = (cell.configuration != Configuration::Node)
+        .then(|| results.ratio(cell, Configuration::Node, figure))
+        .flatten()
+        .map(|ratio| format!(" ×{}", two_digits(ratio.median)));
+    let figures = format!("{}{}", number(median), ratio.unwrap_or_default());
+    text(svg, x + at(median.max(q3)) as usize + 6, y + 12, "", &figures);
+}
+
+fn two_digits(ratio: f64) -> String {
+    if ratio >= 0.1 { format!("{ratio:.2}") } else { format!("{ratio:.3}") }
+}
+
+fn text(svg: &mut String, x: usize, y: usize, class: &str, text: &str) {
+    let class = if class.is_empty() { String::new() } else { format!(" class=\"{class}\"") };
+    let _ = writeln!(svg, "<text{class} x=\"{x}\" y=\"{y}\">{}</text>", escaped(text));
+}
+
+/// XML 1.0 section 2.4.
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::result::tests::{cell, conditions, sample};
+    use super::*;
+
+    #[test]
+    fn bars_are_as_long_as_their_values_and_what_is_missing_is_said() {
+        let mut results = Results::new(conditions());
+        for (configuration, gbps) in [(Configuration::Node, 40.0), (Configuration::Udp, 10.0)] {
+            results.add(cell(Setting::Full, Load::Tcp1, configuration), 0, sample(&[(Figure::Gbps, gbps)]));
+        }
+        results.add(cell(Setting::Gro, Load::Tcp1, Configuration::Udp), 0, sample(&[(Figure::Gbps, 5.0)]));
+        let svg = svg(&results);
+        assert!(svg.contains("class=\"node\" x=\"172\" y=\"94\" width=\"128.0\""), "{svg}");
+        assert!(svg.contains("class=\"udp\" x=\"172\" y=\"111\" width=\"32.0\""), "{svg}");
+        assert!(svg.contains(">10.0 ×0.25</text>"), "{svg}");
+        assert_eq!(svg.matches("not measured").count(), 1, "node to node with GRO: {svg}");
+        assert!(svg.contains("2 cores of a &lt;test&gt; machine"), "{svg}");
+        assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"));
+        assert!(!svg.contains("UDP, 1 flow"), "a load that was not measured has no row");
+    }
+}

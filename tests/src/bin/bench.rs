@@ -1,0 +1,98 @@
+//! `bench`: what `scripts/bench` starts once the programs are built.
+
+use std::path::PathBuf;
+use std::process::exit;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use clap::{Args, Parser, Subcommand};
+use e2e::bench::choice::Selection;
+use e2e::bench::interrupt::Interrupt;
+use e2e::bench::program::Part;
+use e2e::bench::{self, Options};
+use e2e::lab::out::complain;
+
+/// Measures weft beside the alternatives on this machine.
+#[derive(Debug, Parser)]
+#[command(name = "scripts/bench")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Throughput, latency and processor cost of each dataplane
+    ///
+    /// Configurations take turns within each round. Everything with the defaults takes about 20 minutes, with --quick
+    /// about 4; the machine should do nothing else meanwhile.
+    Dataplane(Dataplane),
+    /// Page and picture anew from the dataplane.json of an earlier run
+    Render {
+        from: PathBuf,
+        /// Where to
+        #[arg(long, default_value = "target/bench")]
+        out: PathBuf,
+    },
+    /// One process of a measurement, started by the bench itself
+    #[command(hide = true)]
+    Part { part: String },
+}
+
+#[derive(Debug, Args)]
+struct Dataplane {
+    /// How often each measurement is taken [default: 9, with --quick 3]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: Option<u32>,
+    /// How long each measurement takes, after a warm-up of 0.4 times that [default: 0.5, with --quick 0.3]
+    #[arg(long, value_parser = seconds)]
+    seconds: Option<f64>,
+    /// Fewer and shorter measurements, for development
+    #[arg(long)]
+    quick: bool,
+    /// Only these, by name: configurations (node, host-gw, vxlan, udp, udp-plain, naive), settings (full, no-seg, gro:
+    /// the underlay's offload, on one core; two-cores), loads (tcp-1, tcp-4, udp-1, udp-64, rr-1, rr-16). A kind of which
+    /// none is named stays whole
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Where dataplane.json, dataplane.md and dataplane.svg go
+    #[arg(long, default_value = "target/bench")]
+    out: PathBuf,
+}
+
+fn main() {
+    if let Err(error) = run(Arguments::parse().command) {
+        complain(format!("bench: {error:#}"));
+        exit(1);
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Dataplane(dataplane) => {
+            let options = dataplane.options()?;
+            bench::run(&options, &Interrupt::watch()?)
+        }
+        Command::Render { from, out } => bench::render(&from, &out),
+        Command::Part { part } => serde_json::from_str::<Part>(&part).context("part")?.play(),
+    }
+}
+
+impl Dataplane {
+    fn options(self) -> Result<Options> {
+        let (rounds, seconds) = if self.quick { (3, 0.3) } else { (9, 0.5) };
+        Ok(Options {
+            rounds: self.rounds.unwrap_or(rounds) as usize,
+            window: Duration::from_secs_f64(self.seconds.unwrap_or(seconds)),
+            selection: Selection::of(self.only.iter().map(String::as_str))?,
+            out: self.out,
+        })
+    }
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.1..=10.0).contains(&seconds) => Ok(seconds),
+        _ => Err("expected seconds from 0.1 to 10".to_owned()),
+    }
+}

@@ -22,6 +22,8 @@ const LARGEST: u64 = 1500 - 28 - 28;
 const WINDOW: u64 = 256;
 /// What has not arrived then is lost.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// A prime, so that neighbours of every kind differ.
+const PLACES: u64 = 4_099;
 const RECEIVE_BUFFER: usize = 32 << 20;
 /// `UDP_MAX_SEGMENTS` of linux/udp.h before Linux 6.9.
 const MAX_TRAIN: u64 = 64;
@@ -74,16 +76,25 @@ pub fn checked(from: &Netns, to: &Netns, address: Ipv4Addr, count: u64) -> Resul
     Ok(Checked { sent, missing, corrupt, duplicates })
 }
 
-fn content(number: u64, length: usize) -> Vec<u8> {
-    let mut bytes = vec![0; length];
-    Random::seeded(number).fill(&mut bytes[HEADER..]);
-    bytes[..8].copy_from_slice(&number.to_be_bytes());
-    bytes[8..HEADER].copy_from_slice(&(length as u32).to_be_bytes());
+/// Number, length, and bytes out of `noise` from a place that is the number's own.
+fn content(noise: &[u8], number: u64, length: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(length);
+    bytes.extend(number.to_be_bytes());
+    bytes.extend((length as u32).to_be_bytes());
+    let place = (number % PLACES) as usize;
+    bytes.extend_from_slice(&noise[place..place + length - HEADER]);
     bytes
+}
+
+fn noise() -> Vec<u8> {
+    let mut noise = vec![0; 65_536 + PLACES as usize];
+    Random::seeded(PLACES).fill(&mut noise);
+    noise
 }
 
 fn send(socket: &UdpSocket, count: u64, arrived: &AtomicU64) -> Result<u64> {
     let mut random = Random::seeded(count);
+    let noise = noise();
     let (mut number, mut written_off) = (0, 0);
     while number < count {
         let mut still = (0, Instant::now());
@@ -110,7 +121,7 @@ fn send(socket: &UdpSocket, count: u64, arrived: &AtomicU64) -> Result<u64> {
             // The last of a train may be shorter.
             let last = place + 1 == train && train > 1;
             let size = if last { HEADER as u64 + random.below(size - HEADER as u64 + 1) } else { size };
-            bytes.extend(content(number + place, size as usize));
+            bytes.extend(content(&noise, number + place, size as usize));
         }
         let segment = if train > 1 { size as i32 } else { 0 };
         setsockopt(socket, UdpGsoSegment, &segment).context("UDP_SEGMENT")?;
@@ -124,6 +135,7 @@ fn send(socket: &UdpSocket, count: u64, arrived: &AtomicU64) -> Result<u64> {
 fn receive(socket: &UdpSocket, arrived: &AtomicU64, all_sent: &AtomicBool) -> Result<(Vec<u8>, u64)> {
     let mut seen: Vec<u8> = Vec::new();
     let mut corrupt = 0;
+    let noise = noise();
     let mut buffer = vec![0; 65_536];
     let mut quiet_since: Option<Instant> = None;
     loop {
@@ -139,7 +151,7 @@ fn receive(socket: &UdpSocket, arrived: &AtomicU64, all_sent: &AtomicBool) -> Re
         let bytes = &buffer[..length];
         let number = bytes.first_chunk().map(|number| u64::from_be_bytes(*number));
         match number.filter(|number| length >= HEADER && *number < 1 << 24) {
-            Some(number) if content(number, length) == bytes => {
+            Some(number) if content(&noise, number, length) == bytes => {
                 let place = number as usize;
                 if seen.len() <= place {
                     seen.resize(place + 1, 0);

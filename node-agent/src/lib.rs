@@ -35,6 +35,7 @@ pub mod pods;
 pub mod reconcile;
 pub mod server;
 pub mod status;
+pub mod tun;
 pub mod udp;
 pub mod underlay;
 pub mod upkeep;

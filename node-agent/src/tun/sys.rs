@@ -45,8 +45,6 @@ pub fn create(name: &IfName) -> io::Result<()> {
 /// What a queue asks its device for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Features {
-    /// A virtio header in front of every packet.
-    pub vnet_hdr: bool,
     /// TCP super-packets and packets without a checksum are read.
     pub tso: bool,
     /// UDP super-packets are read.
@@ -109,7 +107,7 @@ impl Queue {
 
     /// Tells the kernel what may be read from here on; the device keeps it when the queue goes. `EINVAL`: the kernel
     /// does not know one of them (UDP super-packets came with Linux 6.2), and nothing has changed.
-    pub fn set_features(&self, features: Features) -> io::Result<()> {
+    pub fn set_features(&self, features: Features) -> nix::Result<()> {
         let mut offload = 0;
         if features.tso {
             offload |= libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
@@ -120,6 +118,16 @@ impl Queue {
         // SAFETY: TUNSETOFFLOAD takes a number and touches no memory of ours.
         unsafe { tunsetoffload(self.file.as_raw_fd(), offload.cast_signed()) }?;
         Ok(())
+    }
+
+    /// Reads and forgets what is waiting, as long as it may have been waiting when this began.
+    pub fn discard(&self) {
+        // The queue's length is the device's `txqlen`, which is 500 unless somebody changed it.
+        for _ in 0..10_000 {
+            if nix::unistd::read(self, &mut [0; 64]).is_err() {
+                return;
+            }
+        }
     }
 
     /// Another program may have left the device with a longer one (qemu's has 12 bytes).

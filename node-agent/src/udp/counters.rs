@@ -39,11 +39,12 @@ pub enum DropReason {
 }
 
 impl DropReason {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Short,
         Self::WrongVersion,
         Self::BadTotalLength,
         Self::BadHeader,
+        Self::BadOffload,
         Self::Oversized,
         Self::UnknownPeer,
         Self::SourceRefused,
@@ -61,6 +62,7 @@ impl DropReason {
             Self::WrongVersion => "wrong-version",
             Self::BadTotalLength => "bad-total-length",
             Self::BadHeader => "bad-header",
+            Self::BadOffload => "bad-offload",
             Self::Oversized => "oversized",
             Self::UnknownPeer => "unknown-peer",
             Self::SourceRefused => "source-refused",
@@ -183,7 +185,7 @@ mod tests {
         tally.publish(&direction);
         let counts: Vec<(DropReason, u64)> = direction.dropped().into_iter().collect();
         assert_eq!(counts.first(), Some(&(DropReason::Short, 1)));
-        assert_eq!(counts.last(), Some(&(DropReason::Overrun, 14)), "published twice, and added up");
+        assert_eq!(counts.last(), Some(&(DropReason::Overrun, 15)), "published twice, and added up");
         assert_eq!(counts.len(), DropReason::ALL.len());
     }
 }

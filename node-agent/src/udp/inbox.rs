@@ -18,11 +18,6 @@ const STRIDE: usize = BUFFER + 34 * 64;
 /// `CMSG_SPACE` of two 32-bit numbers: the segment size and the overruns.
 const CONTROL_SPACE: usize = 48;
 
-/// linux/udp.h; not in libc for musl.
-const UDP_GRO: libc::c_int = 104;
-/// asm-generic/socket.h
-const SO_RXQ_OVFL: libc::c_int = 40;
-
 /// All memory is taken at the start; most of it is touched only when datagrams fill it.
 pub(super) struct Inbox {
     /// [`MESSAGES`] buffers, [`STRIDE`] apart.
@@ -126,8 +121,8 @@ impl Inbox {
         for (level, kind, value) in numbers(control) {
             match (level, kind) {
                 // Zero would be no size at all.
-                (libc::SOL_UDP, UDP_GRO) if value != 0 => message.size = value as usize,
-                (libc::SOL_SOCKET, SO_RXQ_OVFL) => message.overruns = Some(value),
+                (libc::SOL_UDP, libc::UDP_GRO) if value != 0 => message.size = value as usize,
+                (libc::SOL_SOCKET, libc::SO_RXQ_OVFL) => message.overruns = Some(value),
                 _ => {}
             }
         }

@@ -1,7 +1,9 @@
 //! What the packet path can leave to the kernel, each probed by trying and given up when the device refuses it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+
+use nix::errno::Errno;
 
 /// A capability, named as switch, status and metrics name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -25,6 +27,9 @@ pub enum Offload {
 /// Which capabilities may be tried; all of them by default.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Offloads(BTreeSet<Offload>);
+
+/// What has been tried so far.
+pub type Outcomes = BTreeMap<Offload, Outcome>;
 
 /// What became of a capability.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,6 +68,33 @@ impl Offload {
 impl fmt::Display for Offload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+impl Outcome {
+    /// Tries it, if it may be tried.
+    pub(super) fn of<T>(allowed: bool, call: &str, attempt: impl FnOnce() -> Result<T, Errno>) -> Self {
+        if !allowed {
+            return Self::SwitchedOff;
+        }
+        match attempt() {
+            Ok(_) => Self::InUse,
+            Err(errno) => Self::refused(call, errno),
+        }
+    }
+
+    pub(super) fn refused(call: &str, errno: Errno) -> Self {
+        Self::Refused(format!("{call}: {}", errno.desc()))
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::InUse => f.write_str("in use"),
+            Self::SwitchedOff => f.write_str("switched off"),
+            Self::Refused(how) => write!(f, "refused: {how}"),
+        }
     }
 }
 

@@ -214,14 +214,11 @@ impl Control {
         let len = unsafe { libc::CMSG_LEN(size_of::<u16>() as u32) } as usize;
         control.0[..size_of::<usize>()].copy_from_slice(&len.to_ne_bytes());
         control.0[8..12].copy_from_slice(&libc::SOL_UDP.to_ne_bytes());
-        control.0[12..16].copy_from_slice(&UDP_SEGMENT.to_ne_bytes());
+        control.0[12..16].copy_from_slice(&libc::UDP_SEGMENT.to_ne_bytes());
         control.0[16..18].copy_from_slice(&size.to_ne_bytes());
         control
     }
 }
-
-/// linux/udp.h; not in libc for musl.
-const UDP_SEGMENT: libc::c_int = 103;
 
 // `Control` writes the header by hand, as 64-bit machines have it.
 const _: () = assert!(size_of::<libc::cmsghdr>() == 16);

@@ -1,10 +1,11 @@
 //! The one socket of the udp backend: peers send to it, and what goes to them leaves from it, as flanneld's does.
 
 use std::io;
-use std::net::{SocketAddrV4, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{Domain, Protocol, SockAddr, Type};
 
 use super::offload::{Offload, Offloads, Outcome, Outcomes};
 
@@ -52,5 +53,26 @@ impl Socket {
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+/// Sends whole IPv4 packets as this host's own: ICMP errors. Written to the device they would be dropped on arrival, for
+/// their source is an address of this host (linux net/ipv4/fib_frontend.c, `fib_validate_source`; flanneld's are).
+#[derive(Debug)]
+pub(super) struct HostSocket(socket2::Socket);
+
+/// linux/in.h, `IPPROTO_RAW`: packets bring their headers, and nothing is ever received.
+const RAW: i32 = 255;
+
+impl HostSocket {
+    /// In the network namespace of the calling thread; needs CAP_NET_RAW.
+    pub(super) fn open() -> io::Result<Self> {
+        let socket = socket2::Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(RAW)))?;
+        socket.set_nonblocking(true)?;
+        Ok(Self(socket))
+    }
+
+    pub(super) fn send(&self, packet: &[u8], to: Ipv4Addr) -> io::Result<()> {
+        self.0.send_to(packet, &SockAddr::from(SocketAddrV4::new(to, 0))).map(drop)
     }
 }

@@ -16,7 +16,7 @@ use weft_shared::netconf::EXAMPLE;
 
 use crate::alone;
 use crate::before::Before;
-use crate::bringup::{bring_up, snapshot_file};
+use crate::bringup::{Memory, bring_up, snapshot_file};
 use crate::config::{Config, StoreConfig};
 use crate::durable::snapshot::{Pace, save_changes};
 use crate::ipam::{self, Boottime, Ipam};
@@ -24,6 +24,7 @@ use crate::kernel::{LinuxKernel, Monitor, Remembering};
 use crate::lease::{EmbeddedStore, EtcdStore, LeaseStore, Store, StoreError, StoreHealth};
 use crate::metrics::Metrics;
 use crate::node::{Node, NodeFabric};
+use crate::packet_path::{PacketPath, keep_packet_path};
 use crate::pods::{PodPorts, SeenVeths};
 use crate::reconcile::{Handle, Inputs};
 use crate::server::admin::{Admin, AdminState};
@@ -44,6 +45,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     DirBuilder::new().recursive(true).mode(0o700).create(&config.run_dir).with_context(|| {
         format!("--run-dir = {}: expected a directory, or a place to make one", config.run_dir.display())
     })?;
+    // First of all: where packets are carried by threads of ours, nobody has carried them since the last agent's end.
+    let memory = Memory::load(&config)?;
+    let path = PacketPath::new(config.udp_offloads.clone());
+    if let Some(inputs) = memory.inputs(&config).await {
+        path.follow(&inputs);
+    }
     let store = Arc::new(open_store(&config.store).await?);
     if store.one_machine_only() {
         warn!("the embedded store serves the agents of one machine only");
@@ -60,7 +67,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let (seen_sender, seen) = watch::channel(SeenVeths::default());
     let (health_sender, health) = watch::channel(StoreHealth::default());
     let name = config.node_name.clone();
-    let node = Arc::new(Node::new(name, store, health, reconcile.clone(), ports, monitor));
+    let node = Arc::new(Node::new(name, store, health, reconcile.clone(), ports, monitor, path));
 
     let ipam_config = ipam::Config::new(&config.run_dir, &config.cni_socket).context("this boot's id")?;
     let clock = Box::new(Boottime::now);
@@ -80,6 +87,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     tasks.spawn(ended("address management", ipam.run(stop.clone())));
     tasks.spawn(ended("pods' ports", pass_on_ports(node.clone(), stop.clone())));
     tasks.spawn(ended("seen veths", pass_on_seen(reconcile.clone(), seen_sender, stop.clone())));
+    tasks.spawn(ended("packet path", keep_packet_path(node.clone(), stop.clone())));
     let (file, store) = snapshot_file(&config);
     let current = {
         let node = node.clone();
@@ -91,7 +99,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         let (node, config, stop) = (node.clone(), config.clone(), stop.clone());
         async move {
             tokio::select! {
-                result = bring_up(node, config, health_sender) => result,
+                result = bring_up(node, config, memory, health_sender) => result,
                 () = stop.cancelled() => Ok(()),
             }
         }
@@ -110,6 +118,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         warn!(seconds = DRAIN.as_secs(), "stopping although not everything has ended");
     }
     reconcile.stop();
+    node.path.stop();
     info!("weftd stops; devices, routes and addresses stay");
     result
 }

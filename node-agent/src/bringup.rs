@@ -29,6 +29,7 @@ use crate::lease::{AcquireRequest, Keeper, LeaseStore, LeaseTable, StoreHealth, 
 use crate::netconf::needs_restart;
 use crate::node::{Node, Serving};
 use crate::object::LinkKind;
+use crate::reconcile::{Inputs, NodeInputs};
 use crate::underlay::{Underlay, UnderlayChoice, find_underlay, fits};
 use crate::upkeep::{Files, Upkeep};
 
@@ -40,16 +41,17 @@ const UPDATES: usize = 1024;
 pub async fn bring_up(
     node: Arc<Node>,
     config: Arc<Config>,
+    memory: Memory,
     health: watch::Sender<StoreHealth>,
 ) -> anyhow::Result<()> {
-    let file = DurableFile::in_dir(&config.state_dir);
-    let durable = file.load().with_context(|| format!("durable state in {}", config.state_dir.display()))?;
+    let Memory { durable, saved } = memory;
     let first_start = durable.is_none();
     let mut durable = durable.unwrap_or_default();
-    let Start { network, saved } = start(&node, &config, &durable, &health).await;
+    let Start { network, saved } = start(&node, &config, saved, &health).await;
     let underlay = wait_for_underlay(&node, &config.underlay, &network).await;
 
     let vtep_mac = vtep_mac(&network, &underlay, durable.vtep_mac).await?;
+    let file = DurableFile::in_dir(&config.state_dir);
     let files =
         Files { durable: file, subnet_env: config.subnet_file.clone(), ip_masq: config.firewall.masquerade };
     let recalled_key = saved.as_ref().map(|saved| saved.own.key);
@@ -69,8 +71,7 @@ pub async fn bring_up(
     let mut recalled = None;
     if let Some(saved) = saved {
         keeper = keeper.recalling(saved.own, saved.at);
-        let attrs = backend.plane().lease_attrs(saved.own.public_ip);
-        table.recall(Lease { key: saved.own.key, attrs, create_revision: 0 }, saved.snapshot.peers);
+        saved.recall(&mut table, &backend);
         recalled = Some(Recalled { saved: saved.at });
     }
     let mut serving = Serving {
@@ -111,6 +112,68 @@ pub fn snapshot_file(config: &Config) -> (SnapshotFile, String) {
     (SnapshotFile::in_dir(&config.state_dir), store)
 }
 
+/// What the node knows of itself before it has asked anybody.
+#[derive(Debug)]
+pub struct Memory {
+    /// `None`: weft has never run here.
+    durable: Option<Durable>,
+    saved: Option<Saved>,
+}
+
+#[derive(Debug)]
+struct Saved {
+    snapshot: Snapshot,
+    own: OwnSubnet,
+    at: SystemTime,
+}
+
+impl Memory {
+    pub fn load(config: &Config) -> anyhow::Result<Self> {
+        let durable = DurableFile::in_dir(&config.state_dir).load();
+        let durable = durable.with_context(|| format!("durable state in {}", config.state_dir.display()))?;
+        let (file, identity) = snapshot_file(config);
+        let saved = file.load(&identity).and_then(|(snapshot, at)| {
+            let own = snapshot.own(&durable.unwrap_or_default())?;
+            Some(Saved { snapshot, own, at })
+        });
+        Ok(Self { durable, saved })
+    }
+
+    /// What the reconciler would be told if the store said again what it said last: enough for the packet path of the
+    /// udp backend to go on at once. Nothing for other backends, whose packets the kernel carries meanwhile.
+    pub async fn inputs(&self, config: &Config) -> Option<Inputs> {
+        let saved = self.saved.as_ref()?;
+        let network = &saved.snapshot.network;
+        let BackendConfig::Udp(_) = &network.backend else { return None };
+        // Whatever is wrong with the underlay is said by those who wait for it.
+        let underlay = find_underlay(config.underlay.clone(), None).await.ok()?;
+        fits(network, &underlay).ok()?;
+        // No device of this backend bears it.
+        let vtep_mac = Mac::local_unicast([0; 6]);
+        let backend = Backend::new(network, vtep_mac);
+        let mut table = LeaseTable::new(network.clone(), config.expired_peer_grace);
+        saved.recall(&mut table, &backend);
+        let peers = table.peers().cloned().collect();
+        let node = NodeInputs {
+            config: network.clone(),
+            backend,
+            vtep_mac,
+            lease: saved.own.key,
+            underlay,
+            first_start: false,
+        };
+        Some(Inputs { node: Some(node), peers, ..Inputs::default() })
+    }
+}
+
+impl Saved {
+    fn recall(&self, table: &mut LeaseTable, backend: &Backend) {
+        let attrs = backend.plane().lease_attrs(self.own.public_ip);
+        let own = Lease { key: self.own.key, attrs, create_revision: 0 };
+        table.recall(own, self.snapshot.peers.clone());
+    }
+}
+
 /// What bringing up begins with.
 struct Start {
     network: NetworkConfig,
@@ -118,24 +181,13 @@ struct Start {
     saved: Option<Saved>,
 }
 
-struct Saved {
-    snapshot: Snapshot,
-    own: OwnSubnet,
-    at: SystemTime,
-}
-
 /// The network configuration from the store; where that gives none and this node has been here before, the one it had.
 async fn start(
     node: &Node,
     config: &Config,
-    durable: &Durable,
+    saved: Option<Saved>,
     health: &watch::Sender<StoreHealth>,
 ) -> Start {
-    let (file, identity) = snapshot_file(config);
-    let saved = file.load(&identity).and_then(|(snapshot, at)| {
-        let own = snapshot.own(durable)?;
-        Some(Saved { snapshot, own, at })
-    });
     node.wait_for(None, format!("the network configuration from {}", node.store.location()));
     let refused = Notify::new();
     let from_store = wait_for_config(&*node.store, |problem| {
@@ -160,7 +212,7 @@ async fn start(
     };
     let changes = needs_restart(&saved.snapshot.network, &network);
     if !changes.is_empty() {
-        file.set_aside("other-network", &changes.join("; "));
+        snapshot_file(config).0.set_aside("other-network", &changes.join("; "));
     }
     Start { network, saved: None }
 }

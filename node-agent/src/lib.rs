@@ -30,6 +30,7 @@ pub mod netconf;
 pub mod node;
 pub mod notify;
 pub mod object;
+pub mod packet_path;
 pub mod ping;
 pub mod pods;
 pub mod reconcile;

@@ -14,7 +14,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::status::{PodStatus, Status};
+use crate::status::{PacketPathStatus, PodStatus, Status, TrafficStatus};
 
 /// What the agent says of itself now.
 pub type StatusSource = Arc<dyn Fn() -> Status + Send + Sync>;
@@ -130,6 +130,9 @@ impl Collector for StatusCollector {
             let help = "Times the kernel dropped reports that were not read fast enough";
             out.counter("netlink_overruns", help, dataplane.monitor_overruns)?;
         }
+        if let Some(path) = &status.packet_path {
+            packet_path(&mut out, path)?;
+        }
         pods(&mut out, &status.pods)?;
         let bytes = &ConstGauge::new(host.agent_memory);
         out.put("agent_resident_memory", "Resident memory of the agent", Some(Unit::Bytes), bytes)?;
@@ -138,6 +141,43 @@ impl Collector for StatusCollector {
         let uptime = &ConstGauge::new(host.agent_uptime);
         out.put("agent_uptime", "Time since the agent's start", Some(Unit::Seconds), uptime)
     }
+}
+
+fn packet_path(out: &mut Exposition<'_>, path: &PacketPathStatus) -> fmt::Result {
+    let usable = flag(path.problem.is_none());
+    out.gauge("packet_path_usable", "1 when the udp backend's threads have device and socket", usable)?;
+    let directions = [("sent", path.sent), ("received", path.received)];
+    let of = |figure: fn(&TrafficStatus) -> u64| {
+        directions.map(|(direction, traffic)| ([("direction", direction.to_owned())], figure(&traffic)))
+    };
+    let help = "Packets to and from peers, one in each datagram";
+    out.counters("packet_path_packets", help, &of(|traffic| traffic.packets))?;
+    out.counters("packet_path_bytes", "Bytes of these packets", &of(|traffic| traffic.bytes))?;
+    let help = "System calls on the udp backend's socket and device";
+    out.counters("packet_path_calls", help, &of(|traffic| traffic.calls))?;
+    let dropped: Vec<_> = path
+        .dropped
+        .iter()
+        .map(|drop| ([("direction", drop.direction.clone()), ("reason", drop.reason.clone())], drop.packets))
+        .collect();
+    out.counters("packet_path_dropped", "Packets dropped by the udp backend, by reason", &dropped)?;
+    let icmp = [("sent", path.icmp_errors_sent), ("suppressed", path.icmp_errors_suppressed)];
+    let icmp = icmp.map(|(outcome, count)| ([("outcome", outcome.to_owned())], count));
+    out.counters("packet_path_icmp_errors", "ICMP errors sent, and held back by the rate limit", &icmp)?;
+    let help = "Times the udp backend's device went away under its threads";
+    out.counter("packet_path_device_lost", help, path.device_lost)?;
+    let outcomes = ["in-use", "switched-off", "refused"];
+    let offloads: Vec<_> = path
+        .offloads
+        .iter()
+        .flat_map(|offload| {
+            outcomes.map(|outcome| {
+                let labels = [("offload", offload.name.clone()), ("outcome", outcome.to_owned())];
+                (labels, flag(offload.outcome == outcome))
+            })
+        })
+        .collect();
+    out.gauges("packet_path_offload", "1 at what became of each offload", &offloads)
 }
 
 fn pods(out: &mut Exposition<'_>, pods: &PodStatus) -> fmt::Result {
@@ -255,6 +295,33 @@ mod tests {
         ] {
             assert!(text.lines().any(|l| l == line), "{line:?} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn the_packet_path_tells_what_it_carried_and_dropped() {
+        let text = Metrics::new(Arc::new(sample::udp)).render();
+        for line in [
+            "weft_packet_path_usable 1",
+            "weft_packet_path_packets_total{direction=\"sent\"} 4400",
+            "weft_packet_path_packets_total{direction=\"received\"} 2200",
+            "weft_packet_path_bytes_total{direction=\"sent\"} 6476800",
+            "weft_packet_path_calls_total{direction=\"received\"} 300",
+            "# TYPE weft_packet_path_dropped counter",
+            "weft_packet_path_dropped_total{direction=\"sent\",reason=\"no-route\"} 3",
+            "weft_packet_path_dropped_total{direction=\"received\",reason=\"unknown-peer\"} 5",
+            "weft_packet_path_dropped_total{direction=\"received\",reason=\"short\"} 0",
+            "weft_packet_path_icmp_errors_total{outcome=\"sent\"} 2",
+            "weft_packet_path_icmp_errors_total{outcome=\"suppressed\"} 1",
+            "weft_packet_path_device_lost_total 1",
+            "weft_packet_path_offload{offload=\"tun-tso\",outcome=\"in-use\"} 1",
+            "weft_packet_path_offload{offload=\"tun-tso\",outcome=\"refused\"} 0",
+            "weft_packet_path_offload{offload=\"tun-uso\",outcome=\"refused\"} 1",
+            "weft_packet_path_offload{offload=\"udp-gro\",outcome=\"switched-off\"} 1",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line:?} is not in\n{text}");
+        }
+        let other = Metrics::new(Arc::new(sample::ready)).render();
+        assert!(!other.contains("packet_path"), "another backend has none:\n{other}");
     }
 
     #[test]

@@ -20,6 +20,7 @@ use weft_shared::netconf::NetworkConfig;
 use crate::host::Host;
 use crate::kernel::Monitor;
 use crate::lease::{Store, StoreHealth};
+use crate::packet_path::PacketPath;
 use crate::pods::{NotReady, PodNetwork, PodPorts};
 use crate::reconcile::{Handle, Report};
 
@@ -36,6 +37,8 @@ pub struct Node {
     pub ports: watch::Receiver<PodPorts>,
     /// `None`: switched off, or refused by the kernel.
     pub monitor: Option<Monitor>,
+    /// Of the udp backend.
+    pub path: PacketPath,
     host: Mutex<Host>,
     stage: Mutex<Stage>,
     changes: watch::Sender<()>,
@@ -49,9 +52,10 @@ impl Node {
         reconcile: Handle,
         ports: watch::Receiver<PodPorts>,
         monitor: Option<Monitor>,
+        path: PacketPath,
     ) -> Self {
         let (host, stage, changes) = (Mutex::new(Host::new()), Mutex::default(), watch::Sender::new(()));
-        Self { name, store, health, reconcile, ports, monitor, host, stage, changes }
+        Self { name, store, health, reconcile, ports, monitor, path, host, stage, changes }
     }
 
     /// `what` stands in the way of going on.
@@ -105,7 +109,8 @@ impl Node {
             Stage::Waiting { what, .. } => Err(NotReady::Waiting(what.clone())),
             Stage::Up(serving) => {
                 let health = self.health.borrow();
-                serving.pod_network(report, health.problem.as_deref(), SystemTime::now())
+                let path = self.path.obstacle(&serving.config.backend);
+                serving.pod_network(report, health.problem.as_deref(), path.as_deref(), SystemTime::now())
             }
         }
     }

@@ -1,6 +1,6 @@
 //! What the agent says of itself: one document for `/debug/state`, `weftctl status --json` and readiness.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 use weft_shared::lease::LeaseKey;
@@ -19,6 +19,9 @@ pub struct Status {
     pub lease: Option<LeaseStatus>,
     pub underlay: Option<UnderlayStatus>,
     pub dataplane: Option<DataplaneStatus>,
+    /// The forwarding threads of the udp backend; other backends have none.
+    #[serde(default)]
+    pub packet_path: Option<PacketPathStatus>,
     pub peers: Vec<PeerStatus>,
     /// Leases and entries of the store that are not used, each with the reason.
     pub refused: Vec<RefusedLease>,
@@ -69,7 +72,7 @@ pub struct NetworkStatus {
     pub subnet_min: Option<IpAddr>,
     #[serde(default)]
     pub subnet_max: Option<IpAddr>,
-    /// `vxlan` or `host-gw`.
+    /// `vxlan`, `host-gw` or `udp`.
     pub backend: String,
     /// UDP port of the tunnel, if the backend has one.
     pub port: Option<u16>,
@@ -138,6 +141,54 @@ pub struct PendingObject {
     pub object: String,
     pub error: String,
     pub attempts: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PacketPathStatus {
+    /// Where datagrams arrive and leave from.
+    pub listen: SocketAddr,
+    /// Why nothing is forwarded at the moment.
+    pub problem: Option<String>,
+    /// Every one of them.
+    pub offloads: Vec<OffloadStatus>,
+    /// From this node's device to peers, and from peers to the device, since the agent's start.
+    pub sent: TrafficStatus,
+    pub received: TrafficStatus,
+    /// Packets, for every direction and reason.
+    pub dropped: Vec<DropCount>,
+    /// ICMP errors answered to senders on this node, and those that the rate limit held back.
+    pub icmp_errors_sent: u64,
+    pub icmp_errors_suppressed: u64,
+    /// How often the device went away under the threads.
+    pub device_lost: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OffloadStatus {
+    /// As `--udp-offload-off` names it.
+    pub name: String,
+    /// `in-use`, `switched-off`, `refused`, or `untried` before the device and the socket are there.
+    pub outcome: String,
+    /// How it was refused.
+    pub detail: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct TrafficStatus {
+    /// As peers see them: one in each datagram.
+    pub packets: u64,
+    /// Of the packets that datagrams carry.
+    pub bytes: u64,
+    /// System calls.
+    pub calls: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DropCount {
+    /// `sent` or `received`, as the packet would have been.
+    pub direction: String,
+    pub reason: String,
+    pub packets: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -329,6 +380,7 @@ pub(crate) mod sample {
                 monitor: true,
                 monitor_overruns: 1,
             }),
+            packet_path: None,
             peers: vec![
                 peer("10.5.2.0-24", "192.168.9.2", None),
                 peer("10.5.3.0-24", "192.168.9.3", Some("no such device")),
@@ -382,6 +434,50 @@ pub(crate) mod sample {
                 fix: "firewall-cmd --permanent --zone=trusted --add-source=10.5.0.0/16".into(),
             }],
         }
+    }
+
+    /// A node of the udp backend that has carried and dropped something.
+    pub(crate) fn udp() -> Status {
+        let mut status = ready();
+        if let Some(network) = &mut status.network {
+            (network.backend, network.port, network.vni) = ("udp".into(), Some(8285), None);
+        }
+        if let Some(dataplane) = &mut status.dataplane {
+            dataplane.device = "flannel0".parse().ok();
+        }
+        for peer in &mut status.peers {
+            peer.backend = "udp".into();
+        }
+        let offload = |name: &str, outcome: &str, detail: Option<&str>| OffloadStatus {
+            name: name.into(),
+            outcome: outcome.into(),
+            detail: detail.map(Into::into),
+        };
+        let dropped = |direction: &str, reason: &str, packets| DropCount {
+            direction: direction.into(),
+            reason: reason.into(),
+            packets,
+        };
+        status.packet_path = Some(PacketPathStatus {
+            listen: "192.168.9.1:8285".parse().expect("address"),
+            problem: None,
+            offloads: vec![
+                offload("tun-tso", "in-use", None),
+                offload("tun-uso", "refused", Some("Invalid argument (os error 22)")),
+                offload("udp-gro", "switched-off", None),
+            ],
+            sent: TrafficStatus { packets: 4400, bytes: 6_476_800, calls: 120 },
+            received: TrafficStatus { packets: 2200, bytes: 114_400, calls: 300 },
+            dropped: vec![
+                dropped("sent", "no-route", 3),
+                dropped("received", "unknown-peer", 5),
+                dropped("received", "short", 0),
+            ],
+            icmp_errors_sent: 2,
+            icmp_errors_suppressed: 1,
+            device_lost: 1,
+        });
+        status
     }
 
     /// A node that serves although not everything is as it was meant.

@@ -244,11 +244,11 @@ impl Upkeep {
                 }
             });
         }
-        let Some(env) =
-            self.node.serving(|serving| subnet_env(serving, report, self.files.ip_masq)).flatten()
-        else {
-            return;
-        };
+        let env = self.node.serving(|serving| {
+            let carried = self.node.path.obstacle(&serving.config.backend).is_none();
+            subnet_env(serving, report, self.files.ip_masq).filter(|_| carried)
+        });
+        let Some(env) = env.flatten() else { return };
         let file = self.files.subnet_env.display();
         match self.files.save_subnet(&env, self.written.as_ref() == Some(&env)).await {
             Ok(false) => {}

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use weft_agent::status::Status;
+use weft_agent::status::{PacketPathStatus, Status};
 use weft_shared::lease::LeaseKey;
 
 use crate::agent::Agent;
@@ -61,6 +61,18 @@ impl Node {
     pub fn lease_key(&self) -> Result<LeaseKey> {
         let lease = self.status()?.lease;
         Ok(lease.with_context(|| format!("{} has no lease", self.name()))?.key)
+    }
+
+    /// Of the udp backend.
+    pub fn packet_path(&self) -> Result<PacketPathStatus> {
+        self.status()?.packet_path.with_context(|| format!("{} has no packet path", self.name()))
+    }
+
+    /// Packets dropped in one direction (`sent`, `received`) for one reason.
+    pub fn dropped(&self, direction: &str, reason: &str) -> Result<u64> {
+        let dropped = self.packet_path()?.dropped;
+        let count = dropped.iter().find(|d| d.direction == direction && d.reason == reason);
+        Ok(count.with_context(|| format!("no count of {direction} {reason}"))?.packets)
     }
 
     /// A new pod of that name, prefixed with the node's.

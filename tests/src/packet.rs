@@ -55,19 +55,31 @@ impl<'a> Ethernet<'a> {
         if self.ethertype != ETHERTYPE_IPV4 {
             return None;
         }
-        let header = usize::from(self.payload.first()? & 0x0f) * 4;
-        let total = usize::from(u16_at(self.payload, 2)?);
-        Some(Ipv4 {
-            source: address(self.payload, 12)?,
-            destination: address(self.payload, 16)?,
-            protocol: *self.payload.get(9)?,
-            ttl: *self.payload.get(8)?,
-            payload: self.payload.get(header..total)?,
-        })
+        Ipv4::parse(self.payload)
     }
 }
 
 impl<'a> Ipv4<'a> {
+    /// What stands behind the packet's end, such as the padding of a short frame, is left out.
+    pub fn parse(packet: &'a [u8]) -> Option<Self> {
+        let header = usize::from(packet.first()? & 0x0f) * 4;
+        let total = usize::from(u16_at(packet, 2)?);
+        Some(Self {
+            source: address(packet, 12)?,
+            destination: address(packet, 16)?,
+            protocol: *packet.get(9)?,
+            ttl: *packet.get(8)?,
+            payload: packet.get(header..total)?,
+        })
+    }
+
+    /// The packet that fills `bytes` to the last one (flannel's udp backend).
+    pub fn alone(bytes: &'a [u8]) -> Option<Self> {
+        let version = bytes.first()? >> 4;
+        let total = usize::from(u16_at(bytes, 2)?);
+        Self::parse(bytes).filter(|_| version == 4 && total == bytes.len())
+    }
+
     pub fn udp(&self) -> Option<Udp<'a>> {
         if self.protocol != PROTOCOL_UDP {
             return None;

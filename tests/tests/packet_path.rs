@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result};
 use e2e::bed::Bed;
 use e2e::capture::{Capture, Frame, ifindex};
 use e2e::cluster::{Backend, Cluster, Spec};
+use e2e::forge::checksum;
 use e2e::kernel::query;
 use e2e::packet::{Ethernet, Ipv4};
 use e2e::pod::Pod;
@@ -85,6 +86,26 @@ fn vxlan_carries_the_packet_to_the_peers_vtep() -> Result<()> {
     assert_eq!(outer, (cluster.nodes[0].net.address, cluster.nodes[1].net.address), "outer addresses");
     assert_eq!((port, vni), (8472, 1), "UDP port and VNI");
     assert_eq!(destination, mac_of(&cluster, 1, "flannel.1")?, "inner destination is the peer's VTEP");
+    Ok(())
+}
+
+#[test]
+fn udp_carries_the_bare_packet_in_a_datagram_and_nothing_else() -> Result<()> {
+    let (cluster, first, _second) = leased(Backend::Udp)?;
+    let capture = Capture::start(&cluster.underlay.netns)?;
+    ping(&first.netns, SECOND_POD, 5, SECOND)?;
+    let (outer, ports, ttl, header) = request(&cluster, &capture, |_, outer| {
+        let udp = outer.udp()?;
+        let inner = Ipv4::alone(udp.payload)?;
+        is_request(&inner).then(|| {
+            let header = udp.payload[..20].to_vec();
+            ((outer.source, outer.destination), (udp.source, udp.destination), inner.ttl, header)
+        })
+    })?;
+    assert_eq!(outer, (cluster.nodes[0].net.address, cluster.nodes[1].net.address), "outer addresses");
+    assert_eq!(ports, (8285, 8285), "UDP ports");
+    assert_eq!(ttl, 62, "one for the node's own forwarding, one for the overlay's hop");
+    assert_eq!(checksum(&header), 0, "the header's checksum follows the TTL");
     Ok(())
 }
 

@@ -19,6 +19,7 @@ use std::time::Duration;
 use crate::firewall;
 use crate::lease::EtcdConfig;
 use crate::lease::etcd::{ClientCert, Login, Secret};
+use crate::udp::{Offload, Offloads};
 use crate::underlay::{IfaceSpec, UnderlayChoice};
 use tracing::Level;
 use weft_shared::Subnet;
@@ -27,7 +28,7 @@ use weft_shared::names::MAX_SOCKET_PATH;
 pub use settings::Source;
 
 use settings::Settings;
-use values::{absolute, clean_key, duration, endpoint, network, node_name, regex, socket_path};
+use values::{absolute, clean_key, duration, endpoint, network, node_name, offload, regex, socket_path};
 
 /// What the command line asks for.
 #[derive(Debug)]
@@ -52,6 +53,8 @@ pub struct Config {
     pub resync: Duration,
     pub netlink_monitor: bool,
     pub firewall: firewall::Settings,
+    /// What the udp backend's packet path may leave to the kernel.
+    pub udp_offloads: Offloads,
     pub run_dir: PathBuf,
     pub state_dir: PathBuf,
     pub cni_socket: PathBuf,
@@ -180,6 +183,7 @@ impl Config {
             })?,
             netlink_monitor: settings.switch("netlink-monitor")?,
             firewall: firewall_settings(settings)?,
+            udp_offloads: udp_offloads(settings)?,
             cni_socket: socket("cni-socket", "cni.sock")?,
             admin_socket: socket("admin-socket", "admin.sock")?,
             admin_listen: settings.required(
@@ -310,6 +314,14 @@ fn firewall_settings(settings: &Settings) -> Result<firewall::Settings, UsageErr
             text.parse().ok().filter(|s| (1..=3600).contains(s)).map(Duration::from_secs)
         })?,
     })
+}
+
+fn udp_offloads(settings: &Settings) -> Result<Offloads, UsageError> {
+    let names = Offload::ALL.map(Offload::name).join(", ");
+    let off = settings.list("udp-offload-off", &format!("comma-separated names of {names}"), |list| {
+        list.split(',').map(|name| offload(name.trim())).collect::<Option<Vec<Offload>>>()
+    })?;
+    Ok(off.concat().into_iter().fold(Offloads::default(), Offloads::without))
 }
 
 /// klog's verbosity counts upwards without end; its users run 2 by default, 4 to debug and more to trace.

@@ -38,6 +38,7 @@ pub(super) enum Group {
     Lease,
     Underlay,
     Firewall,
+    Udp,
     Agent,
     Log,
 }
@@ -65,8 +66,16 @@ impl Opt {
 }
 
 impl Group {
-    pub(super) const ALL: [Group; 7] =
-        [Group::Store, Group::Etcd, Group::Underlay, Group::Lease, Group::Firewall, Group::Agent, Group::Log];
+    pub(super) const ALL: [Group; 8] = [
+        Group::Store,
+        Group::Etcd,
+        Group::Underlay,
+        Group::Lease,
+        Group::Firewall,
+        Group::Udp,
+        Group::Agent,
+        Group::Log,
+    ];
 
     pub(super) fn title(self) -> &'static str {
         match self {
@@ -75,6 +84,7 @@ impl Group {
             Group::Underlay => "Underlay (the interface whose address peers send to)",
             Group::Lease => "Subnet lease",
             Group::Firewall => "Masquerade and forwarding (always nftables, whatever EnableNFTables says)",
+            Group::Udp => "udp backend",
             Group::Agent => "Agent",
             Group::Log => "Log",
         }
@@ -101,7 +111,7 @@ const fn own(
     Opt { name, origin: Origin::Weft, shape, group, default, help }
 }
 
-use Group::{Agent, Etcd, Firewall, Lease, Log, Store, Underlay};
+use Group::{Agent, Etcd, Firewall, Lease, Log, Store, Udp, Underlay};
 use Shape::{List, Switch, Value};
 
 pub(super) const OPTIONS: &[Opt] = &[
@@ -243,6 +253,14 @@ pub(super) const OPTIONS: &[Opt] = &[
         Value("SECONDS"),
         "5",
         "look at iptables-legacy this often where it is in use, 1 to 3600; changes of nftables are announced",
+    ),
+    own(
+        "udp-offload-off",
+        Udp,
+        List("NAMES"),
+        "",
+        "comma-separated offloads that are not even tried, of vnet-hdr, tun-tso, tun-uso, coalesce-tcp, coalesce-udp, \
+         udp-segment and udp-gro; may be repeated. What kernel or device refuse is left out by itself",
     ),
     own("node-name", Agent, Value("NAME"), "", "name in logs and status (default: the host's name)"),
     own(

@@ -101,6 +101,22 @@ fn variables_fill_what_the_command_line_leaves_out() {
 }
 
 #[test]
+fn offloads_are_all_tried_but_those_switched_off() {
+    let allowed = |config: Config| Offload::ALL.into_iter().filter(move |o| config.udp_offloads.allows(*o));
+    assert_eq!(allowed(config(&[], &[])).count(), Offload::ALL.len());
+    let args = ["--udp-offload-off=tun-tso, udp-gro", "--udp-offload-off", "vnet-hdr"];
+    let left: Vec<_> = allowed(config(&args, &[])).map(Offload::name).collect();
+    assert_eq!(left, ["tun-uso", "coalesce-tcp", "coalesce-udp", "udp-segment"]);
+    let by_variable = config(&[], &[("WEFTD_UDP_OFFLOAD_OFF", "coalesce-tcp")]);
+    assert!(!by_variable.udp_offloads.allows(Offload::CoalesceTcp));
+    // The help and the refusal both list them all.
+    let help = help::text();
+    for offload in Offload::ALL {
+        assert!(help.contains(offload.name()), "{offload} is not in the help");
+    }
+}
+
+#[test]
 fn refusals_name_setting_value_and_expectation() {
     for (args, variables, expected) in [
         (&["--resync=x"][..], &[][..], "--resync = \"x\": expected seconds, from 0.1 to 3600"),
@@ -116,6 +132,17 @@ fn refusals_name_setting_value_and_expectation() {
             &["--subnet-lease-renew-margin=60", "--lease-ttl=1h"],
             &[],
             "which must be less than --lease-ttl (3600 s)",
+        ),
+        (
+            &["--udp-offload-off=tso"],
+            &[],
+            "--udp-offload-off = \"tso\": expected comma-separated names of vnet-hdr, tun-tso, tun-uso, coalesce-tcp, \
+             coalesce-udp, udp-segment, udp-gro",
+        ),
+        (
+            &[],
+            &[("WEFTD_UDP_OFFLOAD_OFF", "udp-gro,,tun-tso")],
+            "WEFTD_UDP_OFFLOAD_OFF = \"udp-gro,,tun-tso\": expected comma-separated names of vnet-hdr",
         ),
         (&["--lease-ttl=1s"], &[], "--lease-ttl = \"1s\": expected a duration of 2s or more"),
         (

@@ -7,6 +7,8 @@ use regex::bytes::{Regex, RegexBuilder};
 use weft_shared::Subnet;
 use weft_shared::names::MAX_SOCKET_PATH;
 
+use crate::udp::Offload;
+
 pub(super) fn absolute(text: &str) -> Option<PathBuf> {
     Some(PathBuf::from(text)).filter(|path| path.is_absolute())
 }
@@ -50,6 +52,10 @@ pub(super) fn network(text: &str) -> Option<Subnet> {
     let subnet: Subnet = text.parse().ok()?;
     let exact = text.split_once('/').and_then(|(addr, _)| addr.parse().ok()) == Some(subnet.addr());
     Some(subnet).filter(|s| s.is_ipv4() && s.len() > 0 && exact)
+}
+
+pub(super) fn offload(text: &str) -> Option<Offload> {
+    Offload::ALL.into_iter().find(|offload| offload.name() == text)
 }
 
 /// Go's durations (time.ParseDuration) without the units nobody sets: `24h`, `1h30m`, `500ms`; a bare number is seconds.

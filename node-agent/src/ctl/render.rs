@@ -7,7 +7,9 @@ use std::fmt::Write as _;
 
 use super::Versions;
 use crate::ping::{Leg, PingReport};
-use crate::status::{AttachmentStatus, DataplaneStatus, LeaseStatus, NetworkStatus, Status};
+use crate::status::{
+    AttachmentStatus, DataplaneStatus, LeaseStatus, NetworkStatus, PacketPathStatus, Status, TrafficStatus,
+};
 
 /// As crictl and docker shorten a container ID.
 const SHORT_ID: usize = 12;
@@ -59,6 +61,9 @@ pub(super) fn status(status: &Status) -> String {
     }
     if let Some(dataplane) = &status.dataplane {
         self::dataplane(&mut page, dataplane);
+    }
+    if let Some(path) = &status.packet_path {
+        packet_path(&mut page, path);
     }
     peer_summary(&mut page, status);
     let pods = &status.pods;
@@ -152,6 +157,41 @@ fn dataplane(page: &mut Page, dataplane: &DataplaneStatus) {
     }
     if let Some(error) = &dataplane.last_error {
         page.line("", format!("last error: {error}"));
+    }
+}
+
+fn packet_path(page: &mut Page, path: &PacketPathStatus) {
+    let traffic = |name: &str, traffic: &TrafficStatus| {
+        format!(
+            "{} packets {name} ({:.1} MiB, {} system calls)",
+            traffic.packets,
+            traffic.bytes as f64 / f64::from(1 << 20),
+            traffic.calls
+        )
+    };
+    let (sent, received) = (traffic("sent", &path.sent), traffic("received", &path.received));
+    page.line("path", format!("UDP {}, {sent}, {received}", path.listen));
+    if let Some(problem) = &path.problem {
+        page.line("", format!("BROKEN: {problem}"));
+    }
+    let in_use: Vec<&str> =
+        path.offloads.iter().filter(|o| o.outcome == "in-use").map(|o| o.name.as_str()).collect();
+    let in_use = if in_use.is_empty() { "none".to_owned() } else { in_use.join(", ") };
+    page.line("", format!("offloads in use: {in_use}"));
+    for offload in path.offloads.iter().filter(|o| o.outcome != "in-use") {
+        let detail = offload.detail.as_ref().map_or(String::new(), |detail| format!(": {detail}"));
+        page.line("", format!("offload {} {}{detail}", offload.name, offload.outcome));
+    }
+    for dropped in path.dropped.iter().filter(|dropped| dropped.packets > 0) {
+        let way = if dropped.direction == "sent" { "to" } else { "from" };
+        page.line("", format!("dropped {} {way} peers: {}", dropped.packets, dropped.reason));
+    }
+    if path.icmp_errors_sent + path.icmp_errors_suppressed > 0 {
+        let (sent, held) = (path.icmp_errors_sent, path.icmp_errors_suppressed);
+        page.line("", format!("ICMP errors: {sent} sent, {held} held back by the rate limit"));
+    }
+    if path.device_lost > 0 {
+        page.line("", format!("the device went away {} times", path.device_lost));
     }
 }
 

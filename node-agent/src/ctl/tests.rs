@@ -84,6 +84,27 @@ store      etcd at http://10.0.0.1:2379, prefix /coreos.com/network: NOT CONNECT
 }
 
 #[test]
+fn status_of_a_packet_path() {
+    with_agent(sample::udp, |socket| {
+        let text = ask(socket, &["status"]).expect("answer").text;
+        let expected = "
+dataplane  flannel0, pod MTU 1450, 9 objects right, 1 pending, 3 repairs
+           PENDING route 10.5.3.0/24: no such device (tried 4 times)
+path       UDP 192.168.9.1:8285, 4400 packets sent (6.2 MiB, 120 system calls), 2200 packets received (0.1 MiB, 300 system calls)
+           offloads in use: tun-tso
+           offload tun-uso refused: Invalid argument (os error 22)
+           offload udp-gro switched-off
+           dropped 3 to peers: no-route
+           dropped 5 from peers: unknown-peer
+           ICMP errors: 2 sent, 1 held back by the rate limit
+           the device went away 1 times
+peers      1 of 2 programmed
+";
+        assert!(text.contains(expected), "{text}");
+    });
+}
+
+#[test]
 fn status_says_what_is_not_as_it_was_meant() {
     with_agent(sample::with_notices, |socket| {
         let text = ask(socket, &["status"]).expect("answer").text;

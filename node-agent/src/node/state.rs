@@ -117,11 +117,13 @@ impl Serving {
         self.backend.plane().pod_mtu(underlay.mtu)
     }
 
-    /// What a pod that is added now gets, or why none can be. `store_problem`: why the store does not answer.
+    /// What a pod that is added now gets, or why none can be. `store_problem`: why the store does not answer;
+    /// `path_problem`: what stands in the way of the packet path, if there is one.
     pub fn pod_network(
         &self,
         report: &Report,
         store_problem: Option<&str>,
+        path_problem: Option<&str>,
         now: SystemTime,
     ) -> Result<PodNetwork, NotReady> {
         let key = self.key_for_pods(now)?;
@@ -135,6 +137,9 @@ impl Serving {
             let first = report.pending.first().map(|p| format!("{}: {}", p.key, p.error));
             let what = first.unwrap_or_else(|| "the first pass".into());
             return Err(NotReady::Waiting(format!("the kernel to be brought in order: {what}")));
+        }
+        if let Some(problem) = path_problem {
+            return Err(NotReady::Degraded(format!("the packet path: {problem}")));
         }
         if !self.peers_in_place(report) {
             let detail = store_problem.map(|p| format!(": {p}")).unwrap_or_default();
@@ -303,13 +308,17 @@ mod tests {
         report.usable = true;
         let mut serving = serving(recalled(Some(2001), "192.0.2.1"));
         let now = at(1500);
-        let refused = serving.pod_network(&report, Some("no answer"), now).expect_err("no peers yet");
+        let refused = serving.pod_network(&report, Some("no answer"), None, now).expect_err("no peers yet");
         assert!(refused.to_string().ends_with("from the store: no answer"), "{refused}");
         serving.recalled = Some(Recalled { saved: at(1000) });
-        let network = serving.pod_network(&report, Some("no answer"), now).expect("served");
+        let network = serving.pod_network(&report, Some("no answer"), None, now).expect("served");
         assert_eq!((network.subnet.to_string(), network.mtu), ("10.5.1.0/24".into(), 1450));
+        let refused = serving
+            .pod_network(&report, None, Some("UDP 192.0.2.1:8285: Address in use"), now)
+            .expect_err("no path");
+        assert_eq!(refused, NotReady::Degraded("the packet path: UDP 192.0.2.1:8285: Address in use".into()));
         serving.underlay_problem = Some("gone".into());
-        let refused = serving.pod_network(&report, None, now).expect_err("no underlay");
+        let refused = serving.pod_network(&report, None, None, now).expect_err("no underlay");
         assert!(matches!(refused, NotReady::Degraded(_)), "{refused}");
     }
 

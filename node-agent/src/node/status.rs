@@ -58,6 +58,7 @@ impl Node {
                 monitor: self.monitor.as_ref().is_some_and(Monitor::is_whole),
                 monitor_overruns: self.monitor.as_ref().map_or(0, Monitor::overruns),
             }),
+            packet_path: self.path.status(),
             peers: serving.map(|serving| serving.peer_status(&report)).unwrap_or_default(),
             refused: serving.map(|serving| serving.refused.clone()).unwrap_or_default(),
             pods,

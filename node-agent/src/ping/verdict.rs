@@ -49,6 +49,11 @@ fn overlay_broken(peer: &PeerStatus, network: Option<&NetworkStatus>, overlay: &
             "{head}: UDP port {port} (VXLAN, VNI {vni}) must be open between the nodes in both directions (firewall, \
              security group), and weftd or flanneld must run there"
         ),
+        ("udp", Some(NetworkStatus { port: Some(port), .. })) => format!(
+            "{head}: UDP port {port} (flannel's udp backend) must be open between the nodes in both directions \
+             (firewall, security group), weftd or flanneld must run there, and datagrams must arrive from the address \
+             that the lease says, unless PeersBehindNAT is set"
+        ),
         ("host-gw", _) => format!(
             "{head}: the network between the nodes must forward packets with pod addresses (same layer 2 segment, no \
              source/destination check), both hosts must forward, and a node without pods has no bridge yet and does not \
@@ -123,6 +128,18 @@ mod tests {
                 assert!(report.verdict.contains(part), "{part:?} is not in {:?}", report.verdict);
             }
         }
+    }
+
+    #[test]
+    fn a_silent_datagram_tunnel_has_a_port_to_open() {
+        let status = sample::udp();
+        let (under, over) = (leg("192.168.9.2", 3, None), leg("10.5.2.0", 0, None));
+        let report = report(&status.peers[0], status.network.as_ref(), under, over);
+        assert!(
+            report.verdict.contains("UDP port 8285 (flannel's udp backend) must be open"),
+            "{}",
+            report.verdict
+        );
     }
 
     #[test]

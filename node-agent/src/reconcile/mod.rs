@@ -151,14 +151,14 @@ pub struct Handle {
 #[derive(Debug, Default)]
 struct Shared {
     state: Mutex<State>,
+    /// Grows with every change of the inputs.
+    revision: watch::Sender<u64>,
     woken: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct State {
     inputs: Inputs,
-    /// Grows with every change of the inputs.
-    revision: u64,
     requested: u64,
     dirty: bool,
     stop: bool,
@@ -191,10 +191,20 @@ impl Handle {
     pub fn update_if(&self, change: impl FnOnce(&mut Inputs) -> bool) {
         let mut state = self.shared.lock();
         if change(&mut state.inputs) {
-            state.revision += 1;
+            self.shared.revision.send_modify(|revision| *revision += 1);
             state.dirty = true;
             self.shared.woken.notify_one();
         }
+    }
+
+    /// As the next pass will find them.
+    pub fn inputs(&self) -> Inputs {
+        self.shared.lock().inputs.clone()
+    }
+
+    /// Fires after every change of the inputs.
+    pub fn revisions(&self) -> watch::Receiver<u64> {
+        self.shared.revision.subscribe()
     }
 
     /// Something may have changed in the kernel.
@@ -251,7 +261,7 @@ fn run(mut kernel: impl Kernel, shared: &Shared, publish: &watch::Sender<Report>
             thread::sleep(SETTLE);
             let mut state = shared.lock();
             state.dirty = false;
-            (state.inputs.clone(), state.revision, state.requested)
+            (state.inputs.clone(), *shared.revision.borrow(), state.requested)
         };
         let last = publish.borrow().clone();
         let mut report = match pass::pass(&mut kernel, &mut memory, &inputs, revision, Instant::now()) {

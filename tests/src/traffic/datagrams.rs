@@ -23,7 +23,7 @@ pub struct Stream {
     name: String,
     stop: Arc<AtomicBool>,
     sender: JoinHandle<Result<u64>>,
-    receiver: JoinHandle<Vec<u64>>,
+    receiver: JoinHandle<Vec<(u64, Instant)>>,
     sent_all: Arc<AtomicBool>,
 }
 
@@ -34,6 +34,10 @@ pub struct Tally {
     /// Numbers that never arrived.
     pub missing: Vec<u64>,
     pub duplicates: u64,
+    /// The longest time between two arrivals.
+    pub longest_gap: Duration,
+    /// When each arrived, in the order of arrival.
+    pub arrivals: Vec<Instant>,
 }
 
 impl Stream {
@@ -68,15 +72,18 @@ impl Stream {
         self.stop.store(true, Ordering::Relaxed);
         let sent = self.sender.join().map_err(|_| anyhow!("the sender panicked"))?;
         self.sent_all.store(true, Ordering::Relaxed);
-        let mut numbers = self.receiver.join().map_err(|_| anyhow!("the receiver panicked"))?;
+        let arrived = self.receiver.join().map_err(|_| anyhow!("the receiver panicked"))?;
         let sent = sent.with_context(|| format!("datagrams {}", self.name))?;
-        let received = numbers.len() as u64;
+        let received = arrived.len() as u64;
+        let (mut numbers, arrivals): (Vec<u64>, Vec<Instant>) = arrived.into_iter().unzip();
+        let gaps = arrivals.windows(2).map(|pair| pair[1].duration_since(pair[0]));
+        let longest_gap = gaps.max().unwrap_or_default();
         numbers.sort_unstable();
         numbers.dedup();
         let duplicates = received - numbers.len() as u64;
         let mut arrived = numbers.into_iter().peekable();
         let missing = (0..sent).filter(|n| arrived.next_if_eq(n).is_none()).collect();
-        Ok(Tally { name: self.name, sent, missing, duplicates })
+        Ok(Tally { name: self.name, sent, missing, duplicates, longest_gap, arrivals })
     }
 }
 
@@ -112,7 +119,7 @@ fn send(socket: &UdpSocket, per_second: u32, stop: &AtomicBool) -> Result<u64> {
     Ok(number)
 }
 
-fn receive(socket: &UdpSocket, sent_all: &AtomicBool) -> Vec<u64> {
+fn receive(socket: &UdpSocket, sent_all: &AtomicBool) -> Vec<(u64, Instant)> {
     let mut numbers = Vec::new();
     let mut buffer = [0; 64];
     let mut quiet_since = None;
@@ -121,7 +128,7 @@ fn receive(socket: &UdpSocket, sent_all: &AtomicBool) -> Vec<u64> {
             Ok(8) => {
                 let mut number = [0; 8];
                 number.copy_from_slice(&buffer[..8]);
-                numbers.push(u64::from_be_bytes(number));
+                numbers.push((u64::from_be_bytes(number), Instant::now()));
                 quiet_since = None;
             }
             Ok(_) => {}

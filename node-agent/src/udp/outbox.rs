@@ -272,12 +272,16 @@ fn transmit(socket: BorrowedFd<'_>, raw: &mut [libc::mmsghdr]) -> Result<usize, 
     // SAFETY: every pointer in `raw` was set just now: names, controls and parts are the outbox's and nothing has
     // touched them since; parts lead to its headers and to payloads that the batch borrows. The kernel writes to
     // `msg_len` alone.
+    //
+    // The system call itself: musl's sendmmsg makes a sendmsg of each message, because its fields are narrower than the
+    // kernel's with padding behind them; here the padding is zero.
     let sent = unsafe {
-        libc::sendmmsg(
+        libc::syscall(
+            libc::SYS_sendmmsg,
             socket.as_raw_fd(),
             raw.as_mut_ptr(),
             raw.len() as libc::c_uint,
-            libc::MSG_DONTWAIT as _,
+            libc::MSG_DONTWAIT,
         )
     };
     Errno::result(sent).map(|sent| sent.unsigned_abs() as usize)

@@ -11,6 +11,8 @@
 pub mod checksum;
 pub mod coalesce;
 pub mod counters;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod icmp;
 pub mod layout;
 pub mod offload;

@@ -38,7 +38,7 @@ pub fn answer<'a>(
     out: &'a mut [u8; MAX_ANSWER],
 ) -> Option<&'a [u8]> {
     let source = about.source();
-    let told = can_be_a_source(source) && source != local.device_addr && !is_broadcast(source, local);
+    let told = can_be_a_source(source) && !is_broadcast(source, local);
     let to_many = about.destination().is_multicast() || is_broadcast(about.destination(), local);
     if !told || to_many || about.is_later_fragment() || is_error(about) {
         return None;
@@ -241,9 +241,7 @@ mod tests {
             repair(&mut p);
             assert_eq!(answered(Problem::NetUnreachable, &p), None, "to {destination:?}");
         }
-        for source in
-            [[0; 4], [0, 1, 2, 3], [127, 0, 0, 1], [224, 0, 0, 1], [255; 4], [10, 5, 1, 255], [10, 5, 1, 0]]
-        {
+        for source in [[0; 4], [0, 1, 2, 3], [127, 0, 0, 1], [224, 0, 0, 1], [255; 4], [10, 5, 1, 255]] {
             let mut p = packet(17, 0, &[0; 8]);
             p[12..16].copy_from_slice(&source);
             repair(&mut p);

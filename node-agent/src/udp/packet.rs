@@ -149,8 +149,15 @@ mod tests {
         assert_eq!(with(|p| p.truncate(19)), Err(DropReason::Short));
         assert_eq!(with(|p| p[0] = 0x65), Err(DropReason::WrongVersion));
         assert_eq!(with(|p| p[0] = 0x05), Err(DropReason::WrongVersion));
-        assert_eq!(with(|p| p[0] = 0x44), Err(DropReason::BadHeader));
         assert_eq!(with(|p| p[0] = 0x40), Err(DropReason::BadHeader));
+        let too_short = |p: &mut Vec<u8>| {
+            // Under a checksum that fits it.
+            p[0] = 0x44;
+            p[10..12].fill(0);
+            let sum = reference::checksum(&p[..16]);
+            p[10..12].copy_from_slice(&sum.to_be_bytes());
+        };
+        assert_eq!(with(too_short), Err(DropReason::BadHeader));
         assert_eq!(with(|p| p[0] = 0x4f), Err(DropReason::Short), "options that are not there");
         assert_eq!(with(|p| p.truncate(34)), Err(DropReason::BadTotalLength), "truncated");
         assert_eq!(with(|p| p.push(0)), Err(DropReason::BadTotalLength), "trailing bytes");

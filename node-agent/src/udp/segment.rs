@@ -85,7 +85,7 @@ impl<'a> Segments<'a> {
     }
 
     /// The next packet; its headers are written to the beginning of `headers`, which has [`Self::MAX_HEADERS`] bytes
-    /// or more.
+    /// or more. What those hold behind them is of no meaning.
     #[inline]
     pub fn next(&mut self, headers: &mut [u8]) -> Option<Segment<'a>> {
         match &mut self.rest {
@@ -184,8 +184,12 @@ impl<'a> Super<'a> {
         let (payload, rest) = self.payload.split_at(self.size.min(self.payload.len()));
         self.payload = rest;
         let layout = self.layout;
+        // All of the room at once: for a length known here that is a few moves, for another one a call.
+        match out.first_chunk_mut::<MAX_HEADERS>() {
+            Some(room) => *room = self.headers,
+            None => out[..layout.headers].copy_from_slice(&self.headers[..layout.headers]),
+        }
         let out = &mut out[..layout.headers];
-        out.copy_from_slice(&self.headers[..layout.headers]);
         layout.set_lengths(out, payload.len());
         if layout.version == Version::V4 {
             let sum = self.network_sum + Sum::word(get(out, 2)) + Sum::word(self.identification);

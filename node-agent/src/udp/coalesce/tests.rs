@@ -426,6 +426,50 @@ fn a_wrong_checksum_is_never_vouched_for() {
 }
 
 #[test]
+fn what_segmentation_would_write_otherwise_stays_alone() {
+    let alone = |packets: &[Vec<u8>], what: &str| {
+        assert_eq!(sizes(&coalesce(&mut Coalescer::new(9, ALL), packets)), vec![1; packets.len()], "{what}");
+    };
+    let mut flow = udp();
+    let options: Vec<_> = (0..3).map(|i| packet(&mut flow, Some(Twist::NetworkOptions), i)).collect();
+    alone(&options, "options of IPv4");
+
+    // Checksums that come to zero, written in the form that nobody computes.
+    for shape in [udp(), tcp()] {
+        let mut flow = shape.clone();
+        let mut packets = vec![packet(&mut flow, Some(Twist::OtherZero), 0), packet(&mut flow, None, 0)];
+        if !shape.tcp {
+            assert_eq!(packets[0][26..28], [0xff, 0xff]);
+            packets[0][26..28].fill(0);
+        }
+        alone(&packets, "a sum of zero");
+    }
+    let mut flow = udp();
+    let mut packets: Vec<_> = (0..2).map(|i| packet(&mut flow, None, i)).collect();
+    let sum = [packets[0][10], packets[0][11]];
+    // The identification takes what the sum lacks.
+    let id = u16::from_be_bytes([packets[0][4], packets[0][5]]);
+    let zero = (u32::from(id) + u32::from(u16::from_be_bytes(sum))) as u16;
+    for (packet, id) in packets.iter_mut().zip([zero, zero.wrapping_add(1)]) {
+        packet[4..6].copy_from_slice(&id.to_be_bytes());
+        reference::finish(packet);
+    }
+    assert_eq!(packets[0][10..12], [0, 0]);
+    assert_eq!(sizes(&coalesce(&mut Coalescer::new(9, ALL), &packets)), [2]);
+    packets[0][10..12].fill(0xff);
+    alone(&packets, "a header's sum of zero");
+}
+
+#[test]
+fn a_transport_header_longer_than_its_packet_is_nobodys() {
+    let mut short = packet(&mut FlowShape { size: 4, options: 0, ..tcp() }, None, 0);
+    short[32] = 0xf0;
+    reference::finish(&mut short);
+    let packets = [short.clone(), short];
+    assert_eq!(sizes(&coalesce(&mut Coalescer::new(9, ALL), &packets)), [1, 1]);
+}
+
+#[test]
 fn a_full_batch_says_so_and_loses_nothing() {
     let packets = run(&mut tcp(), 3);
     let (arena, ranges) = arena(&packets);

@@ -139,6 +139,11 @@ fn addresses_are_kept_and_masqueraded_as_flannels_rules_say_by_host_gw() -> Resu
 }
 
 #[test]
+fn addresses_are_kept_and_masqueraded_as_flannels_rules_say_by_udp() -> Result<()> {
+    who_claims_to_come(Backend::Udp)
+}
+
+#[test]
 fn off_unless_set_and_subnet_env_says_which() -> Result<()> {
     scenario(Spec::etcd(1, Backend::Vxlan), |cluster| {
         let external = outside(cluster)?;

@@ -16,6 +16,7 @@ const QUOTED: usize = 8;
 const TTL: u8 = 64;
 /// Internetwork control, as a router's messages go (RFC 1812 4.3.2.5).
 const TOS: u8 = 0xc0;
+const DONT_FRAGMENT: u8 = 0x40;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Problem {
@@ -61,6 +62,8 @@ pub fn answer<'a>(
     header[0] = 0x45;
     header[1] = TOS;
     header[2..4].copy_from_slice(&(len as u16).to_be_bytes());
+    // Never to be cut, so that an identification of zero is right (RFC 6864 section 4.1).
+    header[6] = DONT_FRAGMENT;
     header[8] = TTL;
     header[9] = PROTOCOL;
     header[12..16].copy_from_slice(&local.device_addr.octets());
@@ -201,6 +204,7 @@ mod tests {
                 assert_eq!(reference::checksum(&answer[20..]), 0);
                 let parsed = Ipv4::parse(&answer).expect("a packet");
                 assert_eq!((parsed.protocol(), parsed.header_len(), parsed.ttl()), (1, 20, 64));
+                assert_eq!(answer[1..8], [0xc0, 0, answer.len() as u8, 0, 0, 0x40, 0]);
             }
         }
     }

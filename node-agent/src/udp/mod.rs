@@ -16,6 +16,8 @@ pub mod checksum;
 pub mod coalesce;
 pub mod counters;
 mod egress;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod icmp;
 mod inbox;
 mod ingress;

@@ -136,7 +136,6 @@ fn measure(
                             let what =
                                 format!("round {}: {load} of {} in {setting}", round + 1, pair.configuration);
                             note(results, format!("{what}: {error:#}"));
-                            say(pair.explain());
                         }
                     }
                 }
@@ -171,14 +170,8 @@ fn set<'a>(
         match pair.set(setting, on) {
             Ok(()) => ready.push(pair),
             Err(error) => {
-                note(
-                    results,
-                    format!(
-                        "round {}: {} cannot be set to {setting}: {error:#}",
-                        round + 1,
-                        pair.configuration
-                    ),
-                );
+                let what = format!("round {}: {} left out in {setting}", round + 1, pair.configuration);
+                note(results, format!("{what}: {error:#}"));
                 say(pair.explain());
             }
         }

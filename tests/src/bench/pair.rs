@@ -66,12 +66,12 @@ impl Pair {
             Configuration::Naive => pair.start_naive(bed, binaries, nets, cores, interrupt)?,
             _ => pair.start_agents(bed, binaries, nets)?,
         }
-        let [near, far] = &pair.places;
-        ping(&near.netns, far.address, 5, Duration::from_secs(1))?;
+        pair.answers().with_context(|| pair.explain())?;
         Ok(pair)
     }
 
-    /// Sets the underlay's interfaces, and on which cores this pair's own processes run.
+    /// Sets the underlay's interfaces, and on which cores this pair's own processes run. A pair that carries nothing any
+    /// more is an error here already: each of its measurements would wait in vain.
     pub fn set(&self, setting: Setting, cores: &[usize]) -> Result<()> {
         for netns in &self.underlay {
             offload::set(netns, UNDERLAY, setting)?;
@@ -79,10 +79,15 @@ impl Pair {
         for pid in self.processes()? {
             pin(pid, cores)?;
         }
-        Ok(())
+        self.answers()
     }
 
-    /// What the agents say, when one of them has something to do with a failure.
+    fn answers(&self) -> Result<()> {
+        let [near, far] = &self.places;
+        ping(&near.netns, far.address, 5, Duration::from_secs(1)).map(drop)
+    }
+
+    /// What the agents say, when one of them may have something to do with a failure.
     pub fn explain(&self) -> String {
         self.nodes.iter().map(|node| node.agent.explain()).collect()
     }

@@ -49,7 +49,7 @@ pub fn svg(results: &Results) -> String {
     let rows: Vec<_> = ROWS.iter().filter(|(_, load, _)| selection.loads.contains(load)).collect();
     let row_height = ROW_HEAD + LINE * selection.configurations.len() + 12;
     let width = LABELS + PANEL * selection.settings.len().max(2);
-    let height = HEAD + row_height * rows.len() + 30;
+    let height = HEAD + row_height * rows.len() + 44;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" role=\"img\" \
          aria-label=\"Throughput and latency of weft's dataplanes side by side\">\n{STYLE}"
@@ -76,11 +76,10 @@ pub fn svg(results: &Results) -> String {
         }
     }
     let c = &results.conditions;
-    let foot = format!(
-        "{}, Linux {}, weft {}, {}; medians of {} rounds, whiskers: quartiles, ×: ratio to node to node",
-        c.machine, c.kernel, c.commit, c.date, c.rounds
-    );
-    text(&mut svg, 8, height - 10, "faint", &foot);
+    let whose = format!("{}, Linux {}, weft {}, {}", c.machine, c.kernel, c.commit, c.date);
+    let what = format!("medians of {} rounds, whiskers: quartiles, ×: ratio to node to node", c.rounds);
+    text(&mut svg, 8, height - 24, "faint", &whose);
+    text(&mut svg, 8, height - 9, "faint", &what);
     svg + "</svg>\n"
 }
 

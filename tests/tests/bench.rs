@@ -1,0 +1,228 @@
+//! The bench as it is used: what it measures with, what it leaves, and what becomes of a run that goes wrong.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context as _, Result, ensure};
+use e2e::bench::choice::{Configuration, Load, Setting};
+use e2e::bench::result::{Cell, Figure, Results};
+use e2e::binaries::Binaries;
+use e2e::capture::Capture;
+use e2e::host::{HostSnapshot, marked_processes};
+use e2e::netns::Netns;
+use e2e::packet::Ethernet;
+use e2e::wait::{SECOND, eventually};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const ROOT: &str = "/run/weft-bench";
+
+/// There is one bench on a machine: one test at a time.
+struct Bench {
+    _turn: MutexGuard<'static, ()>,
+    binaries: Binaries,
+    mark: String,
+    before: HostSnapshot,
+    out: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new() -> Result<Self> {
+        static TURN: Mutex<()> = Mutex::new(());
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        ensure!(!Path::new(ROOT).exists(), "{ROOT} exists: a bench is running, or one was killed");
+        let mark = format!("WEFT_BENCH_TEST={}", std::process::id());
+        let out = tempfile::tempdir()?;
+        Ok(Self { _turn: turn, binaries: Binaries::find()?, mark, before: HostSnapshot::take()?, out })
+    }
+
+    fn command(&self, arguments: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bench"));
+        command.args(arguments.split_whitespace()).arg("--out").arg(self.out.path());
+        if let Some((name, value)) = self.mark.split_once('=') {
+            command.env(name, value);
+        }
+        command.env("WEFT_BIN_DIR", &self.binaries.dir).env("WEFT_COMMIT", "of the test");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Started, and until the namespace of that name is there.
+    fn start(&self, arguments: &str, netns: &str) -> Result<(Child, Netns)> {
+        let mut bench = self.command(arguments).spawn()?;
+        let path = PathBuf::from(ROOT).join("netns").join(netns);
+        eventually("a namespace of the bench", SECOND * 30, || {
+            ensure!(bench.try_wait()?.is_none(), "the bench has ended");
+            Ok(path.exists())
+        })?;
+        Ok((bench, Netns::at(&path)))
+    }
+
+    fn file(&self, name: &str) -> Result<String> {
+        fs::read_to_string(self.out.path().join(name)).with_context(|| name.to_owned())
+    }
+
+    fn results(&self) -> Result<Results> {
+        Results::load(&self.out.path().join("dataplane.json"))
+    }
+
+    /// The host must be what it was before.
+    fn is_gone(&self) -> Result<()> {
+        ensure!(!Path::new(ROOT).exists(), "{ROOT} is left");
+        let left = marked_processes(&self.mark)?;
+        ensure!(left.is_empty(), "left running: {left:?}");
+        let difference = self.before.difference(&HostSnapshot::take()?);
+        ensure!(difference.is_empty(), "the host changed:\n{difference}");
+        Ok(())
+    }
+}
+
+fn both(output: &Output) -> String {
+    [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned()).concat()
+}
+
+/// The process of that name in its arguments, by its mark.
+fn part(bench: &Bench, role: &str) -> Result<Pid> {
+    for entry in fs::read_dir("/proc")? {
+        let path = entry?.path();
+        let read = |name| fs::read(path.join(name)).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+        let (Ok(arguments), Ok(environment)) = (read("cmdline"), read("environ")) else { continue };
+        if arguments.contains(role) && environment.split('\0').any(|variable| variable == bench.mark) {
+            let pid = path.file_name().and_then(|name| name.to_str()?.parse().ok());
+            return Ok(Pid::from_raw(pid.context("a process number")?));
+        }
+    }
+    anyhow::bail!("no {role} is running")
+}
+
+#[test]
+fn every_load_is_measured_in_turns_and_nothing_is_left() -> Result<()> {
+    let bench = Bench::new()?;
+    let output = bench.command("dataplane --rounds 2 --seconds 0.1 --only node,vxlan,no-seg").output()?;
+    let text = both(&output);
+    ensure!(output.status.success(), "{}: {text}", output.status);
+    let results = bench.results()?;
+    for configuration in [Configuration::Node, Configuration::Vxlan] {
+        for load in Load::ALL {
+            let cell = Cell { setting: Setting::NoSeg, load, configuration };
+            let figures: &[Figure] = match load {
+                Load::Tcp1 | Load::Tcp4 => &[Figure::Gbps, Figure::CpuPerGb],
+                Load::Udp1 | Load::Udp64 => &[Figure::Kpps, Figure::Gbps, Figure::CpuPerGb],
+                Load::Exchange1 | Load::Exchange16 => {
+                    &[Figure::P50, Figure::P99, Figure::PerSecond, Figure::CpuPerExchange]
+                }
+            };
+            for figure in figures {
+                let summary =
+                    results.summary(cell, *figure).with_context(|| format!("{cell:?} {figure:?}"))?;
+                assert!(summary.n == 2 && summary.median > 0.0, "{cell:?} {figure:?} {summary:?}");
+            }
+            assert!(results.ratio(cell, Configuration::Node, figures[0]).is_some_and(|ratio| ratio.n == 2));
+        }
+    }
+    assert!(bench.file("dataplane.svg")?.starts_with("<svg "));
+    let page = bench.file("dataplane.md")?;
+    assert!(
+        page.contains("| vxlan | **") && page.contains("weft of the test") && text.contains(&page),
+        "{page}"
+    );
+
+    let again = bench.out.path().join("dataplane.json");
+    let output = bench.command(&format!("render {}", again.display())).output()?;
+    assert!(output.status.success() && bench.file("dataplane.md")? == page, "{}", both(&output));
+    bench.is_gone()
+}
+
+/// The alternative must be what it is said to be: flannel's wire format, one packet per datagram.
+#[test]
+fn the_naive_forwarder_sends_one_packet_per_datagram() -> Result<()> {
+    let bench = Bench::new()?;
+    let (mut run, netns) =
+        bench.start("dataplane --rounds 1 --seconds 0.1 --only naive,full,tcp-1", "naive-2")?;
+    let capture = Capture::start(&netns)?;
+    let length = capture.wait_for("a large datagram of the forwarder", SECOND * 30, |frame| {
+        let outer = Ethernet::parse(&frame.bytes)?.ipv4()?;
+        let udp = outer.udp().filter(|udp| udp.source == 8285 && udp.destination == 8285)?;
+        let inner = udp.payload;
+        let total = u16::from_be_bytes([*inner.get(2)?, *inner.get(3)?]);
+        (inner[0] == 0x45 && inner.len() > 1000).then_some((inner.len(), usize::from(total), inner[8]))
+    })?;
+    drop(capture);
+    let output = run.wait()?;
+    assert!(output.success(), "{output}");
+    assert_eq!(
+        length,
+        (1472, 1472, 62),
+        "datagram, the packet in it, TTL: a hop by the node, one by the forwarder"
+    );
+    bench.is_gone()
+}
+
+#[test]
+fn what_fails_costs_its_own_cell_only() -> Result<()> {
+    let bench = Bench::new()?;
+    let (run, _) =
+        bench.start("dataplane --rounds 2 --seconds 0.2 --only node,naive,full,gro,rr-1", "node-1")?;
+    eventually("a measurement", SECOND * 30, || part(&bench, "ExchangeClient").map(|_| true))?;
+    kill(part(&bench, "Naive")?, Signal::SIGKILL)?;
+    let output = run.wait_with_output()?;
+    let text = both(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("FAILED: ") && text.contains("## What failed"), "{text}");
+    let results = bench.results()?;
+    for setting in [Setting::Full, Setting::Gro] {
+        let cell = Cell { setting, load: Load::Exchange1, configuration: Configuration::Node };
+        assert_eq!(results.summary(cell, Figure::P50).map(|summary| summary.n), Some(2), "{text}");
+    }
+    // Found out before a measurement that would only wait.
+    let left_out = "round 2: naive left out in full: ";
+    assert!(results.failures.iter().any(|failure| failure.starts_with(left_out)), "{text}");
+    bench.is_gone()
+}
+
+#[test]
+fn an_interrupted_run_writes_what_it_has_and_leaves_nothing() -> Result<()> {
+    let bench = Bench::new()?;
+    for (moment, signal) in [("HostGw", Signal::SIGINT), ("ExchangeClient", Signal::SIGTERM)] {
+        let (run, _) =
+            bench.start("dataplane --rounds 9 --seconds 2 --only node,host-gw,full,rr-16", "host-gw-1")?;
+        if moment != "HostGw" {
+            eventually("a measurement", SECOND * 30, || part(&bench, moment).map(|_| true))?;
+        }
+        kill(Pid::from_raw(run.id() as i32), signal)?;
+        let output = run.wait_with_output()?;
+        let text = both(&output);
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.contains("bench: interrupted"), "{text}");
+        bench.is_gone()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn bad_input_is_refused_before_anything_is_made() -> Result<()> {
+    let bench = Bench::new()?;
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/bench");
+    for (arguments, expected) in [
+        ("dataplane --rounds 0", "1 to 1000"),
+        ("dataplane --rounds many", "many"),
+        ("dataplane --seconds 0", "0.1 to 10"),
+        ("dataplane --seconds 11", "0.1 to 10"),
+        ("dataplane --only udp,upd", "\"upd\": expected some of node, host-gw"),
+        ("dataplane --colour", "--colour"),
+        ("dataplane now", "now"),
+        ("network", "network"),
+        ("render", "dataplane.json"),
+        ("render /nonexistent.json", "/nonexistent.json"),
+        ("render /etc/hostname", "not the figures of a run"),
+    ] {
+        let mut command = Command::new(&script);
+        let bin_dir = Path::new(env!("CARGO_BIN_EXE_bench")).parent().context("where bench is")?;
+        let output = command.args(arguments.split_whitespace()).env("WEFT_BIN_DIR", bin_dir).output()?;
+        let text = both(&output);
+        assert!(!output.status.success() && text.contains(expected), "{arguments}: {text}");
+    }
+    bench.is_gone()
+}

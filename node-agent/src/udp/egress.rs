@@ -15,7 +15,7 @@ use super::counters::{DropReason, Tally};
 use super::icmp::{self, MAX_ANSWER, Problem, RateLimit};
 use super::link::{Link, wait_for};
 use super::offload::{Offload, Outcome};
-use super::outbox::{Batch, Outbox};
+use super::outbox::{Batch, Flow, Join, Outbox};
 use super::packet::{Ipv4, decrement_ttl};
 use super::peers::PeerTable;
 use super::segment::Segments;
@@ -25,7 +25,7 @@ use super::virtio::{self, VirtioHeader};
 const MAX_READ: usize = virtio::LEN + 65535;
 /// Eight super-packets, and room for one whole read behind them.
 const ARENA: usize = 8 * (1 << 16) + MAX_READ;
-const READS: usize = 128;
+const READS: usize = 256;
 /// Reads begin at multiples of a cache line.
 const ALIGN: usize = 64;
 /// How long the socket may make no room before what is waiting is dropped. Meanwhile the device's queue fills, which
@@ -148,7 +148,7 @@ impl<'p> Out<'_, 'p> {
             self.answer(Problem::NetUnreachable, &view, table, limit);
             return Err((DropReason::NoRoute, 1));
         };
-        let to = peer.addr;
+        let (to, flow) = (peer.addr, flow(&view));
         if view.ttl() <= 1 {
             self.answer(Problem::TimeExceeded, &view, table, limit);
             return Err((DropReason::TtlExceeded, 1));
@@ -163,7 +163,12 @@ impl<'p> Out<'_, 'p> {
             if segment.headers + segment.payload.len() > MAX_DATAGRAM {
                 return Err((DropReason::Oversized, 1));
             }
-            self.batch.push(to, segment.headers, segment.payload, self.runs);
+            let join = match segments.remaining() {
+                _ if !self.runs => Join::Alone,
+                0 if segment.headers > 0 => Join::Tail,
+                _ => Join::SameSize,
+            };
+            self.batch.push(to, segment.headers, segment.payload, flow, join);
         }
     }
 
@@ -267,6 +272,21 @@ impl<'p> Out<'_, 'p> {
             Refused::Datagrams => false,
         }
     }
+}
+
+/// Packets of one connection have the same, fragments none: only the first has ports.
+fn flow(packet: &Ipv4<'_>) -> Flow {
+    const TCP: u8 = 6;
+    const UDP: u8 = 17;
+    if packet.is_fragment() {
+        return Flow::Any;
+    }
+    let ports = match (packet.protocol(), packet.payload().first_chunk::<4>()) {
+        (TCP | UDP, Some(ports)) => u32::from_be_bytes(*ports),
+        _ => 0,
+    };
+    let mixed = packet.source().to_bits().rotate_left(16) ^ packet.destination().to_bits() ^ ports;
+    Flow::Of(mixed.wrapping_mul(0x9e37_79b1) >> 16)
 }
 
 /// What the kernel does not like of a message that stands for several datagrams (linux net/ipv4/udp.c, `udp_send_skb`).

@@ -80,13 +80,16 @@ impl Inbox {
         self.used = 0;
         // SAFETY: each header leads to a slot and a buffer of our own, with their true lengths, that nobody holds a
         // reference to: those that `arena` and `message` give out end before `&mut self` begins.
+        //
+        // The system call itself, as for sending: musl's function touches every header first.
         let received = unsafe {
-            libc::recvmmsg(
+            libc::syscall(
+                libc::SYS_recvmmsg,
                 socket.as_raw_fd(),
                 self.headers.as_mut_ptr(),
                 MESSAGES as libc::c_uint,
-                libc::MSG_DONTWAIT as _,
-                std::ptr::null_mut(),
+                libc::MSG_DONTWAIT,
+                std::ptr::null_mut::<libc::timespec>(),
             )
         };
         self.used = Errno::result(received)?.unsigned_abs() as usize;

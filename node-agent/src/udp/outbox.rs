@@ -1,7 +1,10 @@
-//! Datagrams gathered and sent by `sendmmsg`, runs of them as one `UDP_SEGMENT` message (linux net/ipv4/udp.c).
+//! Datagrams gathered and sent by `sendmmsg`, those of one size to one peer as one `UDP_SEGMENT` message (linux
+//! net/ipv4/udp.c).
 //!
 //! Nothing is copied on the way: a datagram is a header written into an arena of the outbox, and a slice of whatever
-//! was read. One message is one walk through the kernel's stack, whether it stands for one datagram or for 44.
+//! was read. One message is one walk through the kernel's stack, whether it stands for one datagram or for 64: so
+//! datagrams of many flows share messages, found by one probe of a small table. Order within a flow is kept: a datagram
+//! joins no message that is sent before the one that has its flow's latest.
 #![expect(unsafe_code, reason = "sendmmsg with one control message per message has no safe wrapper")]
 
 use std::marker::PhantomData;
@@ -12,11 +15,15 @@ use std::ptr::NonNull;
 use nix::errno::Errno;
 use nix::libc;
 
-/// Messages in one `sendmmsg`; without `UDP_SEGMENT` as many datagrams.
-const MESSAGES: usize = 256;
-/// Two per datagram: three super-packets' worth.
-const PARTS: usize = 512;
+/// In one `sendmmsg`: seven super-packets' worth.
+const DATAGRAMS: usize = 320;
 const HEADER_BYTES: usize = 32 << 10;
+/// Messages that others may join, by destination and size; one that loses its slot is joined no more.
+const OPEN: usize = 64;
+/// Flows that meet in a slot only have messages of their own more often.
+const FLOWS: usize = 256;
+/// Ends a list; no message.
+const NONE: u32 = u32::MAX;
 /// The most that fits an IPv4 datagram, for all segments of a message together.
 const MAX_MESSAGE: usize = 65535 - 20 - 8;
 /// `UDP_MAX_SEGMENTS` of linux/udp.h before Linux 6.9; 128 since.
@@ -27,13 +34,48 @@ const CONTROL_SPACE: usize = 24;
 
 /// All memory is taken at the start.
 pub(super) struct Outbox {
-    parts: Vec<libc::iovec>,
+    datagrams: Vec<Datagram>,
     messages: Vec<Message>,
     header_bytes: NonNull<[u8]>,
     headers_used: usize,
+    /// The latest message of a destination and size, and what they are is in the message.
+    open: [u32; OPEN],
+    /// The latest message with a datagram of the flow: none before it may be joined.
+    flows: [u32; FLOWS],
+    /// No message before this one may be joined by anybody.
+    floor: u32,
+    parts: Vec<libc::iovec>,
     names: Vec<libc::sockaddr_in>,
     controls: Vec<Control>,
     raw: Vec<libc::mmsghdr>,
+}
+
+/// What keeps its order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Flow {
+    /// By a hash that is the same for all packets of a flow.
+    Of(u32),
+    /// It may belong to any: sent behind all that came before, in front of all that come after.
+    Any,
+}
+
+/// How a datagram may be sent together with others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Join {
+    Alone,
+    /// With those of its size.
+    SameSize,
+    /// Also as the shorter last one of the message that has its flow's latest.
+    Tail,
+}
+
+/// A header of its own, if any, and a payload.
+#[derive(Debug, Clone, Copy)]
+struct Datagram {
+    header: libc::iovec,
+    payload: libc::iovec,
+    /// In the same message.
+    next: u32,
 }
 
 // SAFETY: the outbox owns what `header_bytes` leads to; all other pointers are followed within a `Batch` alone, which
@@ -50,13 +92,14 @@ pub(super) struct Batch<'o, 'p> {
 /// Datagrams to one destination, all of one size but the last, which may be shorter.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Message {
-    pub(super) to: SocketAddrV4,
-    first_part: usize,
-    parts: usize,
+    to: SocketAddrV4,
+    first: u32,
+    last: u32,
     size: usize,
+    parts: usize,
     pub(super) segments: u16,
     pub(super) bytes: usize,
-    /// Nothing may be added: the last one is shorter, or runs are not wanted.
+    /// Nothing may be added: the last one is shorter, or it is to go alone.
     closed: bool,
 }
 
@@ -67,13 +110,17 @@ struct Control([u8; CONTROL_SPACE]);
 impl Outbox {
     pub(super) fn new() -> Self {
         Self {
-            parts: Vec::with_capacity(PARTS),
-            messages: Vec::with_capacity(MESSAGES),
+            datagrams: Vec::with_capacity(DATAGRAMS),
+            messages: Vec::with_capacity(DATAGRAMS),
             header_bytes: NonNull::from(Box::leak(vec![0; HEADER_BYTES].into_boxed_slice())),
             headers_used: 0,
-            names: Vec::with_capacity(MESSAGES),
-            controls: Vec::with_capacity(MESSAGES),
-            raw: Vec::with_capacity(MESSAGES),
+            open: [NONE; OPEN],
+            flows: [0; FLOWS],
+            floor: 0,
+            parts: Vec::with_capacity(2 * DATAGRAMS),
+            names: Vec::with_capacity(DATAGRAMS),
+            controls: Vec::with_capacity(DATAGRAMS),
+            raw: Vec::with_capacity(DATAGRAMS),
         }
     }
 
@@ -81,6 +128,22 @@ impl Outbox {
         let mut batch = Batch { outbox: self, payloads: PhantomData };
         batch.clear();
         batch
+    }
+
+    /// The message that the datagram may join.
+    fn joined(&self, to: SocketAddrV4, size: usize, flow: Flow, join: Join) -> Option<u32> {
+        let Flow::Of(flow) = flow else { return None };
+        let latest = self.flows[flow as usize % FLOWS];
+        let takes = |index: u32, tail: bool| {
+            let message = self.messages.get(index as usize)?;
+            let fits = size == message.size || tail && size < message.size;
+            (fits && index >= latest && index >= self.floor && message.takes(to, size)).then_some(index)
+        };
+        match join {
+            Join::Alone => None,
+            Join::SameSize => takes(self.open[slot(to, size)], false),
+            Join::Tail => takes(latest, true).or_else(|| takes(self.open[slot(to, size)], false)),
+        }
     }
 }
 
@@ -94,9 +157,7 @@ impl Drop for Outbox {
 impl<'p> Batch<'_, 'p> {
     /// Whether one more datagram, with up to `headers` bytes of its own, fits.
     pub(super) fn has_room(&self, headers: usize) -> bool {
-        self.outbox.parts.len() + 2 <= PARTS
-            && self.outbox.messages.len() < MESSAGES
-            && self.outbox.headers_used + headers <= HEADER_BYTES
+        self.outbox.datagrams.len() < DATAGRAMS && self.outbox.headers_used + headers <= HEADER_BYTES
     }
 
     /// Where the next datagram's header is written, before [`Self::push`].
@@ -110,36 +171,56 @@ impl<'p> Batch<'_, 'p> {
         }
     }
 
-    /// A datagram of the first `headers` bytes of [`Self::headers`] and `payload`; `runs`: it may join the datagram
-    /// before it.
-    pub(super) fn push(&mut self, to: SocketAddrV4, headers: usize, payload: &'p [u8], runs: bool) {
-        let first_part = self.outbox.parts.len();
-        if headers > 0 {
-            let header = std::ptr::from_mut(&mut self.headers()[..headers]);
-            self.outbox.parts.push(part(header));
-            self.outbox.headers_used += headers;
+    /// A datagram of the first `headers` bytes of [`Self::headers`] and `payload`.
+    pub(super) fn push(
+        &mut self,
+        to: SocketAddrV4,
+        headers: usize,
+        payload: &'p [u8],
+        flow: Flow,
+        join: Join,
+    ) {
+        let header = part(std::ptr::from_mut(&mut self.headers()[..headers]));
+        let outbox = &mut *self.outbox;
+        outbox.headers_used += headers;
+        let index = outbox.datagrams.len() as u32;
+        let payload = part(std::ptr::from_ref(payload).cast_mut());
+        let datagram = Datagram { header, payload, next: NONE };
+        let parts = datagram.parts().count();
+        outbox.datagrams.push(datagram);
+        let size = headers + payload.iov_len;
+        let message = match outbox.joined(to, size, flow, join) {
+            Some(at) => {
+                let message = &mut outbox.messages[at as usize];
+                outbox.datagrams[message.last as usize].next = index;
+                message.last = index;
+                message.parts += parts;
+                message.segments += 1;
+                message.bytes += size;
+                message.closed = size < message.size;
+                at
+            }
+            None => {
+                let at = outbox.messages.len() as u32;
+                let closed = join == Join::Alone;
+                outbox.messages.push(Message {
+                    to,
+                    first: index,
+                    last: index,
+                    size,
+                    parts,
+                    segments: 1,
+                    bytes: size,
+                    closed,
+                });
+                outbox.open[slot(to, size)] = at;
+                at
+            }
+        };
+        match flow {
+            Flow::Of(flow) => outbox.flows[flow as usize % FLOWS] = message,
+            Flow::Any => outbox.floor = message,
         }
-        if !payload.is_empty() {
-            self.outbox.parts.push(part(std::ptr::from_ref(payload).cast_mut()));
-        }
-        let parts = self.outbox.parts.len() - first_part;
-        let size = headers + payload.len();
-        if let Some(last) = self.outbox.messages.last_mut().filter(|last| runs && last.takes(to, size)) {
-            last.parts += parts;
-            last.segments += 1;
-            last.bytes += size;
-            last.closed = size < last.size;
-            return;
-        }
-        self.outbox.messages.push(Message {
-            to,
-            first_part,
-            parts,
-            size,
-            segments: 1,
-            bytes: size,
-            closed: !runs,
-        });
     }
 
     pub(super) fn messages(&self) -> &[Message] {
@@ -147,26 +228,32 @@ impl<'p> Batch<'_, 'p> {
     }
 
     pub(super) fn clear(&mut self) {
-        self.outbox.parts.clear();
+        self.outbox.datagrams.clear();
         self.outbox.messages.clear();
         self.outbox.headers_used = 0;
+        self.outbox.open.fill(NONE);
+        self.outbox.flows.fill(0);
+        self.outbox.floor = 0;
     }
 
     /// Sends messages from `from` on, each as it is; says how many the kernel took, or why it did not take the first.
     pub(super) fn send(&mut self, socket: BorrowedFd<'_>, from: usize) -> Result<usize, Errno> {
-        let Outbox { parts, messages, names, controls, raw, .. } = &mut *self.outbox;
+        let Outbox { datagrams, messages, parts, names, controls, raw, .. } = &mut *self.outbox;
+        let messages = &messages[from..];
+        parts.clear();
         names.clear();
         controls.clear();
         raw.clear();
-        for message in messages.iter().skip(from) {
+        // All of them first: headers point to parts, names and controls, which must not move any more.
+        for message in messages {
             names.push(name(message.to));
             controls.push(Control::segment_size(message.size as u16));
+            parts.extend(list(datagrams, message.first).flat_map(Datagram::parts));
         }
-        for ((message, name), control) in
-            messages.iter().skip(from).zip(names.iter_mut()).zip(controls.iter_mut())
-        {
-            let parts = &mut parts[message.first_part..message.first_part + message.parts];
-            raw.push(header(name, parts, (message.segments > 1).then_some(control)));
+        let mut rest = &mut parts[..];
+        for ((message, name), control) in messages.iter().zip(names.iter_mut()).zip(controls.iter_mut()) {
+            let mine = rest.split_off_mut(..message.parts).unwrap_or_default();
+            raw.push(header(name, mine, (message.segments > 1).then_some(control)));
         }
         transmit(socket, raw)
     }
@@ -178,26 +265,33 @@ impl<'p> Batch<'_, 'p> {
         message: usize,
         from: usize,
     ) -> Result<usize, Errno> {
-        let Outbox { parts, messages, names, raw, .. } = &mut *self.outbox;
+        let Outbox { datagrams, messages, parts, names, raw, .. } = &mut *self.outbox;
         let message = messages[message];
+        parts.clear();
         names.clear();
         raw.clear();
         names.push(name(message.to));
-        let parts = &mut parts[message.first_part..message.first_part + message.parts];
-        for datagram in datagrams(parts, message.size).skip(from) {
-            raw.push(header(&mut names[0], datagram, None));
+        parts.extend(list(datagrams, message.first).flat_map(Datagram::parts));
+        let mut rest = &mut parts[..];
+        for (index, datagram) in list(datagrams, message.first).enumerate() {
+            let mine = rest.split_off_mut(..datagram.parts().count()).unwrap_or_default();
+            if index >= from {
+                raw.push(header(&mut names[0], mine, None));
+            }
         }
         transmit(socket, raw)
     }
 }
 
+impl Datagram {
+    fn parts(&self) -> impl Iterator<Item = libc::iovec> {
+        [self.header, self.payload].into_iter().filter(|part| part.iov_len > 0)
+    }
+}
+
 impl Message {
     fn takes(&self, to: SocketAddrV4, size: usize) -> bool {
-        !self.closed
-            && self.to == to
-            && size <= self.size
-            && self.segments < MAX_SEGMENTS
-            && self.bytes + size <= MAX_MESSAGE
+        !self.closed && self.to == to && self.segments < MAX_SEGMENTS && self.bytes + size <= MAX_MESSAGE
     }
 
     /// How many bytes the datagram of that index has.
@@ -254,30 +348,29 @@ fn header(
     header
 }
 
-/// Cuts a message's parts where its datagrams end.
-fn datagrams(mut parts: &mut [libc::iovec], size: usize) -> impl Iterator<Item = &mut [libc::iovec]> {
-    std::iter::from_fn(move || {
-        let (mut count, mut bytes) = (0, 0);
-        while bytes < size && count < parts.len() {
-            bytes += parts[count].iov_len;
-            count += 1;
-        }
-        let (datagram, rest) = std::mem::take(&mut parts).split_at_mut(count);
-        parts = rest;
-        (!datagram.is_empty()).then_some(datagram)
-    })
+fn slot(to: SocketAddrV4, size: usize) -> usize {
+    let mixed = to.ip().to_bits().wrapping_add(size as u32).wrapping_mul(0x9e37_79b1);
+    (mixed >> 16) as usize % OPEN
+}
+
+fn list(datagrams: &[Datagram], first: u32) -> impl Iterator<Item = &Datagram> {
+    std::iter::successors(datagrams.get(first as usize), |datagram| datagrams.get(datagram.next as usize))
 }
 
 fn transmit(socket: BorrowedFd<'_>, raw: &mut [libc::mmsghdr]) -> Result<usize, Errno> {
     // SAFETY: every pointer in `raw` was set just now: names, controls and parts are the outbox's and nothing has
     // touched them since; parts lead to its headers and to payloads that the batch borrows. The kernel writes to
     // `msg_len` alone.
+    //
+    // The system call itself: musl's sendmmsg makes a sendmsg of each message, because its fields are narrower than the
+    // kernel's with padding behind them; here the padding is zero.
     let sent = unsafe {
-        libc::sendmmsg(
+        libc::syscall(
+            libc::SYS_sendmmsg,
             socket.as_raw_fd(),
             raw.as_mut_ptr(),
             raw.len() as libc::c_uint,
-            libc::MSG_DONTWAIT as _,
+            libc::MSG_DONTWAIT,
         )
     };
     Errno::result(sent).map(|sent| sent.unsigned_abs() as usize)

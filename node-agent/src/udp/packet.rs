@@ -77,6 +77,11 @@ impl<'a> Ipv4<'a> {
         Ipv4Addr::from(self.word32(16))
     }
 
+    /// Whether the packet is a part of a datagram only.
+    pub fn is_fragment(&self) -> bool {
+        u16::from_be_bytes([self.bytes[6], self.bytes[7]]) & 0x3fff != 0
+    }
+
     /// Whether the packet is a fragment, but not its datagram's first.
     pub fn is_later_fragment(&self) -> bool {
         u16::from_be_bytes([self.bytes[6], self.bytes[7]]) & 0x1fff != 0

@@ -77,7 +77,7 @@ fn everything_arrives_with_each_offload_off_and_with_none() -> Result<()> {
             }
             cluster.wait_converged()?;
             ping(&near.netns, far.address, 5, SECOND).with_context(|| off.clone())?;
-            carried(&near, &far, 4_000, 4 * MIB).with_context(|| format!("without {off}"))?;
+            carried(&near, &far, 3_000, 4 * MIB).with_context(|| format!("without {off}"))?;
             figures(cluster, &format!("without {off}"))?;
             for (name, outcome) in outcomes(cluster)? {
                 let is_off = off.split(',').any(|off| off == name);
@@ -108,7 +108,7 @@ fn everything_arrives_on_underlays_that_can_less() -> Result<()> {
                 ethtool.args(["-K", "eth0"]).args(features.split_whitespace());
                 node.netns().run(&mut ethtool).with_context(|| what.to_owned())?;
             }
-            carried(&near, &far, 6_000, 6 * MIB).with_context(|| format!("an underlay {what}"))?;
+            carried(&near, &far, 3_000, 4 * MIB).with_context(|| format!("an underlay {what}"))?;
             figures(cluster, &format!("an underlay {what}"))?;
         }
         Ok(())

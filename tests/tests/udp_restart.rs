@@ -41,15 +41,15 @@ fn wait_saved(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// The longest silence that begins before `until` and ends behind `from`, and its end.
-fn silence(tally: &Tally, from: Instant, until: Instant) -> Option<(Duration, Instant)> {
-    let pairs = tally.arrivals.windows(2).filter(|pair| pair[1] > from && pair[0] < until);
-    pairs.map(|pair| (pair[1].duration_since(pair[0]), pair[1])).max()
+/// The silence in which `moment` lies, and its end.
+fn silence(tally: &Tally, moment: Instant) -> Option<(Duration, Instant)> {
+    let pair = tally.arrivals.windows(2).find(|pair| pair[0] <= moment && moment < pair[1])?;
+    Some((pair[1].duration_since(pair[0]), pair[1]))
 }
 
-fn median(mut times: Vec<Duration>) -> Duration {
+fn median_and_most(mut times: Vec<Duration>) -> Option<(Duration, Duration)> {
     times.sort_unstable();
-    times.get(times.len() / 2).copied().unwrap_or_default()
+    Some((*times.get(times.len() / 2)?, *times.last()?))
 }
 
 fn killed_under_load(store: Store) -> Result<()> {
@@ -70,16 +70,17 @@ fn killed_under_load(store: Store) -> Result<()> {
         let back = Stream::start(&far.netns, &near.netns, near.address, DATAGRAMS_PER_SECOND)?;
         let flows = Flows::open(&near.netns, &far.netns, far.address, FLOWS)?;
         let mut random = Random::of_the_moment();
-        let mut starts = Vec::new();
+        let (mut ends, mut starts) = (Vec::new(), Vec::new());
         let agent = &mut cluster.nodes[0].agent;
         for _ in 0..KILLS {
-            let_pass(Duration::from_millis(300 + random.below(300)));
+            let_pass(Duration::from_millis(200 + random.below(200)));
+            let killed = Instant::now();
             agent.kill()?;
+            ends.push(killed.elapsed());
             starts.push(Instant::now());
             agent.start()?;
         }
-        let_pass(Duration::from_millis(500));
-        let measured = Instant::now();
+        let_pass(Duration::from_millis(300));
         for _ in 0..EARLY_KILLS {
             // From the first instruction of a start on.
             let_pass(Duration::from_millis(random.below(60)));
@@ -97,22 +98,19 @@ fn killed_under_load(store: Store) -> Result<()> {
         eventually("every flow to carry on", READY, || Ok(flows.rounds() > rounds + 2))?;
         flows.end().context("a flow did not live")?;
 
+        let (end, end_at_most) = median_and_most(ends).context("no kills")?;
+        report::figure(format_args!("{what}: killed to gone {end:.0?} median, {end_at_most:.0?} at most"));
+        back.stop();
         for (direction, tally) in [("sending", there.end()?), ("receiving", back.end()?)] {
-            let mut gaps = Vec::new();
-            for (place, start) in starts.iter().enumerate() {
-                let until = starts.get(place + 1).copied().unwrap_or(measured);
-                gaps.extend(
-                    silence(&tally, *start, until).map(|(gap, end)| (gap, end.duration_since(*start))),
-                );
-            }
-            let (longest, first): (Vec<Duration>, Vec<Duration>) = gaps.into_iter().unzip();
-            let longest = longest.into_iter().max().context("nothing arrived")?;
+            let gaps = starts.iter().filter_map(|start| {
+                silence(&tally, *start).map(|(gap, end)| (gap, end.duration_since(*start)))
+            });
+            let (longest, first): (Vec<Duration>, Vec<Duration>) = gaps.unzip();
+            let (usual, longest) = median_and_most(longest).context("nothing arrived")?;
+            let (first, first_at_most) = median_and_most(first).context("nothing arrived")?;
             report::figure(format_args!(
-                "{:>6} ms  {what}, {direction}: longest gap of {KILLS} kills; start to first packet {} ms median, {} ms at \
-                 most; {} of {} lost",
-                longest.as_millis(),
-                median(first.clone()).as_millis(),
-                first.iter().max().copied().unwrap_or_default().as_millis(),
+                "{what}, {direction}, {KILLS} kills: gap {usual:.0?} median, {longest:.0?} at most; start to first packet \
+                 {first:.0?} median, {first_at_most:.0?} at most; {} of {} lost",
                 tally.missing.len(),
                 tally.sent,
             ));

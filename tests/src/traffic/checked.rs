@@ -3,7 +3,7 @@
 
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -61,13 +61,13 @@ pub fn checked(from: &Netns, to: &Netns, address: Ipv4Addr, count: u64) -> Resul
         socket.connect(target)?;
         Ok(socket)
     })?;
-    let (arrived, all_sent) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+    let (arrived, all_sent) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(u64::MAX)));
     let receiving = thread::spawn({
         let (arrived, all_sent) = (Arc::clone(&arrived), Arc::clone(&all_sent));
         move || receive(&receiver, &arrived, &all_sent)
     });
     let sent = send(&sender, count, &arrived);
-    all_sent.store(true, Ordering::Relaxed);
+    all_sent.store(*sent.as_ref().unwrap_or(&0), Ordering::Relaxed);
     let (seen, corrupt) = receiving.join().map_err(|_| anyhow!("the receiver panicked"))??;
     let sent = sent?;
     let known = seen.iter().take(sent as usize);
@@ -132,7 +132,7 @@ fn send(socket: &UdpSocket, count: u64, arrived: &AtomicU64) -> Result<u64> {
 }
 
 /// How often each number came, and how many were not what they should be.
-fn receive(socket: &UdpSocket, arrived: &AtomicU64, all_sent: &AtomicBool) -> Result<(Vec<u8>, u64)> {
+fn receive(socket: &UdpSocket, arrived: &AtomicU64, all_sent: &AtomicU64) -> Result<(Vec<u8>, u64)> {
     let mut seen: Vec<u8> = Vec::new();
     let mut corrupt = 0;
     let noise = noise();
@@ -141,7 +141,8 @@ fn receive(socket: &UdpSocket, arrived: &AtomicU64, all_sent: &AtomicBool) -> Re
     loop {
         let Ok(length) = socket.recv(&mut buffer) else {
             let quiet = quiet_since.get_or_insert_with(Instant::now).elapsed();
-            if all_sent.load(Ordering::Relaxed) && quiet > PATIENCE {
+            let sent = all_sent.load(Ordering::Relaxed);
+            if arrived.load(Ordering::Relaxed) >= sent || sent < u64::MAX && quiet > PATIENCE {
                 return Ok((seen, corrupt));
             }
             continue;

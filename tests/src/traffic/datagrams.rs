@@ -67,9 +67,14 @@ impl Stream {
         Ok(Self { name, stop, sender: sending, receiver: receiving, sent_all })
     }
 
+    /// No more is sent; [`Stream::end`] counts what was.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
     /// Stops sending, lets the last ones arrive, and counts.
     pub fn end(self) -> Result<Tally> {
-        self.stop.store(true, Ordering::Relaxed);
+        self.stop();
         let sent = self.sender.join().map_err(|_| anyhow!("the sender panicked"))?;
         self.sent_all.store(true, Ordering::Relaxed);
         let arrived = self.receiver.join().map_err(|_| anyhow!("the receiver panicked"))?;

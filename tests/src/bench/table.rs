@@ -54,6 +54,36 @@ pub fn page(results: &Results) -> String {
     page
 }
 
+/// Few figures of much: medians and ratios to node-to-node, for whoever does not want to read the page.
+pub fn summary(results: &Results) -> String {
+    let columns = [
+        ("TCP, 1 stream, Gbit/s", Setting::Full, Load::Tcp1, Figure::Gbps),
+        ("the same, GRO only", Setting::Gro, Load::Tcp1, Figure::Gbps),
+        ("UDP, 64 bytes, kpps", Setting::Full, Load::Udp1, Figure::Kpps),
+        ("UDP, 64 flows, kpps", Setting::Full, Load::Udp64, Figure::Kpps),
+        ("request/response, p50 µs", Setting::Full, Load::Exchange1, Figure::P50),
+        ("CPU s per GB", Setting::Full, Load::Tcp1, Figure::CpuPerGb),
+    ];
+    let mut table = String::from("| one core |");
+    columns.iter().for_each(|(heading, ..)| {
+        let _ = write!(table, " {heading} |");
+    });
+    let _ = write!(table, " commonly quoted for flannel |\n|---|{}---|", "---:|".repeat(columns.len()));
+    for configuration in results.selection().configurations {
+        let _ = write!(table, "\n| {} |", configuration.title());
+        for (_, setting, load, figure) in columns {
+            let cell = Cell { setting, load, configuration };
+            let median = results.summary(cell, figure).map(|summary| number(summary.median));
+            let ratio = results.ratio(cell, Configuration::Node, figure);
+            let ratio = ratio.filter(|_| configuration != Configuration::Node);
+            let ratio = ratio.map(|ratio| format!(" ×{}", number(ratio.median))).unwrap_or_default();
+            let _ = write!(table, " {}{ratio} |", median.unwrap_or_else(|| "-".to_owned()));
+        }
+        let _ = write!(table, " {} |", quoted(configuration));
+    }
+    table + "\n"
+}
+
 fn conditions(results: &Results) -> String {
     let c = &results.conditions;
     format!(
@@ -183,6 +213,8 @@ question, softirq included, per gigabyte of payload (`/proc/stat`, steps of 10 m
 - One core: clients, servers, agents and softirq share a single core, so throughput is the inverse of what a packet costs.
 - Full offload: veth as it is, super-packets pass whole. Without segmentation offload: TSO, GSO, UDP segmentation and GRO
   off on the underlay. GRO only: the same with GRO on, nearest to a plain network card. Checksum offload is on in all.
+- Clients and servers are processes in the pods. The receiving side, or the one that waits for responses, measures over a
+  window of its own after a warm-up. A request and its response are 64 bytes each, over TCP.
 - TCP uses cubic. 64 flows: datagrams of 64, 128, 256, 400, 576, 800, 1100 and 1400 bytes, one flow after the other; half
   of the flows keep their size, the others change it with each datagram.
 ";
@@ -240,6 +272,17 @@ mod tests {
         let missed = "| small packets, one flow | one core, underlay with full offload | node to node | ≥ 0.85 | 0.550 | **missed** |";
         assert!(page.contains(missed), "{page}");
         assert!(page.contains("| ≥ 12 | - | not measured |"), "{page}");
+    }
+
+    #[test]
+    fn the_summary_has_medians_and_ratios_of_what_was_measured() {
+        let mut results = Results::new(conditions());
+        for (configuration, gbps) in [(Configuration::Node, 40.0), (Configuration::Vxlan, 20.0)] {
+            results.add(cell(Setting::Full, Load::Tcp1, configuration), 0, sample(&[(Figure::Gbps, gbps)]));
+        }
+        let summary = summary(&results);
+        assert!(summary.contains("| node to node | 40.0 | - | - | - | - | - | 1 |"), "{summary}");
+        assert!(summary.contains("| vxlan | 20.0 ×0.500 | - | - | - | - | - | 0.7 to 0.8 |"), "{summary}");
     }
 
     #[test]

@@ -144,6 +144,14 @@ fn measure(
                 }
             }
         }
+        for pair in pairs {
+            match pair.packet_path() {
+                Ok(path) => results.packet_paths.extend(path.map(|path| (pair.configuration, path))),
+                Err(error) => {
+                    note(results, format!("round {}: {}: {error:#}", round + 1, pair.configuration))
+                }
+            }
+        }
         let elapsed = start.elapsed();
         let all = elapsed.as_secs_f64() * f64::from(std::thread::available_parallelism()?.get() as u32);
         results.conditions.stolen = (cpu::stolen()?.saturating_sub(stolen)).as_secs_f64() / all;

@@ -1,6 +1,9 @@
 //! A run as a page of Markdown: conditions, a table per setting, goals, and how to read it.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
+
+use weft_agent::status::{DropCount, OffloadStatus, PacketPathStatus};
 
 use super::choice::{Configuration, Load, Setting};
 use super::goals::{GOALS, Wanted, verdict};
@@ -44,6 +47,12 @@ pub fn page(results: &Results) -> String {
     }
     page += "\n## Goals of the udp backend\n\n";
     page += &goals(results);
+    if !results.packet_paths.is_empty() {
+        page += "\n## What the packet path says of itself\n\n";
+        for (configuration, path) in &results.packet_paths {
+            let _ = writeln!(page, "- {}: {}", configuration.title(), packet_path(path));
+        }
+    }
     if !results.failures.is_empty() {
         page += "\n## What failed\n\n";
         results.failures.iter().for_each(|failure| {
@@ -194,6 +203,25 @@ fn goals(results: &Results) -> String {
     text
 }
 
+/// On the sending node, over the whole run.
+fn packet_path(path: &PacketPathStatus) -> String {
+    let mut by_outcome: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    for OffloadStatus { name, outcome, detail } in &path.offloads {
+        let why = detail.as_ref().map(|detail| format!(" ({detail})")).unwrap_or_default();
+        by_outcome.entry(format!("{outcome}{why}")).or_default().push(name);
+    }
+    let mut parts: Vec<String> =
+        by_outcome.iter().map(|(outcome, names)| format!("{outcome} {}", names.join(", "))).collect();
+    for (what, traffic) in [("sent", &path.sent), ("received", &path.received)] {
+        let per_call = traffic.packets as f64 / traffic.calls.max(1) as f64;
+        parts.push(format!("{} packets {what}, {} in a system call", traffic.packets, number(per_call)));
+    }
+    for DropCount { direction, reason, packets } in path.dropped.iter().filter(|drop| drop.packets > 0) {
+        parts.push(format!("{packets} {direction} packets dropped: {reason}"));
+    }
+    parts.join("; ")
+}
+
 fn capitalised(text: &str) -> String {
     let mut letters = text.chars();
     letters.next().map(|first| first.to_uppercase().chain(letters).collect()).unwrap_or_default()
@@ -235,7 +263,7 @@ off. These are ratios of processor cost, not of what a wire would carry.
 
 #[cfg(test)]
 mod tests {
-    use super::super::result::tests::{cell, conditions, sample};
+    use super::super::result::tests::{cell, conditions, packet_path as packet_path_of_the_test, sample};
     use super::*;
 
     #[test]
@@ -290,6 +318,10 @@ mod tests {
         let mut results = Results::new(conditions());
         assert!(!page(&results).contains("What failed"));
         results.failures.push("round 2: udp in full: nothing\nheard".into());
+        results.packet_paths.insert(Configuration::Udp, packet_path_of_the_test());
+        let path = "- udp: in-use tun-tso, udp-gro; refused (EINVAL) tun-uso; 4000 packets sent, 40.0 in a system call; \
+                    300 packets received, 1.50 in a system call; 7 sent packets dropped: send-failed\n";
+        assert!(page(&results).contains(path), "{}", page(&results));
         assert!(page(&results).contains("- round 2: udp in full: nothing heard\n"));
     }
 }

@@ -58,7 +58,7 @@ impl Options {
     }
 }
 
-/// Measures, and leaves `dataplane.json`, `dataplane.md` and `dataplane.svg` in the directory asked for.
+/// Measures, and leaves `dataplane.json`, `dataplane.md`, `dataplane.svg` and `summary.md` in the directory asked for.
 pub fn run(options: &Options, interrupt: &Interrupt) -> Result<()> {
     let cores = Cores::available()?;
     if options.selection.settings.contains(&Setting::TwoCores) && !cores.has_two() {
@@ -74,7 +74,10 @@ pub fn run(options: &Options, interrupt: &Interrupt) -> Result<()> {
     let measured = measure(&pairs, options, &cores, &mut results, interrupt);
     save(&results, &options.out)?;
     say(format!("\n{}", table::page(&results)));
-    say(format!("Written to {}: dataplane.json, dataplane.md, dataplane.svg", options.out.display()));
+    say(format!(
+        "Written to {}: dataplane.json, dataplane.md, dataplane.svg, summary.md",
+        options.out.display()
+    ));
     measured?;
     ensure!(results.failures.is_empty(), "{} measurements failed, see above", results.failures.len());
     Ok(())
@@ -141,6 +144,14 @@ fn measure(
                 }
             }
         }
+        for pair in pairs {
+            match pair.packet_path() {
+                Ok(path) => results.packet_paths.extend(path.map(|path| (pair.configuration, path))),
+                Err(error) => {
+                    note(results, format!("round {}: {}: {error:#}", round + 1, pair.configuration))
+                }
+            }
+        }
         let elapsed = start.elapsed();
         let all = elapsed.as_secs_f64() * f64::from(std::thread::available_parallelism()?.get() as u32);
         results.conditions.stolen = (cpu::stolen()?.saturating_sub(stolen)).as_secs_f64() / all;
@@ -189,6 +200,7 @@ fn save(results: &Results, out: &Path) -> Result<()> {
         ("dataplane.json", results.to_json()?),
         ("dataplane.md", table::page(results)),
         ("dataplane.svg", picture::svg(results)),
+        ("summary.md", table::summary(results)),
     ];
     for (name, content) in files {
         let path = out.join(name);

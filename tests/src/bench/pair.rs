@@ -9,9 +9,10 @@ use std::net::SocketAddrV4;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
+use weft_agent::status::PacketPathStatus;
 use weft_agent::udp::Offload;
 
 use super::choice::{Configuration, Setting};
@@ -92,6 +93,12 @@ impl Pair {
         self.nodes.iter().map(|node| node.agent.explain()).collect()
     }
 
+    /// What the packet path of the sending node's agent says of itself; other dataplanes have none.
+    pub fn packet_path(&self) -> Result<Option<PacketPathStatus>> {
+        let Some(sender) = self.nodes.first() else { return Ok(None) };
+        Ok(sender.status()?.packet_path)
+    }
+
     fn processes(&self) -> Result<Vec<Pid>> {
         let agents = self.nodes.iter().map(|node| node.agent.pid());
         agents.chain(self.forwarders.iter().map(|program| Ok(program.pid()))).collect()
@@ -123,6 +130,12 @@ impl Pair {
         for (node, place) in self.nodes.iter().zip(&mut self.places) {
             node.wait_peers(1, READY).with_context(|| node.agent.explain())?;
             *place = place_of(&node.pod("a")?);
+        }
+        if self.configuration == Configuration::UdpPlain {
+            let path = self.packet_path()?.context("no packet path in the agent's status")?;
+            let on: Vec<_> =
+                path.offloads.iter().filter(|offload| offload.outcome != "switched-off").collect();
+            ensure!(path.offloads.len() == Offload::ALL.len() && on.is_empty(), "not switched off: {on:?}");
         }
         Ok(())
     }

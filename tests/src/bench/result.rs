@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
+use weft_agent::status::PacketPathStatus;
 
 use super::choice::{Configuration, Load, Selection, Setting};
 use super::stats::Summary;
@@ -65,6 +66,8 @@ pub struct Results {
     pub conditions: Conditions,
     /// By round: rounds that failed are not there.
     pub samples: BTreeMap<Cell, BTreeMap<usize, Sample>>,
+    /// What an agent's packet path said of itself at the end.
+    pub packet_paths: BTreeMap<Configuration, PacketPathStatus>,
     /// What failed, and why.
     pub failures: Vec<String>,
 }
@@ -85,6 +88,8 @@ struct Entry {
 #[derive(Serialize, Deserialize)]
 struct Document {
     conditions: Conditions,
+    #[serde(default)]
+    packet_paths: BTreeMap<Configuration, PacketPathStatus>,
     failures: Vec<String>,
     cells: Vec<Entry>,
 }
@@ -114,7 +119,7 @@ pub fn rates(bytes: u64, elapsed: Duration, busy: Duration) -> BTreeMap<Figure, 
 
 impl Results {
     pub fn new(conditions: Conditions) -> Self {
-        Self { conditions, samples: BTreeMap::new(), failures: Vec::new() }
+        Self { conditions, samples: BTreeMap::new(), packet_paths: BTreeMap::new(), failures: Vec::new() }
     }
 
     pub fn add(&mut self, cell: Cell, round: usize, sample: Sample) {
@@ -158,6 +163,7 @@ impl Results {
         };
         let document = Document {
             conditions: self.conditions.clone(),
+            packet_paths: self.packet_paths.clone(),
             failures: self.failures.clone(),
             cells: self.samples.iter().map(entry).collect(),
         };
@@ -165,9 +171,13 @@ impl Results {
     }
 
     pub fn from_json(text: &str) -> Result<Self> {
-        let document: Document = serde_json::from_str(text)?;
-        let samples = document.cells.into_iter().map(|entry| (entry.cell, entry.samples)).collect();
-        Ok(Self { conditions: document.conditions, samples, failures: document.failures })
+        let mut document: Document = serde_json::from_str(text)?;
+        let samples = std::mem::take(&mut document.cells)
+            .into_iter()
+            .map(|entry| (entry.cell, entry.samples))
+            .collect();
+        let Document { conditions, packet_paths, failures, .. } = document;
+        Ok(Self { conditions, samples, packet_paths, failures })
     }
 
     pub fn load(path: &Path) -> Result<Self> {
@@ -182,6 +192,8 @@ fn of_all(summary: impl Fn(Figure) -> Option<Summary>) -> BTreeMap<Figure, Summa
 
 #[cfg(test)]
 pub mod tests {
+    use weft_agent::status::{DropCount, OffloadStatus, TrafficStatus};
+
     use super::*;
 
     pub(in super::super) fn conditions() -> Conditions {
@@ -195,6 +207,33 @@ pub mod tests {
             rounds: 3,
             seconds: 0.5,
             warm_up_seconds: 0.2,
+        }
+    }
+
+    pub(in super::super) fn packet_path() -> PacketPathStatus {
+        let offload = |name: &str, outcome: &str, detail: Option<&str>| OffloadStatus {
+            name: name.into(),
+            outcome: outcome.into(),
+            detail: detail.map(str::to_owned),
+        };
+        PacketPathStatus {
+            listen: ([192, 168, 77, 11], 8285).into(),
+            problem: None,
+            offloads: vec![
+                offload("tun-tso", "in-use", None),
+                offload("tun-uso", "refused", Some("EINVAL")),
+                offload("udp-gro", "in-use", None),
+            ],
+            sent: TrafficStatus { packets: 4000, bytes: 0, calls: 100 },
+            received: TrafficStatus { packets: 300, bytes: 0, calls: 200 },
+            dropped: vec![DropCount {
+                direction: "sent".into(),
+                reason: "send-failed".into(),
+                packets: 7,
+            }],
+            icmp_errors_sent: 0,
+            icmp_errors_suppressed: 0,
+            device_lost: 0,
         }
     }
 
@@ -230,6 +269,7 @@ pub mod tests {
         let a = cell(Setting::NoSeg, Load::Exchange16, Configuration::HostGw);
         results.add(a, 0, sample(&[(Figure::P50, 20.5), (Figure::PerSecond, 1e5)]));
         results.failures.push("round 1: broken".into());
+        results.packet_paths.insert(Configuration::UdpPlain, packet_path());
         let text = results.to_json()?;
         assert_eq!(Results::from_json(&text)?, results);
         for part in ["\"host-gw\"", "\"no-seg\"", "\"rr-16\"", "\"p50_us\": 20.5", "\"median\": 20.5"] {

@@ -1,6 +1,9 @@
 //! A run as a page of Markdown: conditions, a table per setting, goals, and how to read it.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
+
+use weft_agent::status::{DropCount, OffloadStatus, PacketPathStatus};
 
 use super::choice::{Configuration, Load, Setting};
 use super::goals::{GOALS, Wanted, verdict};
@@ -44,6 +47,12 @@ pub fn page(results: &Results) -> String {
     }
     page += "\n## Goals of the udp backend\n\n";
     page += &goals(results);
+    if !results.packet_paths.is_empty() {
+        page += "\n## What the packet path says of itself\n\n";
+        for (configuration, path) in &results.packet_paths {
+            let _ = writeln!(page, "- {}: {}", configuration.title(), packet_path(path));
+        }
+    }
     if !results.failures.is_empty() {
         page += "\n## What failed\n\n";
         results.failures.iter().for_each(|failure| {
@@ -52,6 +61,36 @@ pub fn page(results: &Results) -> String {
     }
     page += WHY_OTHERWISE;
     page
+}
+
+/// Few figures of much: medians and ratios to node-to-node, for whoever does not want to read the page.
+pub fn summary(results: &Results) -> String {
+    let columns = [
+        ("TCP, 1 stream, Gbit/s", Setting::Full, Load::Tcp1, Figure::Gbps),
+        ("the same, GRO only", Setting::Gro, Load::Tcp1, Figure::Gbps),
+        ("UDP, 64 bytes, kpps", Setting::Full, Load::Udp1, Figure::Kpps),
+        ("UDP, 64 flows, kpps", Setting::Full, Load::Udp64, Figure::Kpps),
+        ("request/response, p50 µs", Setting::Full, Load::Exchange1, Figure::P50),
+        ("CPU s per GB", Setting::Full, Load::Tcp1, Figure::CpuPerGb),
+    ];
+    let mut table = String::from("| one core |");
+    columns.iter().for_each(|(heading, ..)| {
+        let _ = write!(table, " {heading} |");
+    });
+    let _ = write!(table, " commonly quoted for flannel |\n|---|{}---|", "---:|".repeat(columns.len()));
+    for configuration in results.selection().configurations {
+        let _ = write!(table, "\n| {} |", configuration.title());
+        for (_, setting, load, figure) in columns {
+            let cell = Cell { setting, load, configuration };
+            let median = results.summary(cell, figure).map(|summary| number(summary.median));
+            let ratio = results.ratio(cell, Configuration::Node, figure);
+            let ratio = ratio.filter(|_| configuration != Configuration::Node);
+            let ratio = ratio.map(|ratio| format!(" ×{}", number(ratio.median))).unwrap_or_default();
+            let _ = write!(table, " {}{ratio} |", median.unwrap_or_else(|| "-".to_owned()));
+        }
+        let _ = write!(table, " {} |", quoted(configuration));
+    }
+    table + "\n"
 }
 
 fn conditions(results: &Results) -> String {
@@ -164,6 +203,25 @@ fn goals(results: &Results) -> String {
     text
 }
 
+/// On the sending node, over the whole run.
+fn packet_path(path: &PacketPathStatus) -> String {
+    let mut by_outcome: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    for OffloadStatus { name, outcome, detail } in &path.offloads {
+        let why = detail.as_ref().map(|detail| format!(" ({detail})")).unwrap_or_default();
+        by_outcome.entry(format!("{outcome}{why}")).or_default().push(name);
+    }
+    let mut parts: Vec<String> =
+        by_outcome.iter().map(|(outcome, names)| format!("{outcome} {}", names.join(", "))).collect();
+    for (what, traffic) in [("sent", &path.sent), ("received", &path.received)] {
+        let per_call = traffic.packets as f64 / traffic.calls.max(1) as f64;
+        parts.push(format!("{} packets {what}, {} in a system call", traffic.packets, number(per_call)));
+    }
+    for DropCount { direction, reason, packets } in path.dropped.iter().filter(|drop| drop.packets > 0) {
+        parts.push(format!("{packets} {direction} packets dropped: {reason}"));
+    }
+    parts.join("; ")
+}
+
 fn capitalised(text: &str) -> String {
     let mut letters = text.chars();
     letters.next().map(|first| first.to_uppercase().chain(letters).collect()).unwrap_or_default()
@@ -183,6 +241,8 @@ question, softirq included, per gigabyte of payload (`/proc/stat`, steps of 10 m
 - One core: clients, servers, agents and softirq share a single core, so throughput is the inverse of what a packet costs.
 - Full offload: veth as it is, super-packets pass whole. Without segmentation offload: TSO, GSO, UDP segmentation and GRO
   off on the underlay. GRO only: the same with GRO on, nearest to a plain network card. Checksum offload is on in all.
+- Clients and servers are processes in the pods. The receiving side, or the one that waits for responses, measures over a
+  window of its own after a warm-up. A request and its response are 64 bytes each, over TCP.
 - TCP uses cubic. 64 flows: datagrams of 64, 128, 256, 400, 576, 800, 1100 and 1400 bytes, one flow after the other; half
   of the flows keep their size, the others change it with each datagram.
 ";
@@ -203,7 +263,7 @@ off. These are ratios of processor cost, not of what a wire would carry.
 
 #[cfg(test)]
 mod tests {
-    use super::super::result::tests::{cell, conditions, sample};
+    use super::super::result::tests::{cell, conditions, packet_path as packet_path_of_the_test, sample};
     use super::*;
 
     #[test]
@@ -243,10 +303,25 @@ mod tests {
     }
 
     #[test]
+    fn the_summary_has_medians_and_ratios_of_what_was_measured() {
+        let mut results = Results::new(conditions());
+        for (configuration, gbps) in [(Configuration::Node, 40.0), (Configuration::Vxlan, 20.0)] {
+            results.add(cell(Setting::Full, Load::Tcp1, configuration), 0, sample(&[(Figure::Gbps, gbps)]));
+        }
+        let summary = summary(&results);
+        assert!(summary.contains("| node to node | 40.0 | - | - | - | - | - | 1 |"), "{summary}");
+        assert!(summary.contains("| vxlan | 20.0 ×0.500 | - | - | - | - | - | 0.7 to 0.8 |"), "{summary}");
+    }
+
+    #[test]
     fn what_failed_is_told() {
         let mut results = Results::new(conditions());
         assert!(!page(&results).contains("What failed"));
         results.failures.push("round 2: udp in full: nothing\nheard".into());
+        results.packet_paths.insert(Configuration::Udp, packet_path_of_the_test());
+        let path = "- udp: in-use tun-tso, udp-gro; refused (EINVAL) tun-uso; 4000 packets sent, 40.0 in a system call; \
+                    300 packets received, 1.50 in a system call; 7 sent packets dropped: send-failed\n";
+        assert!(page(&results).contains(path), "{}", page(&results));
         assert!(page(&results).contains("- round 2: udp in full: nothing heard\n"));
     }
 }

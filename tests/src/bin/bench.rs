@@ -55,7 +55,7 @@ struct Dataplane {
     /// none is named stays whole
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
-    /// Where dataplane.json, dataplane.md and dataplane.svg go
+    /// Where dataplane.json, dataplane.md, dataplane.svg and summary.md go
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage as Message;
-use nix::libc::{EADDRNOTAVAIL, EBUSY, EEXIST, EINVAL, ENODEV, ENOENT, ENXIO, EPERM, ESRCH};
+use nix::libc::{EADDRNOTAVAIL, EBUSY, EEXIST, EINVAL, ENODEV, ENOENT, ESRCH};
 use weft_shared::IfName;
 
 use super::nft::Firewall;
@@ -179,9 +179,7 @@ fn make_tun(name: &IfName) -> Result<(), KernelError> {
     tun::create(name).map_err(|error| match error.raw_os_error() {
         // Another TUN device has the name; a device of another kind has it.
         Some(EBUSY | EINVAL) => KernelError::Taken(name.clone()),
-        Some(errno @ EPERM) => KernelError::Refused(Errno(errno)),
-        Some(ENOENT | ENODEV | ENXIO) | None => KernelError::NoTun(error.to_string()),
-        Some(errno) => KernelError::Refused(Errno(errno)),
+        _ => KernelError::NoTun(error.to_string()),
     })
 }
 

@@ -104,7 +104,9 @@ pub enum KernelError {
         "{0} exists: another device has the name, perhaps as its alternative name, or is a VXLAN device of the same VNI and port"
     )]
     Taken(IfName),
-    #[error("/dev/net/tun: {0}: TUN devices need the module tun and, in a container, the device node")]
+    #[error(
+        "/dev/net/tun: {0}: TUN devices need the module tun, CAP_NET_ADMIN and, in a container, the device node"
+    )]
     NoTun(String),
     #[error(transparent)]
     Obstacle(#[from] Obstacle),

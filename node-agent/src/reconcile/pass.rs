@@ -17,7 +17,7 @@ use crate::dataplane::{LocalNode, PeerPlan};
 use crate::firewall::legacy::LegacyFilter;
 use crate::firewall::{self, PartKey, Ruleset, advice};
 use crate::kernel::{Dump, Kernel, KernelError};
-use crate::object::{Desired, Found, Key, Object, Op};
+use crate::object::{Desired, Found, Key, Object, Obstacle, Op};
 use crate::pods::{DeviceFacts, PodPorts, SeenVeth};
 use crate::underlay::Underlay;
 
@@ -384,7 +384,9 @@ fn remember(
         report.pending.push(Pending { key: key.clone(), error, attempts });
         memory.failed.insert(key, failure);
     }
-    memory.settled = memory.failed.is_empty().then_some(revision);
+    // A route that is in place and gets no packets is complete as far as we go.
+    let is_complete = |failed: &Failed| matches!(failed.error, KernelError::Obstacle(Obstacle::Overruled(_)));
+    memory.settled = memory.failed.values().all(is_complete).then_some(revision);
 }
 
 #[cfg(test)]

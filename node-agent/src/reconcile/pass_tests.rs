@@ -395,6 +395,9 @@ fn a_foreign_route_that_takes_the_packets_is_named_and_ours_is_there_all_the_sam
         );
         assert_eq!(said, if overrules { vec![named] } else { vec![] });
         assert!(report.usable, "pods can be added while packets go another way");
+        kernel.dump.routes.retain(|(_, route)| route.protocol != 87);
+        let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+        assert_eq!(report.repairs, 1, "what is mended meanwhile is counted");
     }
 }
 

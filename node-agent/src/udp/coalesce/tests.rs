@@ -461,6 +461,44 @@ fn what_segmentation_would_write_otherwise_stays_alone() {
 }
 
 #[test]
+fn identifications_count_or_stay_and_nothing_in_between() {
+    let with = |ids: &[u16]| {
+        let packets = ids.iter().map(|id| packet(&mut FlowShape { id: *id, ..udp() }, None, 0));
+        coalesce(&mut Coalescer::new(9, ALL), &packets.collect::<Vec<_>>())
+    };
+    assert_eq!(with(&[7, 8, 9]), [[0, 1, 2]]);
+    assert_eq!(with(&[7, 7, 7]), [[0, 1, 2]]);
+    assert_eq!(with(&[7, 8, 7]), [vec![0, 1], vec![2]]);
+    assert_eq!(with(&[7, 7, 9]), [vec![0, 1], vec![2]]);
+    assert_eq!(with(&[7, 7, 8]), [vec![0, 1], vec![2]]);
+}
+
+#[test]
+fn two_flows_in_one_place_are_two() {
+    for shape in [udp(), tcp(), FlowShape { v6: true, ..udp() }, FlowShape { v6: true, ..tcp() }] {
+        let mut flow = shape.clone();
+        let first = packet(&mut flow, None, 0);
+        let place = |packet: &[u8]| Layout::of(packet).map(|layout| slot(&layout, packet));
+        // What would come next, but for a port or an address.
+        let next = packet(&mut flow, None, 0);
+        let (address, port) = if shape.v6 { (23, 41) } else { (15, 21) };
+        for at in [address, port] {
+            let others = (0..=u16::MAX).map(|value| {
+                let mut other = next.clone();
+                other[at - 1..=at].copy_from_slice(&value.to_be_bytes());
+                reference::finish(&mut other);
+                other
+            });
+            let mut others = others.filter(|other| *other != next && place(other) == place(&first));
+            let other = others.next().expect("of so many one");
+            let packets = [first.clone(), other];
+            assert_eq!(sizes(&coalesce(&mut Coalescer::new(9, ALL), &packets)), [1, 1], "{shape:?} at {at}");
+        }
+        assert_eq!(sizes(&coalesce(&mut Coalescer::new(9, ALL), &[first, next])), [2]);
+    }
+}
+
+#[test]
 fn a_transport_header_longer_than_its_packet_is_nobodys() {
     let mut short = packet(&mut FlowShape { size: 4, options: 0, ..tcp() }, None, 0);
     short[32] = 0xf0;

@@ -239,7 +239,8 @@ mod tests {
         inputs.sort();
         assert!(inputs.len() >= 10, "{} of {}", inputs.len(), folder.display());
         for input in inputs {
-            println!("{}", input.display());
+            // Shown when it fails.
+            eprintln!("{}", input.display());
             target(&std::fs::read(input).expect("a seed"));
         }
     }

@@ -180,7 +180,7 @@ pub fn checked_writes(coalescer: &mut Coalescer, arena: &[u8], pushed: &[Range<u
                 (None, &[0u8; 10][..]),
                 "a packet alone is not vouched for"
             );
-            assert_eq!(payloads, [alone.clone()], "a packet alone goes as it came");
+            assert_eq!(payloads, std::slice::from_ref(alone), "a packet alone goes as it came");
         } else {
             let packets: Vec<Vec<u8>> = ranges.iter().map(|range| arena[range.clone()].to_vec()).collect();
             let payload: Vec<&[u8]> = payloads.iter().map(|range| &arena[range.clone()]).collect();

@@ -187,7 +187,7 @@ fn packet(flow: &mut FlowShape, twist: Option<Twist>, fill: u8) -> Vec<u8> {
     }
     reference::finish(&mut p);
     match twist {
-        Some(Twist::CorruptHeader) => p[8] ^= 1,
+        Some(Twist::CorruptHeader) => p[11] ^= 1,
         Some(Twist::CorruptPayload) => {
             if let Some(last) = p.last_mut() {
                 *last ^= 1;
@@ -461,6 +461,22 @@ fn what_segmentation_would_write_otherwise_stays_alone() {
 }
 
 #[test]
+fn of_tcp_nothing_but_ordinary_data_is_joined() {
+    for (flags, groups) in [
+        (0, vec![2]),
+        (ECE, vec![2]),
+        (PSH, vec![1, 1]),
+        (FIN, vec![1, 1]),
+        (URG, vec![1, 1]),
+        (CWR, vec![1, 1]),
+    ] {
+        let mut flow = tcp();
+        let packets: Vec<_> = (0..2).map(|i| packet(&mut flow, Some(Twist::Flags(flags)), i)).collect();
+        assert_eq!(sizes(&coalesce(&mut Coalescer::new(9, ALL), &packets)), groups, "flags {flags:#x}");
+    }
+}
+
+#[test]
 fn identifications_count_or_stay_and_nothing_in_between() {
     let with = |ids: &[u16]| {
         let packets = ids.iter().map(|id| packet(&mut FlowShape { id: *id, ..udp() }, None, 0));
@@ -525,7 +541,7 @@ fn a_batch_counter_that_wraps_does_not_revive_a_group() {
     let packets = run(&mut tcp(), 2);
     coalesce(&mut coalescer, &packets[..1]);
     coalescer.batch = u32::MAX;
-    coalesce(&mut coalescer, &packets[..1]);
+    coalesce(&mut coalescer, &[]);
     assert_eq!(coalescer.batch, 1);
     assert_eq!(coalesce(&mut coalescer, &packets[1..]), [[0]]);
 }

@@ -127,7 +127,10 @@ fn measure(
     for round in 0..options.rounds {
         for setting in &options.selection.settings {
             let on = if setting.is_pinned() { cores.last() } else { cores.both() };
-            let pairs = set(pairs, *setting, &on, round, results);
+            let mut pairs = set(pairs, *setting, &on, round, results);
+            // No configuration always follows the same other.
+            let first = round % pairs.len().max(1);
+            pairs.rotate_left(first);
             for load in &options.selection.loads {
                 for pair in &pairs {
                     let cell = Cell { setting: *setting, load: *load, configuration: pair.configuration };

@@ -1,4 +1,4 @@
-//! The lab and the end-to-end tests' harness: namespaces as nodes, the real agent, the real plugin, real stores.
+//! The lab, the bench and the end-to-end tests' harness: namespaces as nodes, the real agent, the real plugin, real stores.
 //!
 //! ```text
 //! Bed (a directory below /run; everything in it goes with it)

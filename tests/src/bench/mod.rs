@@ -127,7 +127,10 @@ fn measure(
     for round in 0..options.rounds {
         for setting in &options.selection.settings {
             let on = if setting.is_pinned() { cores.last() } else { cores.both() };
-            let pairs = set(pairs, *setting, &on, round, results);
+            let mut pairs = set(pairs, *setting, &on, round, results);
+            // No configuration always follows the same other.
+            let first = round % pairs.len().max(1);
+            pairs.rotate_left(first);
             for load in &options.selection.loads {
                 for pair in &pairs {
                     let cell = Cell { setting: *setting, load: *load, configuration: pair.configuration };
@@ -215,6 +218,10 @@ fn conditions(options: &Options) -> Result<Conditions> {
     let model = model.lines().find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1));
     let load = read("/proc/loadavg")?;
     let load = load.split(' ').next().context("/proc/loadavg")?.parse().context("/proc/loadavg")?;
+    let mut commit = std::env::var(COMMIT).unwrap_or_else(|_| "of an unknown commit".to_owned());
+    if cfg!(debug_assertions) {
+        commit += " (DEBUG BUILD: these figures say nothing)";
+    }
     let date = Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"]).output().context("date")?;
     Ok(Conditions {
         machine: format!(
@@ -223,7 +230,7 @@ fn conditions(options: &Options) -> Result<Conditions> {
             std::thread::available_parallelism()?
         ),
         kernel: read("/proc/sys/kernel/osrelease")?.trim().to_owned(),
-        commit: std::env::var(COMMIT).unwrap_or_else(|_| "of an unknown commit".to_owned()),
+        commit,
         date: String::from_utf8_lossy(&date.stdout).trim().to_owned(),
         load_average_before: load,
         stolen: 0.0,

@@ -226,11 +226,7 @@ pub mod tests {
             ],
             sent: TrafficStatus { packets: 4000, bytes: 0, calls: 100 },
             received: TrafficStatus { packets: 300, bytes: 0, calls: 200 },
-            dropped: vec![DropCount {
-                direction: "sent".into(),
-                reason: "send-failed".into(),
-                packets: 7,
-            }],
+            dropped: vec![DropCount { direction: "sent".into(), reason: "send-failed".into(), packets: 7 }],
             icmp_errors_sent: 0,
             icmp_errors_suppressed: 0,
             device_lost: 0,

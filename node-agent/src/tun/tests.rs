@@ -93,6 +93,18 @@ fn the_virtio_header_is_the_first_queues_choice_and_a_second_of_another_mode_is_
 }
 
 #[test]
+fn a_device_that_goes_with_its_program_is_not_attached_to() {
+    in_namespace(|| {
+        let dev = name("flannel0");
+        create(&dev).expect("created");
+        let _others = Queue::attach(&dev, true).expect("attached");
+        // What is left is a device that lives as long as that queue: a running flanneld's.
+        ip("tuntap del flannel0 mode tun multi_queue");
+        assert!(matches!(Queue::attach(&dev, true), Err(AttachError::NotOurs(_))));
+    });
+}
+
+#[test]
 fn a_deleted_device_says_so_on_its_queue() {
     in_namespace(|| {
         let dev = name("flannel0");

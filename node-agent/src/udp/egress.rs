@@ -1,14 +1,14 @@
 //! From the device to the peers.
 //!
 //! A wake-up reads what is there into one arena, up to a batch, and sends all of it by one `sendmmsg`. A super-packet
-//! of the device becomes one `UDP_SEGMENT` message; consecutive packets of one size to one peer do as well.
+//! of the device becomes one `UDP_SEGMENT` message; packets of one size to one peer share one as well.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use nix::errno::Errno;
-use nix::poll::{PollFlags, PollTimeout};
+use nix::poll::PollFlags;
 use nix::unistd::read;
 
 use super::counters::{DropReason, Tally};
@@ -25,7 +25,7 @@ use super::virtio::{self, VirtioHeader};
 const MAX_READ: usize = virtio::LEN + 65535;
 /// Eight super-packets, and room for one whole read behind them.
 const ARENA: usize = 8 * (1 << 16) + MAX_READ;
-const READS: usize = 256;
+pub(super) const READS: usize = 256;
 /// Reads begin at multiples of a cache line.
 const ALIGN: usize = 64;
 /// How long the socket may make no room before what is waiting is dropped. Meanwhile the device's queue fills, which
@@ -43,7 +43,7 @@ pub(super) struct Egress {
 
 /// What a read of the device ended with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Read {
+pub(super) enum Read {
     /// There may be more.
     Full,
     /// There is no more at the moment.
@@ -62,32 +62,21 @@ impl Egress {
         }
     }
 
-    /// Returns when the device is gone or the stop has been asked for.
-    pub(super) fn forward(&mut self, link: &Link<'_>, stop: BorrowedFd<'_>) {
-        while !link.is_over() {
-            let end = self.read(link);
-            if !self.reads.is_empty() {
-                let table = link.shared.peers.load();
-                self.pass(link, &table, stop);
-            }
-            self.tally.publish(&link.shared.egress);
-            match end {
-                Read::Full => {}
-                Read::Gone => return,
-                Read::Empty => {
-                    let events = wait_for(link.queue.as_fd(), PollFlags::POLLIN, stop, PollTimeout::NONE);
-                    if events.intersects(PollFlags::POLLERR | PollFlags::POLLNVAL) {
-                        return;
-                    }
-                }
-            }
+    /// Reads up to `most` times and sends what came; says how many reads gave something.
+    pub(super) fn step(&mut self, link: &Link<'_>, most: usize, stop: BorrowedFd<'_>) -> (Read, usize) {
+        let end = self.read(link, most);
+        if !self.reads.is_empty() {
+            let table = link.shared.peers.load();
+            self.pass(link, &table, stop);
         }
+        self.tally.publish(&link.shared.egress);
+        (end, self.reads.len())
     }
 
-    fn read(&mut self, link: &Link<'_>) -> Read {
+    fn read(&mut self, link: &Link<'_>, most: usize) -> Read {
         self.reads.clear();
         let mut start = 0;
-        while self.reads.len() < READS && start + MAX_READ <= self.arena.len() {
+        while self.reads.len() < most && start + MAX_READ <= self.arena.len() {
             self.tally.traffic.calls += 1;
             match read(&link.queue, &mut self.arena[start..start + MAX_READ]) {
                 Ok(len) => {

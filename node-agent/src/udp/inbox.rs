@@ -28,6 +28,13 @@ pub(super) struct Inbox {
     used: usize,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wait {
+    No,
+    /// For the first message.
+    ForOne,
+}
+
 /// What the kernel writes of one message beside its bytes.
 struct Slot {
     name: libc::sockaddr_in,
@@ -72,12 +79,17 @@ impl Inbox {
         inbox
     }
 
-    /// Receives what is there, up to [`MESSAGES`], and says how many; `EAGAIN` when nothing is.
-    pub(super) fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<usize, Errno> {
+    /// Receives what is there, up to [`MESSAGES`], and says how many; `EAGAIN` when nothing is, or when nothing has come
+    /// within the socket's time.
+    pub(super) fn receive(&mut self, socket: BorrowedFd<'_>, wait: Wait) -> Result<usize, Errno> {
         for index in 0..self.used {
             self.headers[index] = self.header(index);
         }
         self.used = 0;
+        let flags = match wait {
+            Wait::No => libc::MSG_DONTWAIT,
+            Wait::ForOne => libc::MSG_WAITFORONE,
+        };
         // SAFETY: each header leads to a slot and a buffer of our own, with their true lengths, that nobody holds a
         // reference to: those that `arena` and `message` give out end before `&mut self` begins.
         //
@@ -88,7 +100,7 @@ impl Inbox {
                 socket.as_raw_fd(),
                 self.headers.as_mut_ptr(),
                 MESSAGES as libc::c_uint,
-                libc::MSG_DONTWAIT,
+                flags,
                 std::ptr::null_mut::<libc::timespec>(),
             )
         };

@@ -5,17 +5,16 @@
 
 use std::io::IoSlice;
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Duration;
+use std::os::fd::AsFd;
 
 use nix::errno::Errno;
-use nix::poll::{PollFlags, PollTimeout};
+use nix::poll::poll;
 use nix::sys::uio::writev;
 
 use super::coalesce::{Coalescer, Rules, Write};
 use super::counters::{DropReason, Tally};
-use super::inbox::Inbox;
-use super::link::{Link, is_stopped_within, wait_for};
+use super::inbox::{Inbox, Wait};
+use super::link::Link;
 use super::offload::{Offload, Outcome};
 use super::packet::Ipv4;
 use super::peers::PeerTable;
@@ -25,16 +24,19 @@ use super::virtio::{self, GsoKind, VirtioHeader};
 const PACKETS: usize = 1024;
 /// The most parts of one write: a prefix and [`Coalescer`]'s largest group.
 const PARTS: usize = 1 + 128;
+/// Packets in one batch that are called load.
+const MANY: usize = 16;
 /// After an error of the socket that is no packet's.
-const SOCKET_ERROR_WAIT: Duration = Duration::from_millis(10);
+const SOCKET_ERROR_WAIT_MS: u8 = 10;
 
-/// The thread's own: all memory is taken at the start.
+/// All memory is taken at the start.
 pub(super) struct Ingress {
     inbox: Inbox,
     coalescer: Coalescer,
     tally: Tally,
     /// The socket's count of overruns that has been published.
     overruns: u32,
+    learnt: Learnt,
 }
 
 /// Who sent a packet and whether it may come in: what the next one of the same flow need not look up.
@@ -45,64 +47,106 @@ struct Admitted {
     destination: Ipv4Addr,
 }
 
-/// Writes groups, and learns what the device takes.
-struct Writer<W, R> {
-    write: W,
-    /// Told once what is given up.
-    refused: R,
-    vnet_hdr: bool,
+/// What came of looking at the socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Came {
+    Nothing,
+    Few,
+    /// There is load.
+    Many,
+    DeviceGone,
+}
+
+/// What is known of the device of one attachment.
+#[derive(Debug, Clone, Copy)]
+struct Learnt {
     rules: Rules,
     /// A group of this kind has been taken: a later refusal is about the packet, not about the kind.
     proven: Rules,
     gone: bool,
 }
 
+/// Writes groups, and learns what the device takes.
+struct Writer<'a, W, R> {
+    write: W,
+    /// Told once what is given up.
+    refused: R,
+    vnet_hdr: bool,
+    learnt: &'a mut Learnt,
+}
+
 impl Ingress {
     pub(super) fn new() -> Self {
+        let nothing = Rules { tcp: false, udp: false };
         Self {
             inbox: Inbox::new(),
-            coalescer: Coalescer::new(PACKETS, Rules { tcp: false, udp: false }),
+            coalescer: Coalescer::new(PACKETS, nothing),
             tally: Tally::default(),
             overruns: 0,
+            learnt: Learnt::new(nothing),
         }
     }
 
-    /// Returns when the device is gone or `over` hangs up.
-    pub(super) fn forward(&mut self, link: &Link<'_>, over: BorrowedFd<'_>) {
-        let refused = |offload, outcome| link.shared.tell_outcome(offload, outcome);
-        let mut device =
-            Writer::new(|parts: &_| writev(&link.queue, parts), refused, link.vnet_hdr, link.rules);
-        self.coalescer.set_rules(device.rules);
-        while !link.is_over() && !device.gone {
-            self.tally.traffic.calls += 1;
-            match self.inbox.receive(link.socket.as_fd()) {
-                Ok(count) => {
-                    let table = link.shared.peers.load();
-                    self.pass(&mut device, &table, count);
-                    self.tally.publish(&link.shared.ingress);
-                }
-                Err(Errno::EAGAIN) => {
-                    wait_for(link.socket.as_fd(), PollFlags::POLLIN, over, PollTimeout::NONE);
-                }
-                Err(Errno::EINTR) => {}
-                // Of no packet; what it is will pass or not, and must not keep a core busy meanwhile.
-                Err(_) => {
-                    is_stopped_within(over, SOCKET_ERROR_WAIT);
-                }
+    /// With a device of which nothing is known yet but what may be tried.
+    pub(super) fn begin(&mut self, rules: Rules) {
+        self.learnt = Learnt::new(rules);
+        self.coalescer.set_rules(rules);
+    }
+
+    /// Writes what is there, and does not wait.
+    pub(super) fn step(&mut self, link: &Link<'_>) -> Came {
+        self.receive(link, Wait::No)
+    }
+
+    /// Writes what comes until there has been silence for a moment, or little in so many batches.
+    pub(super) fn serve(&mut self, link: &Link<'_>, quiet_batches: u32) {
+        let mut quiet = 0;
+        while !link.is_over() && quiet < quiet_batches {
+            match self.receive(link, Wait::ForOne) {
+                Came::Nothing | Came::DeviceGone => return,
+                Came::Few => quiet += 1,
+                Came::Many => quiet = 0,
             }
         }
-        self.tally.publish(&link.shared.ingress);
     }
 
-    fn pass<W, R>(&mut self, device: &mut Writer<W, R>, table: &PeerTable, count: usize)
-    where
-        W: FnMut(&[IoSlice<'_>]) -> Result<usize, Errno>,
-        R: FnMut(Offload, Outcome),
-    {
-        let Self { inbox, coalescer, tally, overruns } = self;
+    fn receive(&mut self, link: &Link<'_>, wait: Wait) -> Came {
+        self.tally.traffic.calls += 1;
+        let came = match self.inbox.receive(link.socket.as_fd(), wait) {
+            Ok(messages) => {
+                let table = link.shared.peers.load();
+                let packets = self.pass(link, &table, messages);
+                match packets {
+                    _ if self.learnt.gone => Came::DeviceGone,
+                    MANY.. => Came::Many,
+                    _ => Came::Few,
+                }
+            }
+            Err(Errno::EAGAIN) => Came::Nothing,
+            Err(Errno::EINTR) => Came::Few,
+            // Of no packet; what it is will pass or not, and must not keep a core busy meanwhile.
+            Err(_) => {
+                let _ = poll(&mut [], SOCKET_ERROR_WAIT_MS);
+                Came::Few
+            }
+        };
+        self.tally.publish(&link.shared.ingress);
+        came
+    }
+
+    /// Says how many packets there were, good or bad.
+    fn pass(&mut self, link: &Link<'_>, table: &PeerTable, messages: usize) -> usize {
+        let Self { inbox, coalescer, tally, overruns, learnt } = self;
+        let mut device = Writer {
+            write: |parts: &[IoSlice<'_>]| writev(&link.queue, parts),
+            refused: |offload, outcome| link.shared.tell_outcome(offload, outcome),
+            vnet_hdr: link.vnet_hdr,
+            learnt,
+        };
+        let mut packets = 0;
         let arena = inbox.arena();
         let mut admitted = None;
-        for index in 0..count {
+        for index in 0..messages {
             let message = inbox.message(index);
             if let Some(total) = message.overruns {
                 tally.dropped(DropReason::Overrun, total.wrapping_sub(*overruns).into());
@@ -115,6 +159,7 @@ impl Ingress {
             let mut start = message.at.start;
             // At least once: a datagram may be empty.
             loop {
+                packets += 1;
                 let end = message.at.end.min(start + message.size);
                 match admit(table, message.from, &arena[start..end], &mut admitted) {
                     Err(reason) => tally.dropped(reason, 1),
@@ -133,6 +178,7 @@ impl Ingress {
             }
         }
         device.write(coalescer, arena, tally);
+        packets
     }
 }
 
@@ -152,19 +198,21 @@ fn admit(
     Ok(())
 }
 
-impl<W, R> Writer<W, R>
+impl Learnt {
+    fn new(rules: Rules) -> Self {
+        Self { rules, proven: Rules { tcp: false, udp: false }, gone: false }
+    }
+}
+
+impl<W, R> Writer<'_, W, R>
 where
     W: FnMut(&[IoSlice<'_>]) -> Result<usize, Errno>,
     R: FnMut(Offload, Outcome),
 {
-    fn new(write: W, refused: R, vnet_hdr: bool, rules: Rules) -> Self {
-        Self { write, refused, vnet_hdr, rules, proven: Rules { tcp: false, udp: false }, gone: false }
-    }
-
     /// Writes all groups of the batch.
     fn write(&mut self, coalescer: &mut Coalescer, arena: &[u8], tally: &mut Tally) {
         while let Some(write) = coalescer.next_write(arena) {
-            if self.gone {
+            if self.learnt.gone {
                 tally.dropped(DropReason::WriteFailed, write.packets as u64);
                 continue;
             }
@@ -173,8 +221,8 @@ where
                     tally.traffic.packets += write.packets as u64;
                     tally.traffic.bytes += bytes;
                     match write.gso {
-                        Some(GsoKind::Udp) => self.proven.udp = true,
-                        Some(GsoKind::TcpV4 | GsoKind::TcpV6) => self.proven.tcp = true,
+                        Some(GsoKind::Udp) => self.learnt.proven.udp = true,
+                        Some(GsoKind::TcpV4 | GsoKind::TcpV6) => self.learnt.proven.tcp = true,
                         None => {}
                     }
                 }
@@ -187,7 +235,7 @@ where
                 Err(errno) => self.failed(errno, write.packets, tally),
             }
         }
-        coalescer.set_rules(self.rules);
+        coalescer.set_rules(self.learnt.rules);
     }
 
     /// Says how many bytes of inner packets went.
@@ -237,8 +285,10 @@ where
     /// The device did not take a group of this kind.
     fn refuse(&mut self, kind: GsoKind) {
         let (offload, proven, rule) = match kind {
-            GsoKind::Udp => (Offload::CoalesceUdp, self.proven.udp, &mut self.rules.udp),
-            GsoKind::TcpV4 | GsoKind::TcpV6 => (Offload::CoalesceTcp, self.proven.tcp, &mut self.rules.tcp),
+            GsoKind::Udp => (Offload::CoalesceUdp, self.learnt.proven.udp, &mut self.learnt.rules.udp),
+            GsoKind::TcpV4 | GsoKind::TcpV6 => {
+                (Offload::CoalesceTcp, self.learnt.proven.tcp, &mut self.learnt.rules.tcp)
+            }
         };
         if !proven && *rule {
             *rule = false;
@@ -249,7 +299,7 @@ where
     fn failed(&mut self, errno: Errno, packets: usize, tally: &mut Tally) {
         tally.dropped(DropReason::WriteFailed, packets as u64);
         // EIO is a device that is down, and stays ours.
-        self.gone = errno == Errno::EBADFD;
+        self.learnt.gone = errno == Errno::EBADFD;
     }
 }
 
@@ -300,13 +350,51 @@ mod tests {
                 }
             }
         };
-        let mut writer = Writer::new(write, |offload, _| refused.push(offload), true, all);
+        let mut learnt = Learnt::new(all);
+        let refused_too = |offload, _| refused.push(offload);
+        let mut writer = Writer { write, refused: refused_too, vnet_hdr: true, learnt: &mut learnt };
         let mut coalescer = Coalescer::new(8, all);
         for _ in 0..batches {
             batch(&mut coalescer, &arena, len);
             writer.write(&mut coalescer, &arena, &mut tally);
         }
         (sizes, refused, tally)
+    }
+
+    #[test]
+    fn what_was_admitted_says_nothing_of_another_source_destination_or_sender() {
+        use crate::udp::{Local, Peer, SourcePolicy};
+        let subnet = |text: &str| text.parse::<weft_shared::Subnet>().expect("subnet");
+        let peer = |subnet, addr: &str| Peer { subnet, addr: addr.parse().expect("address") };
+        let local = Local {
+            network: subnet("10.5.0.0/16"),
+            subnets: vec![subnet("10.5.1.0/24")],
+            device_addr: Ipv4Addr::new(10, 5, 1, 0),
+        };
+        let two = peer(subnet("10.5.2.0/24"), "192.0.2.2:8285");
+        let three = peer(subnet("10.5.3.0/24"), "192.0.2.3:8285");
+        let table = PeerTable::new(local, SourcePolicy::default(), [two, three]);
+        let good = flow().0[..128].to_vec();
+        let with = |at: usize, octet: u8| {
+            let mut packet = good.clone();
+            packet[at] = octet;
+            packet[10..12].fill(0);
+            let sum = super::super::checksum::Sum::of(&packet[..20]).checksum();
+            packet[10..12].copy_from_slice(&sum.to_be_bytes());
+            packet
+        };
+        let mut last = None;
+        for (outer, packet, wanted) in [
+            (two.addr, &good, Ok(())),
+            (two.addr, &good, Ok(())),
+            (two.addr, &with(14, 3), Err(DropReason::SourceRefused)),
+            (two.addr, &with(18, 9), Err(DropReason::NotOurs)),
+            (three.addr, &good, Err(DropReason::SourceRefused)),
+            ("203.0.113.1:8285".parse().expect("address"), &good, Err(DropReason::UnknownPeer)),
+            (two.addr, &good, Ok(())),
+        ] {
+            assert_eq!(admit(&table, outer, packet, &mut last), wanted, "{outer} {:?}", &packet[12..20]);
+        }
     }
 
     #[test]

@@ -1,14 +1,13 @@
 //! From a socket and a device to two threads that forward between them, again and again: the port may be another's for
 //! a while, the device may come late and may be taken away.
 //!
-//! One thread looks for both and then forwards outwards itself; beside it a second one forwards inwards for as long as
-//! the device stays.
+//! One thread looks for both and then forwards itself, with a second one beside it (`turn`) for as long as the device
+//! stays.
 
 use std::io::{self, PipeReader};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::thread;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -19,7 +18,7 @@ use super::egress::Egress;
 use super::ingress::Ingress;
 use super::offload::{Offload, Outcome, Outcomes};
 use super::socket::{HostSocket, Socket};
-use super::{Settings, Shared};
+use super::{Settings, Shared, turn};
 use crate::tun::{AttachError, Features, Queue};
 
 /// Between two looks for a device that is not there: the reconciler makes it within milliseconds when it was taken
@@ -88,7 +87,7 @@ fn forward(shared: &Shared, settings: &Settings, stop: BorrowedFd<'_>) {
             shared.tell_outcome(offload, outcome);
         }
         shared.tell_works(settings);
-        if let Err(error) = both(&link, &mut egress, &mut ingress, stop) {
+        if let Err(error) = turn::forward(&link, &mut egress, &mut ingress, stop) {
             shared.tell_problem(format!("no thread: {error}"));
             if is_stopped_within(stop, SOCKET_WAIT.1) {
                 return;
@@ -100,29 +99,10 @@ fn forward(shared: &Shared, settings: &Settings, stop: BorrowedFd<'_>) {
         runs = link.runs.load(Relaxed);
         shared.tell_problem(format!("device {} is gone", settings.device));
         shared.device_lost.fetch_add(1, Relaxed);
-    }
-}
-
-/// Returns when the device is gone or the stop has been asked for.
-fn both(link: &Link<'_>, egress: &mut Egress, ingress: &mut Ingress, stop: BorrowedFd<'_>) -> io::Result<()> {
-    let (hang_up, over) = io::pipe()?;
-    thread::scope(|scope| {
-        thread::Builder::new()
-            .name("udp-ingress".into())
-            .spawn_scoped(scope, || ingress.forward(link, hang_up.as_fd()))?;
-        // Also when this one panics, or the scope would wait for ever.
-        let _end = End(link, Some(over));
-        egress.forward(link, stop);
-        Ok(())
-    })
-}
-
-struct End<'a>(&'a Link<'a>, Option<io::PipeWriter>);
-
-impl Drop for End<'_> {
-    fn drop(&mut self) {
-        self.0.over.store(true, Relaxed);
-        drop(self.1.take());
+        // Whatever the reason, not at once: one that stays must not keep a core busy.
+        if is_stopped_within(stop, DEVICE_WAIT.0) {
+            return;
+        }
     }
 }
 
@@ -146,7 +126,7 @@ fn acquire<T, E>(
     }
 }
 
-pub(super) fn is_stopped_within(stop: BorrowedFd<'_>, wait: Duration) -> bool {
+fn is_stopped_within(stop: BorrowedFd<'_>, wait: Duration) -> bool {
     let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
     // An interrupted wait is a short one.
     matches!(poll(&mut [PollFd::new(stop, PollFlags::empty())], timeout), Ok(1..))

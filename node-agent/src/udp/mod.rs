@@ -31,6 +31,7 @@ pub mod peers;
 pub mod reference;
 pub mod segment;
 mod socket;
+mod turn;
 pub mod virtio;
 
 use std::io::{self, PipeWriter};

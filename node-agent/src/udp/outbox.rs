@@ -375,3 +375,145 @@ fn transmit(socket: BorrowedFd<'_>, raw: &mut [libc::mmsghdr]) -> Result<usize, 
     };
     Errno::result(sent).map(|sent| sent.unsigned_abs() as usize)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Debug, Clone, Copy)]
+    struct Sent {
+        to: u8,
+        size: usize,
+        flow: Option<u32>,
+        join: Join,
+    }
+
+    fn sent() -> impl Strategy<Value = Sent> {
+        let join = prop_oneof![1 => Just(Join::Alone), 8 => Just(Join::SameSize), 2 => Just(Join::Tail)];
+        let flow = prop_oneof![1 => Just(None), 9 => (0..6_u32).prop_map(Some)];
+        let size = prop_oneof![Just(100), Just(200), Just(1472), 1..1472_usize];
+        (0..3_u8, size, flow, join).prop_map(|(to, size, flow, join)| Sent { to, size, flow, join })
+    }
+
+    fn destination(to: u8) -> SocketAddrV4 {
+        SocketAddrV4::new([192, 0, 2, to].into(), 8285)
+    }
+
+    proptest! {
+        #[test]
+        fn messages_hold_what_the_kernel_takes_and_every_flow_keeps_its_order(
+            all in prop::collection::vec(sent(), 0..DATAGRAMS / 2),
+        ) {
+            let payload = vec![0; 2000];
+            let mut outbox = Outbox::new();
+            let mut batch = outbox.begin();
+            for sent in &all {
+                prop_assert!(batch.has_room(4));
+                let headers = 4.min(sent.size);
+                let flow = sent.flow.map_or(Flow::Any, Flow::Of);
+                batch.push(destination(sent.to), headers, &payload[..sent.size - headers], flow, sent.join);
+            }
+            let mut seen: BTreeMap<(u8, Option<u32>), u32> = BTreeMap::new();
+            let (mut count, mut barrier, mut latest) = (0, 0, 0);
+            for message in batch.messages() {
+                let mut index = message.first;
+                let (mut segments, mut bytes, mut short) = (0, 0, false);
+                while index != NONE {
+                    let sent = all[index as usize];
+                    prop_assert_eq!(message.to, destination(sent.to));
+                    prop_assert!(!short, "nothing follows a shorter one");
+                    prop_assert!(sent.size <= message.size);
+                    short = sent.size < message.size;
+                    prop_assert!(sent.join != Join::Alone || message.segments == 1);
+                    if sent.flow.is_some() {
+                        let before = seen.insert((sent.to, sent.flow), index);
+                        prop_assert!(before < Some(index), "{:?} after {:?}", index, before);
+                        prop_assert!(index >= barrier, "not in front of what was before a fragment");
+                    } else {
+                        prop_assert!(index >= latest, "a fragment goes behind all that came before");
+                        barrier = index;
+                    }
+                    latest = latest.max(index);
+                    (segments, bytes, count) = (segments + 1, bytes + sent.size, count + 1);
+                    index = batch.outbox.datagrams[index as usize].next;
+                }
+                prop_assert_eq!((message.segments, message.bytes), (segments, bytes));
+                prop_assert!(segments <= MAX_SEGMENTS && bytes <= MAX_MESSAGE);
+                prop_assert!(message.size * usize::from(segments - 1) <= bytes, "all but the last are of one size");
+            }
+            prop_assert_eq!(count, all.len(), "each is somewhere, once");
+        }
+    }
+
+    #[test]
+    fn flows_of_one_size_share_a_message_and_a_tail_ends_its_own() {
+        let payload = [0; 1472];
+        let mut outbox = Outbox::new();
+        let mut batch = outbox.begin();
+        let mut push = |size: usize, flow: u32, join| {
+            batch.push(destination(1), 0, &payload[..size], Flow::Of(flow), join);
+        };
+        for _ in 0..3 {
+            for flow in 0..8 {
+                push(if flow % 2 == 0 { 100 } else { 700 }, flow, Join::SameSize);
+            }
+        }
+        push(1472, 20, Join::SameSize);
+        push(1472, 20, Join::SameSize);
+        push(30, 20, Join::Tail);
+        push(1472, 21, Join::SameSize);
+        let messages: Vec<_> = batch.messages().iter().map(|m| (m.size, m.segments)).collect();
+        assert_eq!(messages, [(100, 12), (700, 12), (1472, 3), (1472, 1)]);
+    }
+
+    #[test]
+    fn a_message_has_no_more_datagrams_and_bytes_than_the_kernel_takes() {
+        let payload = [0; 1472];
+        let mut outbox = Outbox::new();
+        let mut batch = outbox.begin();
+        for (size, count) in [(100, 200), (1472, 100)] {
+            for _ in 0..count {
+                batch.push(destination(1), 0, &payload[..size], Flow::Of(1), Join::SameSize);
+            }
+        }
+        let messages: Vec<_> = batch.messages().iter().map(|m| (m.size, m.segments)).collect();
+        let wanted = [(100, 64), (100, 64), (100, 64), (100, 8), (1472, 44), (1472, 44), (1472, 12)];
+        assert_eq!(messages, wanted);
+    }
+
+    #[test]
+    fn datagrams_arrive_as_they_were_gathered_whichever_way_they_are_sent() {
+        let receiver = std::net::UdpSocket::bind("127.0.0.1:0").expect("bind");
+        let sender = std::net::UdpSocket::bind("127.0.0.1:0").expect("bind");
+        let Ok(std::net::SocketAddr::V4(to)) = receiver.local_addr() else { panic!("IPv4") };
+        let payloads: Vec<Vec<u8>> = (0..7_u8).map(|n| vec![n; if n == 6 { 50 } else { 100 }]).collect();
+        for plainly in [false, true] {
+            let mut outbox = Outbox::new();
+            let mut batch = outbox.begin();
+            for (index, payload) in payloads.iter().enumerate() {
+                // With and without a header, in one message.
+                let headers = if index % 2 == 0 { 10 } else { 0 };
+                batch.headers()[..headers].fill(0xff);
+                let join = if index == 6 { Join::Tail } else { Join::SameSize };
+                batch.push(to, headers, &payload[headers..], Flow::Of(1), join);
+            }
+            assert_eq!(batch.messages().len(), 1);
+            if plainly {
+                assert_eq!(batch.send_plainly(std::os::fd::AsFd::as_fd(&sender), 0, 2), Ok(5));
+            } else {
+                assert_eq!(batch.send(std::os::fd::AsFd::as_fd(&sender), 0), Ok(1));
+            }
+            for (index, payload) in payloads.iter().enumerate().skip(if plainly { 2 } else { 0 }) {
+                let mut buffer = [0; 200];
+                let len = receiver.recv(&mut buffer).expect("received");
+                let mut wanted = payload.clone();
+                wanted[..if index % 2 == 0 { 10 } else { 0 }].fill(0xff);
+                assert_eq!(buffer[..len], wanted, "{index}");
+            }
+        }
+    }
+}

@@ -208,9 +208,10 @@ fn pattern(from: u64, len: usize) -> Vec<u8> {
 pub(super) fn stream(from: &Node, to: &Node, bytes: u64) {
     let listener = to.netns.run(|| TcpListener::bind((to.pod(), 0)).expect("listen"));
     let target = listener.local_addr().expect("address");
+    let mut outward = from.netns.run(|| TcpStream::connect_timeout(&target, DEADLINE).expect("connect"));
     thread::scope(|scope| {
-        let sender = scope.spawn(|| {
-            let mut stream = from.netns.run(|| TcpStream::connect(target).expect("connect"));
+        let sender = scope.spawn(move || {
+            let stream = &mut outward;
             stream.set_write_timeout(Some(DEADLINE)).expect("timeout");
             let mut at = 0;
             while at < bytes {

@@ -1,0 +1,145 @@
+//! Who does what: the first thread serves the device and, as long as little comes, the socket as well; under load the
+//! second one takes the socket over.
+//!
+//! One thread for both is what a request and its response are fastest with: the response is often there when the
+//! request has been written, and is sent without anybody being woken. Two threads carry more: each keeps to its batches,
+//! on a core of its own if there is one.
+
+use std::io::{self, PipeReader, PipeWriter, Read as _, Write as _};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::{self, Thread};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::egress::{Egress, READS, Read};
+use super::ingress::{Came, Ingress};
+use super::link::Link;
+
+/// Up to so many packets at a time the device is asked through `poll` whether there is more: fewer calls than reading
+/// until nothing comes.
+const FEW: usize = 8;
+/// So many small batches one after the other end the second thread's turn, as silence does.
+const QUIET_BATCHES: u32 = 64;
+
+struct Turn<'a> {
+    /// Locked by whose turn it is, so that nobody ever waits for it.
+    ingress: Mutex<&'a mut Ingress>,
+    is_seconds: AtomicBool,
+    /// A byte for each turn that ends.
+    ended: (PipeReader, PipeWriter),
+}
+
+/// Returns when the device is gone or the stop has been asked for.
+pub(super) fn forward(
+    link: &Link<'_>,
+    egress: &mut Egress,
+    ingress: &mut Ingress,
+    stop: BorrowedFd<'_>,
+) -> io::Result<()> {
+    ingress.begin(link.rules);
+    let turn = Turn { ingress: Mutex::new(ingress), is_seconds: AtomicBool::new(false), ended: io::pipe()? };
+    thread::scope(|scope| {
+        let second =
+            thread::Builder::new().name("udp-ingress".into()).spawn_scoped(scope, || turn.second(link))?;
+        let end = End { link, second: second.thread().clone() };
+        turn.first(link, egress, &end.second, stop);
+        Ok(())
+    })
+}
+
+/// Ends the second thread, also when the first one panics: the scope would wait for ever.
+struct End<'a> {
+    link: &'a Link<'a>,
+    second: Thread,
+}
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.link.over.store(true, Ordering::Relaxed);
+        self.second.unpark();
+    }
+}
+
+impl<'a> Turn<'a> {
+    fn first(&self, link: &Link<'_>, egress: &mut Egress, second: &Thread, stop: BorrowedFd<'_>) {
+        let (mut device, mut socket) = (true, true);
+        let mut most = 1;
+        while !link.is_over() {
+            let is_seconds = self.is_seconds.load(Ordering::Acquire);
+            if socket && !is_seconds {
+                match self.ingress().step(link) {
+                    Came::Nothing => {}
+                    // What was written may be answered already.
+                    Came::Few => device = true,
+                    Came::Many => {
+                        device = true;
+                        self.is_seconds.store(true, Ordering::Release);
+                        second.unpark();
+                    }
+                    Came::DeviceGone => return,
+                }
+            }
+            if device {
+                let (end, count) = egress.step(link, most, stop);
+                match end {
+                    Read::Gone => return,
+                    Read::Full => {
+                        most = (most * 2).min(READS);
+                        if most > FEW {
+                            socket = true;
+                            continue;
+                        }
+                    }
+                    Read::Empty if count <= 1 => most = 1,
+                    Read::Empty => {}
+                }
+            }
+            match self.wait(link, stop) {
+                Some(ready) => (device, socket) = ready,
+                None => return,
+            }
+        }
+    }
+
+    /// Whether device and socket have something; `None` when the device is gone.
+    fn wait(&self, link: &Link<'_>, stop: BorrowedFd<'_>) -> Option<(bool, bool)> {
+        let is_seconds = self.is_seconds.load(Ordering::Acquire);
+        let other = if is_seconds { self.ended.0.as_fd() } else { link.socket.as_fd() };
+        let mut fds = [
+            PollFd::new(link.queue.as_fd(), PollFlags::POLLIN),
+            PollFd::new(other, PollFlags::POLLIN),
+            PollFd::new(stop, PollFlags::empty()),
+        ];
+        if poll(&mut fds, PollTimeout::NONE).is_err() {
+            return Some((true, true));
+        }
+        let came = |index: usize| fds[index].revents().unwrap_or(PollFlags::empty());
+        let (device, other) = (came(0), came(1));
+        if device.intersects(PollFlags::POLLERR | PollFlags::POLLNVAL) {
+            return None;
+        }
+        if is_seconds && !other.is_empty() {
+            // It is there, so this does not wait.
+            let _ = (&self.ended.0).read(&mut [0]);
+        }
+        Some((!device.is_empty(), !other.is_empty()))
+    }
+
+    fn second(&self, link: &Link<'_>) {
+        while !link.is_over() {
+            if !self.is_seconds.load(Ordering::Acquire) {
+                thread::park();
+                continue;
+            }
+            self.ingress().serve(link, QUIET_BATCHES);
+            self.is_seconds.store(false, Ordering::Release);
+            let _ = (&self.ended.1).write(&[0]);
+        }
+    }
+
+    fn ingress(&self) -> MutexGuard<'_, &'a mut Ingress> {
+        self.ingress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -322,7 +322,7 @@ fn places_are_distinct(packets: &[Vec<u8>]) -> bool {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(if cfg!(debug_assertions) { 100 } else { 20_000 }))]
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(debug_assertions) { 60 } else { 20_000 }))]
 
     #[test]
     fn segmenting_what_was_joined_gives_it_back_and_nothing_more_could_be_joined(packets in batch()) {

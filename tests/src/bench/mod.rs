@@ -44,6 +44,10 @@ const ROOT: &str = "/run/weft-bench";
 /// The commit that the programs are built from, said by the script that builds them.
 pub const COMMIT: &str = "WEFT_COMMIT";
 
+/// Between these a document has the summary of a run.
+const BEGIN: &str = "<!-- summary of docs/benchmarks: begin -->";
+const END: &str = "<!-- summary of docs/benchmarks: end -->";
+
 #[derive(Debug, Clone, PartialEq)]
 pub struct Options {
     pub rounds: usize,
@@ -79,17 +83,30 @@ pub fn run(options: &Options, interrupt: &Interrupt) -> Result<()> {
         options.out.display()
     ));
     measured?;
-    ensure!(results.failures.is_empty(), "{} measurements failed, see above", results.failures.len());
+    ensure!(results.failures.is_empty(), "{} failures, see above", results.failures.len());
     Ok(())
 }
 
-/// Page and picture anew from an earlier run's figures.
-pub fn render(from: &Path, out: &Path) -> Result<()> {
+/// Page and picture anew from an earlier run's figures, and the summary into the document that shows it.
+pub fn render(from: &Path, out: &Path, readme: Option<&Path>) -> Result<()> {
     let results = Results::load(from)?;
+    if let Some(path) = readme {
+        let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+        let text =
+            with_summary(&text, &table::summary(&results)).with_context(|| path.display().to_string())?;
+        fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
+    }
     fs::create_dir_all(out).with_context(|| format!("make {}", out.display()))?;
     save(&results, out)?;
     say(table::page(&results));
     Ok(())
+}
+
+/// The document with what stands between the marks replaced.
+fn with_summary(document: &str, summary: &str) -> Result<String> {
+    let (before, rest) = document.split_once(BEGIN).with_context(|| format!("no line {BEGIN:?}"))?;
+    let (_, after) = rest.split_once(END).with_context(|| format!("no line {END:?} after {BEGIN:?}"))?;
+    Ok(format!("{before}{BEGIN}\n{summary}{END}{after}"))
 }
 
 fn start_pairs(
@@ -243,6 +260,19 @@ fn conditions(options: &Options) -> Result<Conditions> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_summary_takes_the_place_of_the_one_before() -> Result<()> {
+        let document = format!("# weft\n{BEGIN}\n| old |\n{END}\nmore\n");
+        let once = with_summary(&document, "| new |\n")?;
+        assert_eq!(once, format!("# weft\n{BEGIN}\n| new |\n{END}\nmore\n"));
+        assert_eq!(with_summary(&once, "| new |\n")?, once);
+        for broken in ["# weft\n", &format!("{END}\n{BEGIN}\n")] {
+            let error = with_summary(broken, "").expect_err("a mark is missing").to_string();
+            assert!(error.contains("no line"), "{error}");
+        }
+        Ok(())
+    }
 
     #[test]
     fn conditions_name_machine_and_kernel() -> Result<()> {

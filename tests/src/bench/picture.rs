@@ -1,7 +1,8 @@
 //! A run as an SVG picture: a row of panels per load, a panel per setting, a bar per configuration. Each panel has its
 //! own scale; bars are medians from zero, whiskers quartiles.
 //!
-//! Colours follow the reader's light or dark mode (CSS `prefers-color-scheme`), the ground is left to the page.
+//! Colours follow the reader's light or dark mode (CSS `prefers-color-scheme`). The ground is drawn: who knows nothing of
+//! modes shows dark letters on a light one, whatever the page's.
 
 use std::fmt::Write as _;
 
@@ -28,6 +29,7 @@ const ROW_HEAD: usize = 30;
 
 const STYLE: &str = "\
 <style>
+.ground { fill: #ffffff }
 text { font: 12px 'DejaVu Sans', Verdana, sans-serif; fill: #1f2328 }
 .title { font-size: 15px; font-weight: bold }
 .row { font-weight: bold }
@@ -37,6 +39,7 @@ text { font: 12px 'DejaVu Sans', Verdana, sans-serif; fill: #1f2328 }
 .node { fill: #8c959f } .host-gw { fill: #2da44e } .vxlan { fill: #0969da }
 .udp { fill: #bc4c00 } .udp-plain { fill: #e9a26b } .naive { fill: #a475f9 }
 @media (prefers-color-scheme: dark) {
+.ground { fill: #0d1117 }
 text { fill: #f0f6fc } .faint { fill: #9198a1 } .line { stroke: #3d444d } .whisker { stroke: #f0f6fc }
 .node { fill: #656c76 } .host-gw { fill: #238636 } .vxlan { fill: #1f6feb }
 .udp { fill: #db6d28 } .udp-plain { fill: #9b5a2c } .naive { fill: #8957e5 }
@@ -54,6 +57,7 @@ pub fn svg(results: &Results) -> String {
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" role=\"img\" \
          aria-label=\"Throughput and latency of weft's dataplanes side by side\">\n{STYLE}"
     );
+    let _ = writeln!(svg, "<rect class=\"ground\" width=\"{width}\" height=\"{height}\" rx=\"6\"/>");
     text(&mut svg, 8, 22, "title", "weft's dataplanes side by side");
     for (column, setting) in selection.settings.iter().enumerate() {
         let x = LABELS + PANEL * column;

@@ -33,6 +33,9 @@ enum Command {
         /// Where to
         #[arg(long, default_value = "target/bench")]
         out: PathBuf,
+        /// A document that shows the summary, between its marks
+        #[arg(long)]
+        readme: Option<PathBuf>,
     },
     /// One process of a measurement, started by the bench itself
     #[command(hide = true)]
@@ -73,7 +76,7 @@ fn run(command: Command) -> Result<()> {
             let options = dataplane.options()?;
             bench::run(&options, &Interrupt::watch()?)
         }
-        Command::Render { from, out } => bench::render(&from, &out),
+        Command::Render { from, out, readme } => bench::render(&from, &out, readme.as_deref()),
         Command::Part { part } => serde_json::from_str::<Part>(&part).context("part")?.play(),
     }
 }

@@ -63,13 +63,16 @@ fn loss_by_the_receiving_hosts_firewall() -> Result<()> {
         let rules = format!(
             "add table ip lossy
              add chain ip lossy in {{ type filter hook input priority -10; }}
-             add rule ip lossy in udp dport {PORT} numgen random mod 100 < 3 counter drop"
+             add rule ip lossy in udp dport {PORT} numgen random mod 100 < 8 counter drop"
         );
         for node in &cluster.nodes {
             node.netns().run(Command::new("nft").arg(&rules))?;
         }
-        let moved = transfer(&near.netns, &far.netns, far.address, 2 * MIB)?;
+        let moved = transfer(&near.netns, &far.netns, far.address, 6 * MIB)?;
         assert_eq!(moved.sent, moved.received);
+        let listed =
+            cluster.nodes[1].netns().run(Command::new("nft").args(["list", "table", "ip", "lossy"]))?;
+        ensure!(listed.contains("counter packets ") && !listed.contains("counter packets 0 "), "{listed}");
         Ok(())
     })
 }

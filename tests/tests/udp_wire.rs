@@ -87,9 +87,9 @@ fn a_peer_written_from_the_wire_description_talks_both_ways() -> Result<()> {
             [(&near.netns, foreign.netns(), foreign.address), (foreign.netns(), &near.netns, near.address)]
         {
             let what = format!("{} to {}", from.name(), to.name());
+            checked(from, to, address, 2_000)?.is_whole().with_context(|| what.clone())?;
             let moved = transfer(from, to, address, 4 * MIB).with_context(|| what.clone())?;
             assert_eq!(moved.sent, moved.received, "{what}");
-            checked(from, to, address, 2_000)?.is_whole().context(what)?;
         }
         // From host to host, by the devices' own addresses.
         let report = cluster.nodes[0].agent.ctl(&["ping", "10.5.200.0/24"])?;

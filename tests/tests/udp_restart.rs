@@ -1,5 +1,5 @@
 //! The udp backend's agent dies and comes back: the device, its address and its route stay, and its threads carry on as
-//! soon as they are there again, whether the store answers or not. The figures printed are those of docs/faults.md.
+//! soon as they are there again, whether the store answers or not. docs/faults.md has the figures that this prints.
 
 use std::time::{Duration, Instant};
 

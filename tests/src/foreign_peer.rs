@@ -13,7 +13,6 @@ use crate::netns::Netns;
 use crate::underlay::{NodeNet, NodeNumber};
 
 const PROGRAM: &str = include_str!("foreign_peer.py");
-const DEVICE: &str = "tun0";
 const PORT: u16 = 8285;
 
 /// The namespace is its own pod: its addresses are on its device.
@@ -27,6 +26,8 @@ pub struct ForeignPeer {
 }
 
 impl ForeignPeer {
+    pub const DEVICE: &str = "tun0";
+
     /// Joins the cluster with a subnet of its choice; `corrupt`: of the large packets that it sends every so many are
     /// broken, 0 for none.
     pub fn join(cluster: &Cluster, number: NodeNumber, subnet: &str, corrupt: u32) -> Result<Self> {
@@ -41,7 +42,7 @@ impl ForeignPeer {
         command.args([
             "-c",
             PROGRAM,
-            DEVICE,
+            Self::DEVICE,
             &net.address.to_string(),
             &PORT.to_string(),
             &corrupt.to_string(),
@@ -56,10 +57,11 @@ impl ForeignPeer {
             bail!("the foreign peer said {line:?} and {:?}", child.wait()?);
         }
         let std::net::IpAddr::V4(address) = subnet.gateway() else { bail!("{subnet} is not IPv4") };
+        let device = Self::DEVICE;
         let peer = Self { net, subnet, address, child };
-        peer.net.netns.ip(&format!("address add {address}/32 dev {DEVICE}"))?;
-        peer.net.netns.ip(&format!("link set {DEVICE} up mtu 1472"))?;
-        peer.net.netns.ip(&format!("route add {} dev {DEVICE} src {address}", cluster.spec.network))?;
+        peer.net.netns.ip(&format!("address add {address}/32 dev {device}"))?;
+        peer.net.netns.ip(&format!("link set {device} up mtu 1472"))?;
+        peer.net.netns.ip(&format!("route add {} dev {device} src {address}", cluster.spec.network))?;
         let etcd = cluster.etcd.as_ref().context("a foreign peer needs etcd")?;
         let key = subnet.to_string().replace('/', "-");
         // As flanneld writes it for this backend: no type, no data.

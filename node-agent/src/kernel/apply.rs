@@ -1,10 +1,11 @@
 //! Operations as requests. Links go one by one, for what follows needs their index; everything else goes in batches.
 
 use std::collections::BTreeMap;
+use std::io;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage as Message;
-use nix::libc::{EADDRNOTAVAIL, EBUSY, EEXIST, EINVAL, ENODEV, ENOENT, ESRCH};
+use nix::libc::{EACCES, EADDRNOTAVAIL, EBUSY, EEXIST, EINVAL, ENODEV, ENOENT, ENXIO, EPERM, ESRCH};
 use weft_shared::IfName;
 
 use super::nft::Firewall;
@@ -176,11 +177,19 @@ fn set_link(
 
 /// In the network namespace of this thread, as its netlink socket.
 fn make_tun(name: &IfName) -> Result<(), KernelError> {
-    tun::create(name).map_err(|error| match error.raw_os_error() {
+    tun::create(name).map_err(|error| no_tun(name, &error))
+}
+
+/// With what it takes, where the error tells.
+fn no_tun(name: &IfName, error: &io::Error) -> KernelError {
+    let remedy = match error.raw_os_error() {
         // Another TUN device has the name; a device of another kind has it.
-        Some(EBUSY | EINVAL) => KernelError::Taken(name.clone()),
-        _ => KernelError::NoTun(error.to_string()),
-    })
+        Some(EBUSY | EINVAL) => return KernelError::Taken(name.clone()),
+        Some(ENOENT | ENODEV | ENXIO) => ": it takes the module tun and, in a container, the device node",
+        Some(EPERM | EACCES) => ": it takes CAP_NET_ADMIN and, in a container, leave to use the device node",
+        _ => "",
+    };
+    KernelError::NoTun(format!("{error}{remedy}"))
 }
 
 /// `RTM_NEWLINK` and not `RTM_SETLINK`: only the former changes a kind's own options (net/core/rtnetlink.c).
@@ -284,4 +293,26 @@ fn plain(message: Message) -> Request {
 
 fn index_of(indices: &Indices, name: &IfName) -> Result<u32, KernelError> {
     indices.get(name).copied().ok_or_else(|| KernelError::NoDevice(name.clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::libc::EMFILE;
+
+    use super::*;
+
+    #[test]
+    fn a_tun_device_that_cannot_be_made_is_blamed_on_what_the_error_tells() {
+        let name: IfName = "flannel0".parse().expect("name");
+        let said = |errno| no_tun(&name, &io::Error::from_raw_os_error(errno)).to_string();
+        for errno in [ENOENT, ENODEV, ENXIO] {
+            assert!(said(errno).contains("module tun") && !said(errno).contains("CAP_NET_ADMIN"), "{errno}");
+        }
+        for errno in [EPERM, EACCES] {
+            assert!(said(errno).contains("CAP_NET_ADMIN") && !said(errno).contains("module"), "{errno}");
+        }
+        assert!(said(EBUSY).starts_with("flannel0 exists: ") && said(EINVAL) == said(EBUSY));
+        let other = said(EMFILE);
+        assert!(other.starts_with("/dev/net/tun: ") && other.ends_with("(os error 24)"), "{other}");
+    }
 }

@@ -104,9 +104,7 @@ pub enum KernelError {
         "{0} exists: another device has the name, perhaps as its alternative name, or is a VXLAN device of the same VNI and port"
     )]
     Taken(IfName),
-    #[error(
-        "/dev/net/tun: {0}: TUN devices need the module tun, CAP_NET_ADMIN and, in a container, the device node"
-    )]
+    #[error("/dev/net/tun: {0}")]
     NoTun(String),
     #[error(transparent)]
     Obstacle(#[from] Obstacle),

@@ -5,6 +5,8 @@
 //! store has been asked and before the first pass over the kernel; and until the store's first list is in, they keep the
 //! peers that they have.
 
+mod table;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddrV4;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,12 +17,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use weft_shared::netconf::BackendConfig;
 
-use crate::dataplane::udp::peer_table;
 use crate::node::Node;
 use crate::reconcile::Inputs;
 use crate::status::{DropCount, OffloadStatus, PacketPathStatus, TrafficStatus};
-use crate::udp::counters::Traffic;
-use crate::udp::{Counters, DropReason, Forwarder, Offload, Offloads, Outcome, PeerTable, Settings, State};
+use crate::udp::{
+    Counters, DropReason, Forwarder, Offload, Offloads, Outcome, PeerTable, Settings, State, Traffic,
+};
+use table::peer_table;
 
 /// How often a packet path that has a problem is looked at: its threads try again by themselves and tell nobody.
 const LOOK: Duration = Duration::from_millis(50);

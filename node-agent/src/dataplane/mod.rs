@@ -138,7 +138,7 @@ impl Backend {
 }
 
 /// Of the family of `subnet`.
-fn public_addr(peer: &Lease, subnet: Subnet) -> Result<IpAddr, String> {
+pub(crate) fn public_addr(peer: &Lease, subnet: Subnet) -> Result<IpAddr, String> {
     let key = if subnet.is_ipv4() { "PublicIP" } else { "PublicIPv6" };
     let missing = || format!("{key} is missing: expected the address that leads to {subnet}");
     peer.attrs.public_addr(subnet).ok_or_else(missing)

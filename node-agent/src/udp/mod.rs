@@ -44,7 +44,7 @@ use std::thread::JoinHandle;
 use arc_swap::ArcSwap;
 use weft_shared::IfName;
 
-pub use counters::{Counters, DropReason};
+pub use counters::{Counters, DropReason, Traffic};
 pub use offload::{Offload, Offloads, Outcome, Outcomes};
 pub use peers::{Local, Peer, PeerTable, SourcePolicy};
 

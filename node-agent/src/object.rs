@@ -181,6 +181,11 @@ impl Tun {
     }
 
     /// Whether a process that is not ours lives by `found`: flanneld's device goes with it, and it with its device.
+    ///
+    /// A device in use that is like ours but for the mark is not denied, for most likely our own threads use it: they attach
+    /// before the first look, and the mark comes after the device is made, or a foreign hand took it away while no agent
+    /// ran. Nobody else is known to make such a device: flanneld's (pkg/ip/tun.go) is neither persistent nor of many
+    /// queues.
     pub fn is_denied_by(&self, found: &Tun) -> bool {
         !found.marked && (!found.persistent || (found.attached && !self.can_be_made_of(found)))
     }

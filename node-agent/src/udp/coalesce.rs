@@ -18,6 +18,8 @@ use std::ops::Range;
 
 use super::checksum::Sum;
 use super::layout::{Layout, MAX_HEADERS, Transport, Version, get, put};
+use super::offload::UDP_MAX_SEGMENTS;
+use super::packet::MAX_TOTAL;
 use super::virtio::{self, Gso, GsoKind, PartialChecksum, VirtioHeader};
 
 /// What the device takes.
@@ -66,11 +68,8 @@ pub struct Write<'a> {
 /// More than one flow in a slot costs groups, nothing else; 64 flows of a batch meet there seldom.
 const FLOWS: usize = 256;
 const PAIRS: usize = 64;
-/// The kernel refuses more in one UDP write (`UDP_MAX_SEGMENTS`; 128 since Linux 6.9).
-const MAX_UDP_PACKETS: u16 = 64;
 /// 64 KiB of the smallest usual segments (536 bytes), and few enough for one `writev`.
 const MAX_TCP_PACKETS: u16 = 128;
-const MAX_TOTAL: usize = 65535;
 /// Ends a list.
 const NONE: u32 = u32::MAX;
 
@@ -361,7 +360,7 @@ impl<'a> Candidate<'a> {
                     && same(at + 18..headers);
                 (MAX_TCP_PACKETS, goes_on)
             }
-            Transport::Udp => (MAX_UDP_PACKETS, same(at..at + 4)),
+            Transport::Udp => (UDP_MAX_SEGMENTS, same(at..at + 4)),
         };
         let payload = self.payload();
         let fits = payload <= usize::from(group.size)

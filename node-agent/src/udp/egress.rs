@@ -16,13 +16,13 @@ use super::icmp::{self, MAX_ANSWER, Problem, RateLimit};
 use super::link::{Link, wait_for};
 use super::offload::{Offload, Outcome};
 use super::outbox::{Batch, Flow, Join, Outbox};
-use super::packet::{Ipv4, decrement_ttl};
+use super::packet::{Ipv4, MAX_DATAGRAM, MAX_TOTAL, decrement_ttl};
 use super::peers::PeerTable;
 use super::segment::Segments;
 use super::virtio::{self, VirtioHeader};
 
 /// The largest packet and the header in front of it.
-const MAX_READ: usize = virtio::LEN + 65535;
+const MAX_READ: usize = virtio::LEN + MAX_TOTAL;
 /// Eight super-packets, and room for one whole read behind them.
 const ARENA: usize = 8 * (1 << 16) + MAX_READ;
 pub(super) const READS: usize = 256;
@@ -297,9 +297,6 @@ impl Refused {
         }
     }
 }
-
-/// The largest payload of an IPv4 datagram.
-const MAX_DATAGRAM: usize = 65535 - 20 - 8;
 
 #[cfg(test)]
 mod tests {

@@ -24,6 +24,10 @@ pub enum Offload {
     UdpGro,
 }
 
+/// So many datagrams the kernel takes at most as one, of the socket's as of the device's: `UDP_MAX_SEGMENTS` of linux/udp.h
+/// before Linux 6.9; 128 since.
+pub const UDP_MAX_SEGMENTS: u16 = 64;
+
 /// Which capabilities may be tried; all of them by default.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Offloads(BTreeSet<Offload>);

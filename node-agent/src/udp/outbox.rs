@@ -15,6 +15,9 @@ use std::ptr::NonNull;
 use nix::errno::Errno;
 use nix::libc;
 
+use super::offload::UDP_MAX_SEGMENTS;
+use super::packet::MAX_DATAGRAM;
+
 /// In one `sendmmsg`: seven super-packets' worth.
 const DATAGRAMS: usize = 320;
 const HEADER_BYTES: usize = 32 << 10;
@@ -24,10 +27,6 @@ const OPEN: usize = 64;
 const FLOWS: usize = 256;
 /// Ends a list; no message.
 const NONE: u32 = u32::MAX;
-/// The most that fits an IPv4 datagram, for all segments of a message together.
-const MAX_MESSAGE: usize = 65535 - 20 - 8;
-/// `UDP_MAX_SEGMENTS` of linux/udp.h before Linux 6.9; 128 since.
-const MAX_SEGMENTS: u16 = 64;
 
 /// `CMSG_SPACE` of one `u16`.
 const CONTROL_SPACE: usize = 24;
@@ -291,7 +290,7 @@ impl Datagram {
 
 impl Message {
     fn takes(&self, to: SocketAddrV4, size: usize) -> bool {
-        !self.closed && self.to == to && self.segments < MAX_SEGMENTS && self.bytes + size <= MAX_MESSAGE
+        !self.closed && self.to == to && self.segments < UDP_MAX_SEGMENTS && self.bytes + size <= MAX_DATAGRAM
     }
 
     /// How many bytes the datagram of that index has.
@@ -442,7 +441,7 @@ mod tests {
                     index = batch.outbox.datagrams[index as usize].next;
                 }
                 prop_assert_eq!((message.segments, message.bytes), (segments, bytes));
-                prop_assert!(segments <= MAX_SEGMENTS && bytes <= MAX_MESSAGE);
+                prop_assert!(segments <= UDP_MAX_SEGMENTS && bytes <= MAX_DATAGRAM);
                 prop_assert!(message.size * usize::from(segments - 1) <= bytes, "all but the last are of one size");
             }
             prop_assert_eq!(count, all.len(), "each is somewhere, once");

@@ -10,6 +10,10 @@ use super::counters::DropReason;
 
 /// An IPv4 header without options.
 pub const MIN_HEADER: usize = 20;
+/// The largest packet, by the width of its length.
+pub const MAX_TOTAL: usize = 65535;
+/// The largest payload of a datagram: all segments of a message together, too.
+pub const MAX_DATAGRAM: usize = MAX_TOTAL - MIN_HEADER - 8;
 
 const TTL: usize = 8;
 const CHECKSUM: usize = 10;

@@ -94,11 +94,6 @@ impl PeerTable {
         &self.local
     }
 
-    /// By subnet.
-    pub fn peers(&self) -> &[Peer] {
-        &self.peers
-    }
-
     /// Where a packet for `destination` goes: the peer with the longest prefix. Nobody's and our own go nowhere.
     #[inline]
     pub fn route(&self, destination: Ipv4Addr) -> Option<&Peer> {
@@ -266,7 +261,7 @@ mod tests {
         ] {
             assert_eq!(table.route(addr(to)).map(|p| *p.addr.ip()), at.map(addr), "to {to}");
         }
-        assert_eq!(table.peers().len(), 5, "IPv6 has no place here");
+        assert_eq!(table.peers.len(), 5, "IPv6 has no place here");
     }
 
     #[test]
@@ -379,6 +374,36 @@ mod tests {
         }
     }
 
+    /// The last of the longest that cover it, as the later of two counts.
+    fn by_going_through(peers: &[Peer], addr: Ipv4Addr) -> Option<&Peer> {
+        peers.iter().filter(|p| p.subnet.contains(addr.into())).max_by_key(|p| p.subnet.len())
+    }
+
+    #[test]
+    fn thousands_of_peers_with_prefixes_of_many_lengths() {
+        const PEERS: u32 = 5_000;
+        // Spread over 10.0.0.0/8 by a multiplier, lengths 16 to 30: many lie within others.
+        let spread = |n: u32| Ipv4Addr::from_bits(10 << 24 | n.wrapping_mul(0x9e37_79b1) >> 8);
+        let peers: Vec<Peer> = (0..PEERS)
+            .filter_map(|n| {
+                let subnet = Subnet::new(spread(n).into(), 16 + (n % 15) as u8)?;
+                Some(Peer { subnet, addr: SocketAddrV4::new(Ipv4Addr::from_bits(n + 1), 8285) })
+            })
+            .collect();
+        assert_eq!(peers.len(), PEERS as usize);
+        let none = Local { subnets: Vec::new(), ..local() };
+        let table = PeerTable::new(none, SourcePolicy::default(), peers.clone());
+        assert!(table.peers.len() > 4_000, "{} peers", table.peers.len());
+        let ends = peers.iter().step_by(7).flat_map(|peer| {
+            let Span { first, last } = Span::of(peer.subnet).expect("IPv4");
+            [first.wrapping_sub(1), first, last, last.wrapping_add(1)]
+        });
+        for bits in ends {
+            let addr = Ipv4Addr::from_bits(bits);
+            assert_eq!(table.route(addr), by_going_through(&peers, addr), "{addr}");
+        }
+    }
+
     proptest! {
         #[test]
         fn a_look_up_gives_what_going_through_all_of_them_gives(
@@ -398,10 +423,7 @@ mod tests {
             let none = Local { subnets: Vec::new(), ..local() };
             let table = PeerTable::new(none, SourcePolicy::default(), peers.clone());
             for n in asked {
-                let covering = peers.iter().filter(|p| p.subnet.contains(place(n).into()));
-                // The last of the longest, as the later of two counts.
-                let wanted = covering.max_by_key(|p| p.subnet.len());
-                prop_assert_eq!(table.route(place(n)), wanted);
+                prop_assert_eq!(table.route(place(n)), by_going_through(&peers, place(n)));
             }
         }
     }

@@ -3,8 +3,8 @@
 //!
 //! The ten-byte form (`TUNSETVNETHDRSZ` 10), in the machine's byte order, which is what the kernel uses unless told.
 
-/// On the device, in bytes.
-pub const LEN: usize = 10;
+/// On the device, in bytes: as a queue sets it.
+pub const LEN: usize = crate::tun::VNET_HDR_LEN;
 
 const NEEDS_CSUM: u8 = 1;
 const GSO_NONE: u8 = 0;

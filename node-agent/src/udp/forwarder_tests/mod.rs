@@ -244,10 +244,24 @@ fn an_underlay_that_takes_nothing_costs_a_batch_one_wait() {
 
 #[test]
 fn a_stopped_forwarder_has_counted_everything() {
-    let (one, two, first, second) = connected(&Offloads::default());
-    datagrams(&one, &two, 1000);
-    assert_eq!(first.stop().sent.packets, 1000);
-    assert_eq!(second.stop().received.packets, 1000);
+    let (one, two, mut first, _second) = connected(&Offloads::default());
+    let socket = one.netns.run(|| UdpSocket::bind((one.pod(), 0)).expect("bind"));
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _over = Over(&over);
+        scope.spawn(|| {
+            while !over.load(SeqCst) {
+                let _ = socket.send_to(&[0; 500], (two.pod(), 9));
+            }
+        });
+        for _ in 0..10 {
+            eventually("it is under load", || first.state().counters.sent.packets > 1000);
+            let shared = Arc::clone(&first.shared);
+            let counters = first.stop();
+            assert_eq!(counters.sent, shared.egress.traffic(), "nothing after that");
+            first = one.start(&Offloads::default(), &[two.peer()]);
+        }
+    });
 }
 
 #[test]

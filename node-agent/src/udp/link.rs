@@ -109,7 +109,8 @@ fn forward(shared: &Shared, settings: &Settings, stop: BorrowedFd<'_>) {
             runs,
             over: AtomicBool::new(false),
         };
-        for (offload, outcome) in outcomes {
+        // The socket's as well: what was refused in use is tried again.
+        for (offload, outcome) in socket.outcomes().clone().into_iter().chain(outcomes) {
             shared.tell_outcome(offload, outcome);
         }
         shared.tell_works(settings);

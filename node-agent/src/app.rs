@@ -48,7 +48,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     // First of all: where packets are carried by threads of ours, nobody has carried them since the last agent's end.
     let memory = Memory::load(&config)?;
     let path = PacketPath::new(config.udp_offloads.clone());
-    if let Some(inputs) = memory.inputs(&config).await {
+    let ipam_config = ipam::Config::new(&config.run_dir, &config.cni_socket).context("this boot's id")?;
+    if let Some(inputs) = memory.inputs(&config, || ipam::recorded_ports(&ipam_config, Boottime::now())).await
+    {
         path.follow(&inputs);
     }
     let store = Arc::new(open_store(&config.store).await?);
@@ -69,7 +71,6 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let name = config.node_name.clone();
     let node = Arc::new(Node::new(name, store, health, reconcile.clone(), ports, monitor, path));
 
-    let ipam_config = ipam::Config::new(&config.run_dir, &config.cni_socket).context("this boot's id")?;
     let clock = Box::new(Boottime::now);
     let ipam = Ipam::open(ipam_config, clock, NodeFabric(node.clone()), ports_sender, seen)?;
     let status_source = {

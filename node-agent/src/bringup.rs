@@ -29,6 +29,7 @@ use crate::lease::{AcquireRequest, Keeper, LeaseStore, LeaseTable, StoreHealth, 
 use crate::netconf::needs_restart;
 use crate::node::{Node, Serving};
 use crate::object::LinkKind;
+use crate::pods::PodPorts;
 use crate::reconcile::{Inputs, NodeInputs};
 use crate::underlay::{Underlay, UnderlayChoice, find_underlay, fits};
 use crate::upkeep::{Files, Upkeep};
@@ -141,7 +142,9 @@ impl Memory {
 
     /// What the reconciler would be told if the store said again what it said last: enough for the packet path of the
     /// udp backend to go on at once. Nothing for other backends, whose packets the kernel carries meanwhile.
-    pub async fn inputs(&self, config: &Config) -> Option<Inputs> {
+    ///
+    /// `pods` are those of the records: also what is left of an earlier lease's is to be carried.
+    pub async fn inputs(&self, config: &Config, pods: impl FnOnce() -> PodPorts) -> Option<Inputs> {
         let saved = self.saved.as_ref()?;
         let network = &saved.snapshot.network;
         let BackendConfig::Udp(_) = &network.backend else { return None };
@@ -162,7 +165,7 @@ impl Memory {
             underlay,
             first_start: false,
         };
-        Some(Inputs { node: Some(node), peers, ..Inputs::default() })
+        Some(Inputs { node: Some(node), peers, pods: pods(), ..Inputs::default() })
     }
 }
 

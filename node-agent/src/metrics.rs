@@ -166,6 +166,8 @@ fn packet_path(out: &mut Exposition<'_>, path: &PacketPathStatus) -> fmt::Result
     out.counters("packet_path_icmp_errors", "ICMP errors sent, and held back by the rate limit", &icmp)?;
     let help = "Times the udp backend's device went away under its threads";
     out.counter("packet_path_device_lost", help, path.device_lost)?;
+    let help = "Times the udp backend's threads were started anew because one of them panicked";
+    out.counter("packet_path_panics", help, path.panics)?;
     let outcomes = ["in-use", "switched-off", "refused"];
     let offloads: Vec<_> = path
         .offloads
@@ -313,6 +315,7 @@ mod tests {
             "weft_packet_path_icmp_errors_total{outcome=\"sent\"} 2",
             "weft_packet_path_icmp_errors_total{outcome=\"suppressed\"} 1",
             "weft_packet_path_device_lost_total 1",
+            "weft_packet_path_panics_total 2",
             "weft_packet_path_offload{offload=\"tun-tso\",outcome=\"in-use\"} 1",
             "weft_packet_path_offload{offload=\"tun-tso\",outcome=\"refused\"} 0",
             "weft_packet_path_offload{offload=\"tun-uso\",outcome=\"refused\"} 1",

@@ -174,7 +174,7 @@ impl Want {
 impl Kept {
     fn end_running(&mut self) -> bool {
         let Some(running) = self.running.take() else { return false };
-        self.before = sum(&self.before, &running.forwarder.state().counters);
+        self.before = sum(&self.before, &running.forwarder.stop());
         true
     }
 }
@@ -233,6 +233,7 @@ fn status(listen: SocketAddrV4, state: &State, counters: &Counters) -> PacketPat
     PacketPathStatus {
         listen: listen.into(),
         problem: state.problem.clone(),
+        icmp_problem: state.icmp_problem.clone(),
         offloads: Offload::ALL.into_iter().map(offload).collect(),
         sent: traffic(counters.sent),
         received: traffic(counters.received),
@@ -240,6 +241,7 @@ fn status(listen: SocketAddrV4, state: &State, counters: &Counters) -> PacketPat
         icmp_errors_sent: counters.icmp_sent,
         icmp_errors_suppressed: counters.icmp_suppressed,
         device_lost: counters.device_lost,
+        panics: counters.panics,
     }
 }
 
@@ -262,6 +264,7 @@ fn sum(one: &Counters, other: &Counters) -> Counters {
         icmp_sent: one.icmp_sent + other.icmp_sent,
         icmp_suppressed: one.icmp_suppressed + other.icmp_suppressed,
         device_lost: one.device_lost + other.device_lost,
+        panics: one.panics + other.panics,
     }
 }
 
@@ -378,9 +381,10 @@ mod tests {
     fn status_has_every_offload_and_every_reason_from_the_start() {
         let mut state = State::default();
         state.offloads.insert(Offload::TunUso, Outcome::Refused("Invalid argument".into()));
+        state.icmp_problem = Some("no right".into());
         let mut counters = Counters::default();
         counters.dropped_receiving.insert(DropReason::UnknownPeer, 3);
-        counters.sent.packets = 2;
+        (counters.sent.packets, counters.panics) = (2, 1);
         let total = sum(&counters, &counters);
         let status = status("192.0.2.1:8285".parse().expect("address"), &state, &total);
         assert_eq!(status.offloads.len(), Offload::ALL.len());
@@ -392,6 +396,7 @@ mod tests {
         assert_eq!(status.dropped.len(), 2 * DropReason::ALL.len());
         let counted: Vec<_> = status.dropped.iter().filter(|d| d.packets > 0).collect();
         let unknown = DropCount { direction: "received".into(), reason: "unknown-peer".into(), packets: 6 };
-        assert_eq!((counted, status.sent.packets), (vec![&unknown], 4));
+        assert_eq!((counted, status.sent.packets, status.panics), (vec![&unknown], 4, 2));
+        assert_eq!(status.icmp_problem.as_deref(), Some("no right"));
     }
 }

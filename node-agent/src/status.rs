@@ -161,6 +161,12 @@ pub struct PacketPathStatus {
     pub icmp_errors_suppressed: u64,
     /// How often the device went away under the threads.
     pub device_lost: u64,
+    /// Why no ICMP errors are sent, although packets are forwarded.
+    #[serde(default)]
+    pub icmp_problem: Option<String>,
+    /// How often a thread panicked and they were started anew: a bug.
+    #[serde(default)]
+    pub panics: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -476,6 +482,8 @@ pub(crate) mod sample {
             icmp_errors_sent: 2,
             icmp_errors_suppressed: 1,
             device_lost: 1,
+            icmp_problem: Some("no right".into()),
+            panics: 2,
         });
         status
     }

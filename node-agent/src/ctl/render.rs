@@ -193,6 +193,12 @@ fn packet_path(page: &mut Page, path: &PacketPathStatus) {
     if path.device_lost > 0 {
         page.line("", format!("the device went away {} times", path.device_lost));
     }
+    if let Some(problem) = &path.icmp_problem {
+        page.line("", format!("NO ICMP ERRORS are sent: {problem}"));
+    }
+    if path.panics > 0 {
+        page.line("", format!("a BUG: its threads panicked and were started anew {} times", path.panics));
+    }
 }
 
 fn peer_summary(page: &mut Page, status: &Status) {

@@ -98,6 +98,8 @@ path       UDP 192.168.9.1:8285, 4400 packets sent (6.2 MiB, 120 system calls), 
            dropped 5 from peers: unknown-peer
            ICMP errors: 2 sent, 1 held back by the rate limit
            the device went away 1 times
+           NO ICMP ERRORS are sent: no right
+           a BUG: its threads panicked and were started anew 2 times
 peers      1 of 2 programmed
 ";
         assert!(text.contains(expected), "{text}");

@@ -73,6 +73,11 @@ impl Config {
     }
 }
 
+/// What [`Ipam::open`] will publish at once, for whoever must know before: read only, whoever else has the records open.
+pub fn recorded_ports(config: &Config, now: Boottime) -> PodPorts {
+    Table::new(records::peek(&config.run_dir, &config.boot_id), now).needs(None)
+}
+
 pub struct Ipam<F> {
     config: Config,
     clock: Clock,

@@ -142,6 +142,29 @@ pub(crate) fn owners(run_dir: &Path) -> BTreeMap<IfName, String> {
     fs::read_dir(dir_in(run_dir)).into_iter().flatten().flatten().filter_map(of_record).collect()
 }
 
+/// What [`Records::open`] would give, as far as it can be read; takes nothing over and mends nothing.
+pub(super) fn peek(run_dir: &Path, boot_id: &str) -> Loaded {
+    let dir = dir_in(run_dir);
+    let mut loaded = Loaded::default();
+    if fs::read_to_string(dir.join(BOOT_ID)).is_ok_and(|found| found != boot_id && is_boot_id(&found)) {
+        return loaded;
+    }
+    for path in fs::read_dir(&dir).into_iter().flatten().flatten().map(|entry| entry.path()) {
+        let Some(stem) = path.file_stem().and_then(|s| s.to_str()) else { continue };
+        if is_leftover(&path) || path.extension().is_none_or(|extension| extension != "json") {
+            continue;
+        }
+        let content = fs::read(&path).unwrap_or_default();
+        if stem == CONTINUITY {
+            loaded.continuity = serde_json::from_slice(&content).unwrap_or_default();
+        } else if is_hash(stem) {
+            let record = serde_json::from_slice::<Record>(&content).ok();
+            loaded.records.extend(record.filter(|record| attachment_hash(&record.attachment) == stem));
+        }
+    }
+    loaded
+}
+
 #[expect(clippy::disallowed_methods, reason = "a lock announces nothing; this is before anything is served")]
 fn lock_within(file: &File, patience: Duration) -> Result<(), TryLockError> {
     let end = Instant::now() + patience;
@@ -368,6 +391,31 @@ mod tests {
         let (_, loaded) = open(dir.path(), OTHER_BOOT);
         assert!(loaded.records.is_empty() && loaded.continuity == Continuity::default());
         assert!(open(dir.path(), BOOT).1.records.is_empty());
+    }
+
+    #[test]
+    fn a_peek_sees_what_will_be_opened_and_leaves_all_as_it_is() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        assert_eq!(peek(dir.path(), BOOT).records, [], "no directory yet");
+        // Held by another all the while, as by an agent that is about to end.
+        let (records, _) = open(dir.path(), BOOT);
+        let of_former = Record { subnet: "10.5.7.0/24".parse().expect("subnet"), ..record("b", "10.5.7.2") };
+        let both = [record("a", "10.5.1.2"), of_former];
+        both.iter().for_each(|record| records.write(record).expect("write"));
+        let used = BridgeUse { subnet: both[0].subnet, mtu: 1472, mac: None };
+        let bridges = BTreeMap::from([(both[0].bridge.name.clone(), used)]);
+        let continuity = Continuity { bridges, ..Continuity::default() };
+        records.write_continuity(&continuity).expect("write");
+        let damaged = records.path(&attachment_hash(&record("c", "10.5.1.3").attachment), "json");
+        fs::write(&damaged, "{").expect("write");
+
+        let mut seen = peek(dir.path(), BOOT);
+        seen.records.sort_by(|a, b| a.attachment.cmp(&b.attachment));
+        assert_eq!((seen.records.as_slice(), seen.continuity), (&both[..], continuity));
+        assert!(damaged.exists(), "to be set aside by who takes over");
+        let other = peek(dir.path(), OTHER_BOOT);
+        assert_eq!((other.records.len(), other.continuity), (0, Continuity::default()));
+        assert_eq!(peek(dir.path(), BOOT).records.len(), 2, "nothing is wiped");
     }
 
     #[test]

@@ -34,12 +34,14 @@ pub enum DropReason {
     SendFailed,
     /// The device did not take it.
     WriteFailed,
+    /// The device did not give it.
+    ReadFailed,
     /// The socket's buffer overran: the kernel dropped it (`SO_RXQ_OVFL`).
     Overrun,
 }
 
 impl DropReason {
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Short,
         Self::WrongVersion,
         Self::BadTotalLength,
@@ -53,6 +55,7 @@ impl DropReason {
         Self::TtlExceeded,
         Self::SendFailed,
         Self::WriteFailed,
+        Self::ReadFailed,
         Self::Overrun,
     ];
 
@@ -71,6 +74,7 @@ impl DropReason {
             Self::TtlExceeded => "ttl-exceeded",
             Self::SendFailed => "send-failed",
             Self::WriteFailed => "write-failed",
+            Self::ReadFailed => "read-failed",
             Self::Overrun => "overrun",
         }
     }
@@ -96,6 +100,8 @@ pub struct Counters {
     pub icmp_suppressed: u64,
     /// How often the device went away under the threads.
     pub device_lost: u64,
+    /// How often the threads were started anew because one of them panicked.
+    pub panics: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -185,7 +191,7 @@ mod tests {
         tally.publish(&direction);
         let counts: Vec<(DropReason, u64)> = direction.dropped().into_iter().collect();
         assert_eq!(counts.first(), Some(&(DropReason::Short, 1)));
-        assert_eq!(counts.last(), Some(&(DropReason::Overrun, 15)), "published twice, and added up");
+        assert_eq!(counts.last(), Some(&(DropReason::Overrun, 16)), "published twice, and added up");
         assert_eq!(counts.len(), DropReason::ALL.len());
     }
 }

@@ -3,12 +3,12 @@
 //! A wake-up reads what is there into one arena, up to a batch, and sends all of it by one `sendmmsg`. A super-packet
 //! of the device becomes one `UDP_SEGMENT` message; packets of one size to one peer share one as well.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::Ordering::Relaxed;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::PollFlags;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::read;
 
 use super::counters::{DropReason, Tally};
@@ -28,9 +28,15 @@ const ARENA: usize = 8 * (1 << 16) + MAX_READ;
 pub(super) const READS: usize = 256;
 /// Reads begin at multiples of a cache line.
 const ALIGN: usize = 64;
-/// How long the socket may make no room before what is waiting is dropped. Meanwhile the device's queue fills, which
-/// is where the kernel drops.
-const WRITABLE_WITHIN_MS: u8 = 100;
+/// How long all messages of a batch together may wait for room in the socket, before what is left of it is dropped.
+/// Meanwhile the device's queue fills, which is where the kernel drops.
+const WRITABLE_WITHIN: Duration = Duration::from_millis(100);
+/// So many reads that fail one after the other are no longer one packet's matter.
+const FAILURES: u32 = 16;
+/// Then nothing is read for so long, or failing would keep a core busy.
+const FAILURE_WAIT_MS: u8 = 10;
+/// How long runs are done without after one was refused. The refusal is about the way to one peer, and routes change.
+const RUNS_AGAIN: Duration = Duration::from_secs(60);
 
 /// The thread's own: all memory is taken at the start.
 pub(super) struct Egress {
@@ -39,6 +45,22 @@ pub(super) struct Egress {
     outbox: Outbox,
     limit: RateLimit,
     tally: Tally,
+    /// Reads that failed since one did not.
+    failures: u32,
+    runs: Runs,
+}
+
+/// Whether runs of datagrams are sent as one message.
+#[derive(Debug, Clone, Copy)]
+struct Runs {
+    known: bool,
+    refused: Option<Instant>,
+}
+
+/// The time that one batch may wait for room in the socket.
+#[derive(Debug, Default)]
+struct Patience {
+    until: Option<Instant>,
 }
 
 /// What a read of the device ended with.
@@ -59,43 +81,64 @@ impl Egress {
             outbox: Outbox::new(),
             limit: RateLimit::new(),
             tally: Tally::default(),
+            failures: 0,
+            runs: Runs::new(false),
         }
+    }
+
+    /// With a device attached to anew; `runs`: the socket knows `UDP_SEGMENT`.
+    pub(super) fn begin(&mut self, runs: bool) {
+        self.failures = 0;
+        self.runs = Runs::new(runs);
     }
 
     /// Reads up to `most` times and sends what came; says how many reads gave something.
     pub(super) fn step(&mut self, link: &Link<'_>, most: usize, stop: BorrowedFd<'_>) -> (Read, usize) {
-        let end = self.read(link, most);
+        let end = self.read(most, |buffer| read(&link.queue, buffer));
         if !self.reads.is_empty() {
             let table = link.shared.peers.load();
             self.pass(link, &table, stop);
         }
         self.tally.publish(&link.shared.egress);
+        if self.failures >= FAILURES {
+            let _ = poll(&mut [PollFd::new(stop, PollFlags::empty())], FAILURE_WAIT_MS);
+        }
         (end, self.reads.len())
     }
 
-    fn read(&mut self, link: &Link<'_>, most: usize) -> Read {
+    fn read(&mut self, most: usize, mut read: impl FnMut(&mut [u8]) -> Result<usize, Errno>) -> Read {
         self.reads.clear();
         let mut start = 0;
         while self.reads.len() < most && start + MAX_READ <= self.arena.len() {
             self.tally.traffic.calls += 1;
-            match read(&link.queue, &mut self.arena[start..start + MAX_READ]) {
+            match read(&mut self.arena[start..start + MAX_READ]) {
                 Ok(len) => {
+                    self.failures = 0;
                     self.reads.push((start, len));
                     start = (start + len).next_multiple_of(ALIGN);
                 }
                 Err(Errno::EAGAIN) => return Read::Empty,
                 Err(Errno::EINTR) => {}
-                // EBADFD, or EFAULT out of a read that waited (tun_ring_recv); whatever else it says, attaching anew
-                // after a moment is the remedy.
-                Err(_) => return Read::Gone,
+                // linux drivers/net/tun.c: tun_chr_read_iter without a device, tun_ring_recv while it goes.
+                Err(Errno::EBADFD | Errno::EFAULT) => return Read::Gone,
+                // One packet that cannot be handed over, and is no more (tun_put_user).
+                Err(_) => {
+                    self.tally.dropped(DropReason::ReadFailed, 1);
+                    self.failures = self.failures.saturating_add(1);
+                    if self.failures >= FAILURES {
+                        return Read::Empty;
+                    }
+                }
             }
         }
         Read::Full
     }
 
     fn pass(&mut self, link: &Link<'_>, table: &PeerTable, stop: BorrowedFd<'_>) {
-        let Self { arena, reads, outbox, limit, tally } = self;
-        let mut out = Out { link, stop, batch: outbox.begin(), tally, runs: link.runs.load(Relaxed) };
+        let Self { arena, reads, outbox, limit, tally, runs, .. } = self;
+        let may_run = runs.may_be_tried();
+        let patience = Patience::default();
+        let mut out = Out { link, stop, batch: outbox.begin(), tally, runs, may_run, patience };
         let (mut rest, mut at) = (&mut **arena, 0);
         for (start, len) in reads.iter().copied() {
             let (bytes, behind) = rest.split_at_mut(start - at + len);
@@ -115,8 +158,10 @@ struct Out<'a, 'p> {
     stop: BorrowedFd<'a>,
     batch: Batch<'a, 'p>,
     tally: &'a mut Tally,
-    /// Runs of datagrams as one message.
-    runs: bool,
+    runs: &'a mut Runs,
+    /// In this batch, and not refused in it.
+    may_run: bool,
+    patience: Patience,
 }
 
 impl<'p> Out<'_, 'p> {
@@ -132,28 +177,29 @@ impl<'p> Out<'_, 'p> {
         } else {
             (VirtioHeader::default(), read)
         };
-        let view = Ipv4::parse(packet).map_err(|reason| (reason, 1))?;
+        let all = Segments::count(&header, packet) as u64;
+        let view = Ipv4::parse(packet).map_err(|reason| (reason, all))?;
         let Some(peer) = table.route(view.destination()) else {
             self.answer(Problem::NetUnreachable, &view, table, limit);
-            return Err((DropReason::NoRoute, 1));
+            return Err((DropReason::NoRoute, all));
         };
         let (to, flow) = (peer.addr, flow(&view));
         if view.ttl() <= 1 {
             self.answer(Problem::TimeExceeded, &view, table, limit);
-            return Err((DropReason::TtlExceeded, 1));
+            return Err((DropReason::TtlExceeded, all));
         }
-        decrement_ttl(packet).map_err(|reason| (reason, 1))?;
-        let mut segments = Segments::new(&header, packet).map_err(|_| (DropReason::BadOffload, 1))?;
+        decrement_ttl(packet).map_err(|reason| (reason, all))?;
+        let mut segments = Segments::new(&header, packet).map_err(|reason| (reason, all))?;
         loop {
             if !self.batch.has_room(Segments::MAX_HEADERS) {
                 self.flush();
             }
             let Some(segment) = segments.next(self.batch.headers()) else { return Ok(()) };
             if segment.headers + segment.payload.len() > MAX_DATAGRAM {
-                return Err((DropReason::Oversized, 1));
+                return Err((DropReason::Oversized, 1 + segments.remaining() as u64));
             }
             let join = match segments.remaining() {
-                _ if !self.runs => Join::Alone,
+                _ if !self.may_run => Join::Alone,
                 0 if segment.headers > 0 => Join::Tail,
                 _ => Join::SameSize,
             };
@@ -163,6 +209,7 @@ impl<'p> Out<'_, 'p> {
 
     /// Tells the sender, as far as it may be told and the limit allows.
     fn answer(&mut self, problem: Problem, about: &Ipv4<'_>, table: &PeerTable, limit: &mut RateLimit) {
+        let Some(host) = self.link.host else { return };
         let mut answer = [0; MAX_ANSWER];
         let Some(answer) = icmp::answer(problem, about, table.local(), &mut answer) else { return };
         if !limit.allow(Instant::now()) {
@@ -170,7 +217,7 @@ impl<'p> Out<'_, 'p> {
             return;
         }
         self.tally.traffic.calls += 1;
-        if self.link.host.send(answer, about.source()).is_ok() {
+        if host.send(answer, about.source()).is_ok() {
             self.tally.icmp_sent += 1;
         }
     }
@@ -178,15 +225,23 @@ impl<'p> Out<'_, 'p> {
     /// Sends the batch. What the socket does not take is counted, and what comes behind it is sent all the same.
     fn flush(&mut self) {
         let socket = self.link.socket.as_fd();
+        self.patience = Patience::default();
         let mut at = 0;
         while at < self.batch.messages().len() {
             match self.attempt(|batch| batch.send(socket, at)) {
                 Ok(taken) => {
+                    self.note_runs(at..at + taken);
                     for message in &self.batch.messages()[at..at + taken] {
                         self.tally.traffic.packets += u64::from(message.segments);
                         self.tally.traffic.bytes += message.bytes as u64;
                     }
                     at += taken;
+                }
+                // No room for the rest either.
+                Err(Errno::EAGAIN) => {
+                    let rest: u64 = self.batch.messages()[at..].iter().map(|m| u64::from(m.segments)).sum();
+                    self.tally.dropped(DropReason::SendFailed, rest);
+                    break;
                 }
                 Err(errno) => {
                     if self.sends_plainly(at, errno) {
@@ -214,6 +269,10 @@ impl<'p> Out<'_, 'p> {
                         (at..at + taken).map(|index| whole.datagram_len(index) as u64).sum::<u64>();
                     at += taken;
                 }
+                Err(Errno::EAGAIN) => {
+                    self.tally.dropped(DropReason::SendFailed, (all - at) as u64);
+                    return;
+                }
                 Err(_) => {
                     self.tally.dropped(DropReason::SendFailed, 1);
                     at += 1;
@@ -222,27 +281,32 @@ impl<'p> Out<'_, 'p> {
         }
     }
 
-    /// Tries again once when the socket was full and has room again.
+    /// Tries again when the socket was full and has room again: `EAGAIN` when it has none in time.
     fn attempt(
         &mut self,
         mut send: impl FnMut(&mut Batch<'_, 'p>) -> Result<usize, Errno>,
     ) -> Result<usize, Errno> {
-        let mut waited = false;
         loop {
             self.tally.traffic.calls += 1;
             match send(&mut self.batch) {
                 Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) if !waited => {
-                    waited = true;
-                    wait_for(
-                        self.link.socket.as_fd(),
-                        PollFlags::POLLOUT,
-                        self.stop,
-                        WRITABLE_WITHIN_MS.into(),
-                    );
+                Err(Errno::EAGAIN) if !self.link.is_over() => {
+                    let Some(left) = self.patience.left(Instant::now()) else { return Err(Errno::EAGAIN) };
+                    let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+                    wait_for(self.link.socket.as_fd(), PollFlags::POLLOUT, self.stop, timeout);
                 }
                 result => return result,
             }
+        }
+    }
+
+    /// A run that was taken ends what an earlier refusal said.
+    fn note_runs(&mut self, sent: Range<usize>) {
+        let has_run = || self.batch.messages()[sent].iter().any(|message| message.segments > 1);
+        // Those that were in the batch before the refusal say nothing.
+        if self.runs.refused.is_some() && self.may_run && has_run() {
+            self.runs.refused = None;
+            self.link.shared.tell_outcome(Offload::UdpSegment, Outcome::InUse);
         }
     }
 
@@ -251,8 +315,8 @@ impl<'p> Out<'_, 'p> {
         match Refused::of(errno) {
             _ if self.batch.messages()[message].segments == 1 => false,
             Refused::AllRuns => {
-                self.runs = false;
-                self.link.runs.store(false, Relaxed);
+                self.may_run = false;
+                self.runs.refused = Some(Instant::now());
                 let outcome = Outcome::refused("sendmmsg with UDP_SEGMENT", errno);
                 self.link.shared.tell_outcome(Offload::UdpSegment, outcome);
                 true
@@ -260,6 +324,26 @@ impl<'p> Out<'_, 'p> {
             Refused::Run => true,
             Refused::Datagrams => false,
         }
+    }
+}
+
+impl Runs {
+    fn new(known: bool) -> Self {
+        Self { known, refused: None }
+    }
+
+    /// Looks at the clock only while they are refused.
+    fn may_be_tried(&self) -> bool {
+        self.known && self.refused.is_none_or(|at| at.elapsed() >= RUNS_AGAIN)
+    }
+}
+
+impl Patience {
+    /// From the first wait on.
+    fn left(&mut self, now: Instant) -> Option<Duration> {
+        let until = *self.until.get_or_insert(now + WRITABLE_WITHIN);
+        // What is shorter than poll can wait would be no wait.
+        until.checked_duration_since(now).filter(|left| left.as_millis() > 0)
     }
 }
 
@@ -281,7 +365,8 @@ fn flow(packet: &Ipv4<'_>) -> Flow {
 /// What the kernel does not like of a message that stands for several datagrams (linux net/ipv4/udp.c, `udp_send_skb`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Refused {
-    /// The device cannot complete checksums, and never will (before Linux 6.11), or the path transforms packets.
+    /// The device on the way to this peer cannot complete checksums (before Linux 6.11), or packets are transformed
+    /// there; as long as that way is not another, no run will be taken.
     AllRuns,
     /// The datagrams are larger than the path to this peer takes in one piece; one by one they go as fragments.
     Run,
@@ -301,6 +386,52 @@ impl Refused {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What reading gives that often, and what it has counted.
+    fn read_of(answers: &[Result<usize, Errno>]) -> (Read, usize, u64) {
+        let mut egress = Egress::new();
+        let mut answers = answers.iter().copied();
+        let end = egress.read(READS, |_| answers.next().unwrap_or(Err(Errno::EAGAIN)));
+        let direction = super::super::counters::Direction::default();
+        egress.tally.publish(&direction);
+        let failed = direction.dropped().get(&DropReason::ReadFailed).copied().unwrap_or_default();
+        (end, egress.reads.len(), failed)
+    }
+
+    #[test]
+    fn only_a_device_that_is_gone_ends_the_attachment() {
+        assert_eq!(read_of(&[Ok(60), Err(Errno::EBADFD)]), (Read::Gone, 1, 0));
+        assert_eq!(read_of(&[Ok(60), Err(Errno::EFAULT)]), (Read::Gone, 1, 0));
+        let one_bad = [Ok(60), Err(Errno::EINVAL), Ok(60), Err(Errno::EINTR), Ok(60)];
+        assert_eq!(read_of(&one_bad), (Read::Empty, 3, 1), "a packet that could not be handed over");
+        assert_eq!(read_of(&[Err(Errno::EINVAL); 1000]), (Read::Empty, 0, 16), "not tried for ever");
+        let mut mixed = vec![Err(Errno::EINVAL); 15];
+        mixed.push(Ok(60));
+        mixed.extend([Err(Errno::EINVAL); 15]);
+        assert_eq!(read_of(&mixed), (Read::Empty, 1, 30), "one that is read begins the count anew");
+    }
+
+    #[test]
+    fn a_batch_waits_for_room_no_longer_than_once() {
+        let (mut patience, start) = (Patience::default(), Instant::now());
+        let mut left = |ms| patience.left(start + Duration::from_millis(ms)).map(|left| left.as_millis());
+        assert_eq!(
+            [left(0), left(60), left(99), left(100), left(500)],
+            [Some(100), Some(40), Some(1), None, None]
+        );
+    }
+
+    #[test]
+    fn refused_runs_are_tried_again_after_a_minute() {
+        let mut runs = Runs::new(true);
+        assert!(runs.may_be_tried());
+        let now = Instant::now();
+        runs.refused = Some(now);
+        assert!(!runs.may_be_tried());
+        runs.refused = now.checked_sub(RUNS_AGAIN);
+        assert!(runs.may_be_tried());
+        assert!(!Runs::new(false).may_be_tried(), "unless the socket does not know them");
+    }
 
     #[test]
     fn runs_are_given_up_only_when_no_run_will_ever_be_taken() {

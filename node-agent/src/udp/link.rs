@@ -2,17 +2,18 @@
 //! a while, the device may come late and may be taken away.
 //!
 //! One thread looks for both and then forwards itself, with a second one beside it (`turn`) for as long as the device
-//! stays.
+//! stays. A panic of either ends both, and both start anew.
 
 use std::io::{self, PipeReader};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::again::Pause;
 use super::coalesce::Rules;
 use super::egress::Egress;
 use super::ingress::Ingress;
@@ -24,6 +25,13 @@ use crate::tun::{AttachError, Features, Queue};
 /// Between two looks for a device that is not there: the reconciler makes it within milliseconds when it was taken
 /// away, and a look costs two system calls.
 const DEVICE_WAIT: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(200));
+/// Before attaching to the device anew: usually it was replaced, and each millisecond costs packets; but one that can be
+/// attached to and not be read must not keep a core and the log busy.
+const LINK_WAIT: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
+/// After a panic. What one packet brings about may be over with it, and the node has no overlay meanwhile, so the first
+/// wait is short; a packet that is sent again and again ends each start at once, and once a second is what that may cost
+/// in memory taken anew and in the log.
+const PANIC_WAIT: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 /// Between two tries to bind: another program has the port, or the address is not there yet.
 const SOCKET_WAIT: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
@@ -31,12 +39,13 @@ const SOCKET_WAIT: (Duration, Duration) = (Duration::from_millis(20), Duration::
 pub(super) struct Link<'a> {
     pub(super) shared: &'a Shared,
     pub(super) socket: &'a Socket,
-    pub(super) host: &'a HostSocket,
+    /// Without CAP_NET_RAW there is none, and no ICMP errors.
+    pub(super) host: Option<&'a HostSocket>,
     pub(super) queue: Queue,
     /// Whether a virtio header is in front of every packet.
     pub(super) vnet_hdr: bool,
-    /// `UDP_SEGMENT` may be used; goes off at run time.
-    pub(super) runs: AtomicBool,
+    /// The socket knows `UDP_SEGMENT`.
+    pub(super) runs: bool,
     pub(super) rules: Rules,
     /// One of the two threads is to end, so the other must.
     pub(super) over: AtomicBool,
@@ -50,58 +59,90 @@ impl Link<'_> {
 
 /// Forwards until told to stop, by `stop` hanging up.
 pub(super) fn run(shared: &Shared, settings: &Settings, stop: &PipeReader) {
-    if catch_unwind(AssertUnwindSafe(|| forward(shared, settings, stop.as_fd()))).is_err() {
-        tracing::error!("the udp backend's thread ended by a panic");
-        shared.tell_problem("its thread ended by a panic: a bug".into());
+    supervise(shared, stop.as_fd(), || forward(shared, settings, stop.as_fd()));
+}
+
+/// Until `forward` returns; begins it again whenever it panics. Nothing that the panic may have left half done is used
+/// again: socket, queue and memory are new.
+fn supervise(shared: &Shared, stop: BorrowedFd<'_>, mut forward: impl FnMut()) {
+    let mut pause = Pause::new(PANIC_WAIT);
+    loop {
+        let began = Instant::now();
+        if catch_unwind(AssertUnwindSafe(&mut forward)).is_ok() {
+            return;
+        }
+        let times = shared.panics.fetch_add(1, Relaxed) + 1;
+        tracing::error!(times, "a thread of the udp backend panicked: a bug; its threads start anew");
+        shared.tell_problem("one of its threads panicked: a bug; they start anew");
+        if is_stopped_within(stop, pause.after(began.elapsed())) {
+            return;
+        }
     }
 }
 
 fn forward(shared: &Shared, settings: &Settings, stop: BorrowedFd<'_>) {
     let mut egress = Egress::new();
     let mut ingress = Ingress::new();
-    let open = || Ok((Socket::open(settings.listen, &settings.offloads)?, HostSocket::open()?));
-    let Some((socket, host)) =
-        acquire(shared, stop, SOCKET_WAIT, open, |error: &io::Error| format!("{}: {error}", settings.listen))
-    else {
-        return;
-    };
+    let open = || Socket::open(settings.listen, &settings.offloads);
+    let problem = |error: &io::Error| format!("{}: {error}", settings.listen);
+    let Some(socket) = acquire(shared, stop, SOCKET_WAIT, open, problem) else { return };
     for (offload, outcome) in socket.outcomes() {
         shared.tell_outcome(*offload, outcome.clone());
     }
-    let mut runs = socket.outcomes().get(&Offload::UdpSegment) == Some(&Outcome::InUse);
+    let runs = socket.outcomes().get(&Offload::UdpSegment) == Some(&Outcome::InUse);
+    let mut host = None;
+    let mut pause = Pause::new(LINK_WAIT);
     loop {
+        if host.is_none() {
+            host = open_host_socket(shared);
+        }
         let attached = acquire(shared, stop, DEVICE_WAIT, || attach(settings), AttachError::to_string);
         let Some((queue, outcomes)) = attached else { return };
         let in_use = |offload| outcomes.get(&offload) == Some(&Outcome::InUse);
         let link = Link {
             shared,
             socket: &socket,
-            host: &host,
+            host: host.as_ref(),
             vnet_hdr: in_use(Offload::VnetHdr),
             rules: Rules { tcp: in_use(Offload::CoalesceTcp), udp: in_use(Offload::CoalesceUdp) },
             queue,
-            runs: AtomicBool::new(runs),
+            runs,
             over: AtomicBool::new(false),
         };
-        for (offload, outcome) in outcomes {
+        // The socket's as well: what was refused in use is tried again.
+        for (offload, outcome) in socket.outcomes().clone().into_iter().chain(outcomes) {
             shared.tell_outcome(offload, outcome);
         }
         shared.tell_works(settings);
-        if let Err(error) = turn::forward(&link, &mut egress, &mut ingress, stop) {
-            shared.tell_problem(format!("no thread: {error}"));
-            if is_stopped_within(stop, SOCKET_WAIT.1) {
-                return;
-            }
-        }
+        let began = Instant::now();
+        let ended = turn::forward(&link, &mut egress, &mut ingress, stop);
         if shared.is_stopped() {
             return;
         }
-        runs = link.runs.load(Relaxed);
-        shared.tell_problem(format!("device {} is gone", settings.device));
-        shared.device_lost.fetch_add(1, Relaxed);
-        // Whatever the reason, not at once: one that stays must not keep a core busy.
-        if is_stopped_within(stop, DEVICE_WAIT.0) {
+        match ended {
+            Ok(()) => {
+                shared.tell_problem(&format!("device {} is gone", settings.device));
+                shared.device_lost.fetch_add(1, Relaxed);
+            }
+            Err(error) => shared.tell_problem(&format!("no second thread: {error}")),
+        }
+        // A queue that nobody reads must not swallow packets meanwhile.
+        drop(link);
+        if is_stopped_within(stop, pause.after(began.elapsed())) {
             return;
+        }
+    }
+}
+
+fn open_host_socket(shared: &Shared) -> Option<HostSocket> {
+    match HostSocket::open() {
+        Ok(socket) => {
+            shared.tell_icmp(None);
+            Some(socket)
+        }
+        Err(error) => {
+            shared.tell_icmp(Some(format!("a raw socket, which needs CAP_NET_RAW: {error}")));
+            None
         }
     }
 }
@@ -110,19 +151,19 @@ fn forward(shared: &Shared, settings: &Settings, stop: BorrowedFd<'_>) {
 fn acquire<T, E>(
     shared: &Shared,
     stop: BorrowedFd<'_>,
-    (mut wait, longest): (Duration, Duration),
+    waits: (Duration, Duration),
     mut attempt: impl FnMut() -> Result<T, E>,
     problem: impl Fn(&E) -> String,
 ) -> Option<T> {
+    let mut pause = Pause::new(waits);
     loop {
         match attempt() {
             Ok(value) => return Some(value),
-            Err(error) => shared.tell_problem(problem(&error)),
+            Err(error) => shared.tell_problem(&problem(&error)),
         }
-        if is_stopped_within(stop, wait) {
+        if is_stopped_within(stop, pause.after(Duration::ZERO)) {
             return None;
         }
-        wait = (wait * 2).min(longest);
     }
 }
 
@@ -213,6 +254,40 @@ fn ask_for_super_packets(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::udp::{Local, PeerTable, SourcePolicy};
+
+    fn shared() -> Shared {
+        let network = "10.5.0.0/16".parse().expect("network");
+        let local = Local { network, subnets: vec![], device_addr: std::net::Ipv4Addr::new(10, 5, 1, 0) };
+        Shared::new(PeerTable::new(local, SourcePolicy::default(), []))
+    }
+
+    #[test]
+    fn what_panics_is_begun_again_and_counted_until_it_is_stopped() {
+        let (shared, (hang_up, stop)) = (shared(), io::pipe().expect("pipe"));
+        let mut begun = 0;
+        supervise(&shared, hang_up.as_fd(), || {
+            begun += 1;
+            assert!(begun == 3, "the first two times");
+            shared.tell_works(&settings());
+        });
+        assert_eq!((begun, shared.panics.load(Relaxed)), (3, 2));
+        assert_eq!(shared.told().trouble.problem(), None);
+
+        let mut stop = Some(stop);
+        supervise(&shared, hang_up.as_fd(), || {
+            drop(stop.take());
+            panic!("while it is stopped");
+        });
+        assert_eq!(shared.panics.load(Relaxed), 3, "not begun again");
+        let problem = shared.told().trouble.problem().cloned();
+        assert!(problem.is_some_and(|problem| problem.contains("panicked")), "and it says so meanwhile");
+    }
+
+    fn settings() -> Settings {
+        let device = "flannel0".parse().expect("name");
+        Settings { device, listen: "192.0.2.1:8285".parse().expect("address"), offloads: Default::default() }
+    }
 
     #[test]
     fn a_kernel_without_udp_super_packets_still_gives_those_of_tcp() {

@@ -12,6 +12,7 @@
 //! only what datagrams fill is ever touched, 0.2 MiB for the rest; in the kernel at most what the socket's two buffers
 //! hold (`socket`) and the device's queue.
 
+mod again;
 pub mod checksum;
 pub mod coalesce;
 pub mod counters;
@@ -31,6 +32,7 @@ pub mod peers;
 pub mod reference;
 pub mod segment;
 mod socket;
+mod told;
 mod turn;
 pub mod virtio;
 
@@ -40,6 +42,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use weft_shared::IfName;
@@ -49,6 +52,7 @@ pub use offload::{Offload, Offloads, Outcome, Outcomes};
 pub use peers::{Local, Peer, PeerTable, SourcePolicy};
 
 use counters::Direction;
+use told::{Say, Told};
 
 /// What the threads are started with; another value takes another [`Forwarder`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,6 +81,8 @@ pub struct State {
     pub problem: Option<String>,
     /// What became of each capability; one that has not been tried yet is absent.
     pub offloads: Outcomes,
+    /// Why no ICMP errors are sent; everything else is forwarded.
+    pub icmp_problem: Option<String>,
     pub counters: Counters,
 }
 
@@ -88,14 +94,8 @@ struct Shared {
     egress: Direction,
     ingress: Direction,
     device_lost: AtomicU64,
+    panics: AtomicU64,
     told: Mutex<Told>,
-}
-
-/// Written when something changes, never on behalf of a packet.
-#[derive(Debug, Default)]
-struct Told {
-    problem: Option<String>,
-    offloads: Outcomes,
 }
 
 impl Forwarder {
@@ -103,14 +103,7 @@ impl Forwarder {
     /// until they have both, and [`State::problem`] says what is missing. They work in the network namespace of the
     /// calling thread.
     pub fn start(settings: Settings, peers: PeerTable) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
-            stopped: AtomicBool::new(false),
-            peers: ArcSwap::from_pointee(peers),
-            egress: Direction::default(),
-            ingress: Direction::default(),
-            device_lost: AtomicU64::new(0),
-            told: Mutex::new(Told { problem: Some("not started yet".into()), offloads: Outcomes::new() }),
-        });
+        let shared = Arc::new(Shared::new(peers));
         let (hang_up, stop) = io::pipe()?;
         let thread = std::thread::Builder::new().name("udp-egress".into()).spawn({
             let (shared, settings) = (Arc::clone(&shared), settings.clone());
@@ -129,12 +122,13 @@ impl Forwarder {
     }
 
     pub fn state(&self) -> State {
-        let Shared { egress, ingress, device_lost, .. } = &*self.shared;
+        let Shared { egress, ingress, device_lost, panics, .. } = &*self.shared;
         let (icmp_sent, icmp_suppressed) = egress.icmp();
         let told = self.shared.told();
         State {
-            problem: told.problem.clone(),
+            problem: told.trouble.problem().cloned(),
             offloads: told.offloads.clone(),
+            icmp_problem: told.icmp_problem.clone(),
             counters: Counters {
                 sent: egress.traffic(),
                 received: ingress.traffic(),
@@ -143,13 +137,18 @@ impl Forwarder {
                 icmp_sent,
                 icmp_suppressed,
                 device_lost: device_lost.load(Relaxed),
+                panics: panics.load(Relaxed),
             },
         }
     }
-}
 
-impl Drop for Forwarder {
-    fn drop(&mut self) {
+    /// Ends the threads; nothing is counted any more when it returns.
+    pub fn stop(mut self) -> Counters {
+        self.end();
+        self.state().counters
+    }
+
+    fn end(&mut self) {
         // Busy threads look at the one, idle ones wake by the other.
         self.shared.stopped.store(true, Relaxed);
         drop(self.stop.take());
@@ -159,7 +158,25 @@ impl Drop for Forwarder {
     }
 }
 
+impl Drop for Forwarder {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
 impl Shared {
+    fn new(peers: PeerTable) -> Self {
+        Self {
+            stopped: AtomicBool::new(false),
+            peers: ArcSwap::from_pointee(peers),
+            egress: Direction::default(),
+            ingress: Direction::default(),
+            device_lost: AtomicU64::new(0),
+            panics: AtomicU64::new(0),
+            told: Mutex::new(Told::not_started()),
+        }
+    }
+
     fn is_stopped(&self) -> bool {
         self.stopped.load(Relaxed)
     }
@@ -168,27 +185,32 @@ impl Shared {
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says it in the log as well, once.
-    fn tell_problem(&self, problem: String) {
-        let mut told = self.told();
-        if told.problem.as_ref() != Some(&problem) {
-            tracing::warn!(problem, "the udp backend does not forward");
-            told.problem = Some(problem);
+    /// Says it in the log as well, once, and as a warning when it stays.
+    fn tell_problem(&self, problem: &str) {
+        let say = self.told().trouble.met(problem, Instant::now());
+        match say {
+            Say::Nothing => {}
+            Say::Quietly => tracing::debug!(problem, "the udp backend does not forward yet"),
+            Say::Warning => tracing::warn!(problem, "the udp backend does not forward"),
         }
     }
 
     fn tell_works(&self, settings: &Settings) {
-        self.told().problem = None;
+        self.told().trouble.over(Instant::now());
         tracing::info!(device = %settings.device, listen = %settings.listen, "the udp backend forwards");
     }
 
     fn tell_outcome(&self, offload: Offload, outcome: Outcome) {
-        let mut told = self.told();
-        if told.offloads.get(&offload) != Some(&outcome) {
-            if let Outcome::Refused(how) = &outcome {
-                tracing::info!(%offload, how, "done without: the kernel refuses it");
-            }
-            told.offloads.insert(offload, outcome);
+        let how = outcome.to_string();
+        if self.told().outcome(offload, outcome) == Say::Quietly {
+            tracing::info!(%offload, how, "done without: the kernel refuses it");
+        }
+    }
+
+    /// `None`: they are sent.
+    fn tell_icmp(&self, problem: Option<String>) {
+        if let (Some(problem), true) = (problem.clone(), self.told().icmp(problem)) {
+            tracing::warn!(problem, "the udp backend forwards, and sends no ICMP errors");
         }
     }
 }

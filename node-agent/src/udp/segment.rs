@@ -75,6 +75,13 @@ impl<'a> Segments<'a> {
         Ok(Self { rest })
     }
 
+    /// How many packets a read stands for, good or bad, as far as that can be told; at least one.
+    pub fn count(header: &VirtioHeader, packet: &[u8]) -> usize {
+        let Some(gso) = header.gso else { return 1 };
+        let payload = Layout::of(packet).map_or(0, |layout| packet.len() - layout.headers);
+        payload.div_ceil(usize::from(gso.size).max(1)).max(1)
+    }
+
     /// How many packets are still to come.
     pub fn remaining(&self) -> usize {
         match &self.rest {

@@ -69,7 +69,7 @@ pub(super) struct HostSocket(socket2::Socket);
 const RAW: i32 = 255;
 
 impl HostSocket {
-    /// In the network namespace of the calling thread; needs CAP_NET_RAW.
+    /// In the network namespace of the calling thread; needs CAP_NET_RAW, without which everything else is forwarded.
     pub(super) fn open() -> io::Result<Self> {
         let socket = socket2::Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(RAW)))?;
         socket.set_nonblocking(true)?;

@@ -31,34 +31,52 @@ struct Turn<'a> {
     ended: (PipeReader, PipeWriter),
 }
 
-/// Returns when the device is gone or the stop has been asked for.
+/// Returns when the device is gone or the stop has been asked for; panics when one of the threads does.
 pub(super) fn forward(
     link: &Link<'_>,
     egress: &mut Egress,
     ingress: &mut Ingress,
     stop: BorrowedFd<'_>,
 ) -> io::Result<()> {
+    forward_by(link, egress, ingress, stop, |ingress| ingress.serve(link, QUIET_BATCHES))
+}
+
+/// `serve` is what the second thread does with its turn.
+pub(super) fn forward_by(
+    link: &Link<'_>,
+    egress: &mut Egress,
+    ingress: &mut Ingress,
+    stop: BorrowedFd<'_>,
+    serve: impl Fn(&mut Ingress) + Sync,
+) -> io::Result<()> {
+    egress.begin(link.runs);
     ingress.begin(link.rules);
     let turn = Turn { ingress: Mutex::new(ingress), is_seconds: AtomicBool::new(false), ended: io::pipe()? };
     thread::scope(|scope| {
-        let second =
-            thread::Builder::new().name("udp-ingress".into()).spawn_scoped(scope, || turn.second(link))?;
-        let end = End { link, second: second.thread().clone() };
+        let second = thread::Builder::new().name("udp-ingress".into()).spawn_scoped(scope, || {
+            let _end = End { link, turn: &turn, second: thread::current() };
+            turn.second(link, &serve);
+        })?;
+        let end = End { link, turn: &turn, second: second.thread().clone() };
         turn.first(link, egress, &end.second, stop);
         Ok(())
     })
 }
 
-/// Ends the second thread, also when the first one panics: the scope would wait for ever.
-struct End<'a> {
+/// Held by either thread, ends the other one, also by a panic: one that lives on alone would carry packets one way, and
+/// nobody would know. The scope passes the panic on.
+struct End<'a, 'i> {
     link: &'a Link<'a>,
+    turn: &'a Turn<'i>,
     second: Thread,
 }
 
-impl Drop for End<'_> {
+impl Drop for End<'_, '_> {
     fn drop(&mut self) {
         self.link.over.store(true, Ordering::Relaxed);
         self.second.unpark();
+        // Where the first one waits for the end of the turn in which this comes.
+        let _ = (&self.turn.ended.1).write(&[0]);
     }
 }
 
@@ -127,13 +145,13 @@ impl<'a> Turn<'a> {
         Some((!device.is_empty(), !other.is_empty()))
     }
 
-    fn second(&self, link: &Link<'_>) {
+    fn second(&self, link: &Link<'_>, serve: &impl Fn(&mut Ingress)) {
         while !link.is_over() {
             if !self.is_seconds.load(Ordering::Acquire) {
                 thread::park();
                 continue;
             }
-            self.ingress().serve(link, QUIET_BATCHES);
+            serve(&mut self.ingress());
             self.is_seconds.store(false, Ordering::Release);
             let _ = (&self.ended.1).write(&[0]);
         }

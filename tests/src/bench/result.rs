@@ -230,6 +230,8 @@ pub mod tests {
             icmp_errors_sent: 0,
             icmp_errors_suppressed: 0,
             device_lost: 0,
+            icmp_problem: None,
+            panics: 0,
         }
     }
 

@@ -1,4 +1,5 @@
 //! Two network namespaces with an underlay between them, a forwarder's device in each, and what pods would do.
+#![expect(unsafe_code, reason = "capset has no safe wrapper")]
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -9,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::libc;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::socket::{setsockopt, sockopt};
 
@@ -148,6 +150,20 @@ impl Node {
     pub(super) fn ping(&self, to: Ipv4Addr) {
         self.netns.run(|| command("ping", &format!("-n -c 3 -i 0.01 -W 5 {to}")));
     }
+}
+
+/// Takes CAP_NET_RAW from the calling thread and those that it starts.
+pub(super) fn forgo_raw_sockets() {
+    // linux/capability.h: version 3 and "this thread"; twice effective, permitted and inheritable.
+    let (mut header, mut sets) = ([0x2008_0522_u32, 0], [0_u32; 6]);
+    const CAP_NET_RAW: u32 = 13;
+    // SAFETY: both calls read or write the two structures of capability.h, which have 8 and 24 bytes, as the arrays.
+    let results = unsafe {
+        let got = libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr());
+        sets[0] &= !(1 << CAP_NET_RAW);
+        (got, libc::syscall(libc::SYS_capset, header.as_mut_ptr(), sets.as_ptr()))
+    };
+    assert_eq!(results, (0, 0), "{}", std::io::Error::last_os_error());
 }
 
 pub(super) fn device() -> weft_shared::IfName {

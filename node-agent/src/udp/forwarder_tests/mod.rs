@@ -4,12 +4,24 @@ mod bed;
 mod guard;
 
 use std::net::UdpSocket;
+use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
+use std::time::Instant;
 
+use nix::sys::socket::{setsockopt, sockopt};
+
+use super::coalesce::Rules;
+use super::egress::Egress;
+use super::ingress::Ingress;
+use super::link::Link;
+use super::socket::Socket;
 use super::*;
+use crate::tun::Queue;
 use bed::{
-    DEADLINE, Node, connected, datagrams, dropped_sending, eventually, forwards, stream, uninterrupted,
+    DEADLINE, Node, connected, datagrams, dropped_sending, eventually, forgo_raw_sockets, forwards, stream,
+    uninterrupted,
 };
 
 #[test]
@@ -131,6 +143,125 @@ fn a_device_taken_away_under_traffic_is_attached_to_anew() {
     });
     one.ping(two.pod());
     stream(&one, &two, 1 << 20);
+}
+
+/// The first one would carry packets one way, and nobody would know.
+#[test]
+fn a_panic_of_the_second_thread_ends_the_first_one_as_well() {
+    let (one, two) = Node::pair();
+    let (hang_up, stop) = io::pipe().expect("pipe");
+    let settings = one.settings(&Offloads::default());
+    let shared = Shared::new(one.table([two.peer()]));
+    let (socket, queue) = one.netns.run(|| {
+        let socket = Socket::open(settings.listen, &settings.offloads).expect("socket");
+        (socket, Queue::attach(&settings.device, true).expect("queue"))
+    });
+    // Load, which makes it the second one's turn.
+    let peer = one.netns.run(|| UdpSocket::bind("192.0.2.1:0").expect("bind"));
+    for _ in 0..64 {
+        peer.send_to(&[0; 30], one.underlay()).expect("sent");
+    }
+    let link = Link {
+        shared: &shared,
+        socket: &socket,
+        host: None,
+        queue,
+        vnet_hdr: true,
+        runs: true,
+        rules: Rules { tcp: true, udp: true },
+        over: AtomicBool::new(false),
+    };
+    let forward = || {
+        let (mut egress, mut ingress) = (Egress::new(), Ingress::new());
+        turn::forward_by(&link, &mut egress, &mut ingress, hang_up.as_fd(), |_| panic!("a bug"))
+    };
+    let (ended, result) = thread::scope(|scope| {
+        let forwarding = scope.spawn(|| catch_unwind(AssertUnwindSafe(forward)));
+        let end = Instant::now() + DEADLINE;
+        while !forwarding.is_finished() && Instant::now() < end {
+            thread::yield_now();
+        }
+        let ended = forwarding.is_finished();
+        shared.stopped.store(true, SeqCst);
+        drop(stop);
+        (ended, forwarding.join().expect("caught"))
+    });
+    assert!(ended, "not by itself");
+    assert!(result.is_err(), "the panic is passed on");
+}
+
+#[test]
+fn without_the_right_to_raw_sockets_packets_are_carried_and_it_says_what_is_missing() {
+    let (one, two) = Node::pair();
+    let first = one.netns.run(|| {
+        forgo_raw_sockets();
+        let table = one.table([two.peer()]);
+        Forwarder::start(one.settings(&Offloads::default()), table).expect("threads")
+    });
+    let second = two.start(&Offloads::default(), &[one.peer()]);
+    for (node, forwarder) in [(&one, &first), (&two, &second)] {
+        forwards(forwarder);
+        node.passes_packets();
+    }
+    let problem = "a raw socket, which needs CAP_NET_RAW: Operation not permitted (os error 1)";
+    assert_eq!(first.state().icmp_problem.as_deref(), Some(problem));
+    assert_eq!(second.state().icmp_problem, None);
+    one.ping(two.pod());
+    stream(&one, &two, 1 << 20);
+    let socket = one.netns.run(|| UdpSocket::bind((one.pod(), 0)).expect("bind"));
+    socket.send_to(b"nobody", "10.5.9.1:9").expect("sent");
+    eventually("it is dropped", || dropped_sending(&first, DropReason::NoRoute) == 1);
+    let counters = first.state().counters;
+    assert_eq!((counters.icmp_sent, counters.icmp_suppressed), (0, 0));
+}
+
+#[test]
+fn every_packet_of_a_dropped_super_packet_is_counted() {
+    let (one, _two, first, _second) = connected(&Offloads::default());
+    let socket = one.netns.run(|| UdpSocket::bind((one.pod(), 0)).expect("bind"));
+    setsockopt(&socket, sockopt::UdpGsoSegment, &100).expect("UDP_SEGMENT");
+    socket.send_to(&[0; 950], "10.5.9.1:9").expect("sent");
+    eventually("something is dropped", || dropped_sending(&first, DropReason::NoRoute) > 0);
+    assert_eq!(dropped_sending(&first, DropReason::NoRoute), 10);
+}
+
+/// Each message by itself would wait for room in vain.
+#[test]
+fn an_underlay_that_takes_nothing_costs_a_batch_one_wait() {
+    let offloads = Offloads::default().without(Offload::UdpSegment).without(Offload::TunUso);
+    let (one, two, first, _second) = connected(&offloads);
+    one.netns.run(|| {
+        bed::command("tc", "qdisc add dev eth0 root tbf rate 8kbit burst 10000 limit 100000000");
+    });
+    let socket = one.netns.run(|| UdpSocket::bind((one.pod(), 0)).expect("bind"));
+    eventually("batch after batch is dropped", || {
+        for _ in 0..50 {
+            let _ = socket.send_to(&[0; 1400], (two.pod(), 9));
+        }
+        dropped_sending(&first, DropReason::SendFailed) > 2000
+    });
+}
+
+#[test]
+fn a_stopped_forwarder_has_counted_everything() {
+    let (one, two, mut first, _second) = connected(&Offloads::default());
+    let socket = one.netns.run(|| UdpSocket::bind((one.pod(), 0)).expect("bind"));
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _over = Over(&over);
+        scope.spawn(|| {
+            while !over.load(SeqCst) {
+                let _ = socket.send_to(&[0; 500], (two.pod(), 9));
+            }
+        });
+        for _ in 0..10 {
+            eventually("it is under load", || first.state().counters.sent.packets > 1000);
+            let shared = Arc::clone(&first.shared);
+            let counters = first.stop();
+            assert_eq!(counters.sent, shared.egress.traffic(), "nothing after that");
+            first = one.start(&Offloads::default(), &[two.peer()]);
+        }
+    });
 }
 
 #[test]

@@ -12,7 +12,6 @@ use std::net::{IpAddr, Ipv4Addr};
 use ipnetwork::IpNetwork;
 use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
 use weft_shared::names::{ROUTE_PROTOCOL, UDP_DEVICE, UDP_ROUTE_METRIC};
-use weft_shared::netconf::NetworkConfig;
 use weft_shared::{IfName, Subnet};
 
 use super::{Dataplane, LocalNode, Wanted, public_addr};
@@ -120,6 +119,8 @@ impl Dataplane for UdpPlane {
 
 #[cfg(test)]
 mod tests {
+    use weft_shared::netconf::NetworkConfig;
+
     use super::*;
     use crate::dataplane::Backend;
     use crate::underlay::Underlay;

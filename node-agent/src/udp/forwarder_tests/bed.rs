@@ -15,7 +15,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::tun;
-use crate::udp::{DropReason, Forwarder, Local, Offloads, Peer, PeerTable, Settings, SourcePolicy};
+use crate::udp::{DropReason, Forwarder, Local, Offload, Offloads, Peer, PeerTable, Settings, SourcePolicy};
 
 pub(super) const PORT: u16 = 8285;
 pub(super) const DEADLINE: Duration = Duration::from_secs(20);
@@ -64,6 +64,14 @@ pub(super) fn command(program: &str, args: &str) -> String {
         .unwrap_or_else(|error| panic!("{program} is installed: {error}"));
     assert!(output.status.success(), "{program} {args}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Whether this kernel has it at all: UDP super-packets came to TUN devices with Linux 6.2.
+pub(super) fn knows(offload: Offload) -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("procfs");
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    let mut next = || numbers.next().and_then(|number| number.parse::<u32>().ok()).expect("a number");
+    !matches!(offload, Offload::TunUso | Offload::CoalesceUdp) || (next(), next()) >= (6, 2)
 }
 
 /// Number 1 and number 2.

@@ -216,4 +216,6 @@ impl Shared {
 }
 
 #[cfg(test)]
+mod allocation_tests;
+#[cfg(test)]
 mod forwarder_tests;

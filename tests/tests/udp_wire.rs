@@ -198,6 +198,8 @@ fn what_cannot_go_on_is_answered_as_by_any_router() -> Result<()> {
         const AT_ONCE: f64 = 50.0;
         const PER_SECOND: f64 = 1_000.0;
         let node = &cluster.nodes[0];
+        // All of it has room in the device's queue, however late it is read.
+        node.netns().ip(&format!("link set flannel0 txqueuelen {}", 2 * STORM))?;
         let (before, unroutable) = (node.packet_path()?, node.dropped("sent", "no-route")?);
         let socket = near.netns.enter(|| Ok(UdpSocket::bind("0.0.0.0:0")?))?;
         let start = Instant::now();

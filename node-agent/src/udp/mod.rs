@@ -26,6 +26,7 @@ pub mod layout;
 mod link;
 pub mod offload;
 mod outbox;
+mod pace;
 pub mod packet;
 pub mod peers;
 #[cfg(any(test, fuzzing))]

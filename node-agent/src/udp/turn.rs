@@ -10,12 +10,14 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
+use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::egress::{Egress, READS, Read};
 use super::ingress::{Came, Ingress};
 use super::link::Link;
+use super::pace::{GATHER, Pace};
 
 /// Up to so many packets at a time the device is asked through `poll` whether there is more: fewer calls than reading
 /// until nothing comes.
@@ -63,6 +65,11 @@ pub(super) fn forward_by(
     })
 }
 
+#[expect(clippy::disallowed_methods, reason = "time itself is meant")]
+fn gather() {
+    thread::sleep(GATHER);
+}
+
 /// Held by either thread, ends the other one, also by a panic: one that lives on alone would carry packets one way, and
 /// nobody would know. The scope passes the panic on.
 struct End<'a, 'i> {
@@ -84,6 +91,7 @@ impl<'a> Turn<'a> {
     fn first(&self, link: &Link<'_>, egress: &mut Egress, second: &Thread, stop: BorrowedFd<'_>) {
         let (mut device, mut socket) = (true, true);
         let mut most = 1;
+        let mut pace = Pace::new(Instant::now());
         while !link.is_over() {
             let is_seconds = self.is_seconds.load(Ordering::Acquire);
             if socket && !is_seconds {
@@ -101,6 +109,7 @@ impl<'a> Turn<'a> {
             }
             if device {
                 let (end, count) = egress.step(link, most, stop);
+                let flood = count > 0 && pace.gathers(count, Instant::now());
                 match end {
                     Read::Gone => return,
                     Read::Full => {
@@ -112,6 +121,11 @@ impl<'a> Turn<'a> {
                     }
                     Read::Empty if count <= 1 => most = 1,
                     Read::Empty => {}
+                }
+                if flood {
+                    gather();
+                    (most, socket) = (READS, true);
+                    continue;
                 }
             }
             match self.wait(link, stop) {

@@ -47,6 +47,8 @@ pub(super) struct Outbox {
     names: Vec<libc::sockaddr_in>,
     controls: Vec<Control>,
     raw: Vec<libc::mmsghdr>,
+    /// `raw` has a header for each message of the batch as it is.
+    is_ready: bool,
 }
 
 /// What keeps its order.
@@ -120,6 +122,7 @@ impl Outbox {
             names: Vec::with_capacity(DATAGRAMS),
             controls: Vec::with_capacity(DATAGRAMS),
             raw: Vec::with_capacity(DATAGRAMS),
+            is_ready: false,
         }
     }
 
@@ -127,6 +130,27 @@ impl Outbox {
         let mut batch = Batch { outbox: self, payloads: PhantomData };
         batch.clear();
         batch
+    }
+
+    /// Once for a batch, however often what the kernel does not take divides it.
+    fn make_headers(&mut self) {
+        let Self { datagrams, messages, parts, names, controls, raw, .. } = self;
+        parts.clear();
+        names.clear();
+        controls.clear();
+        raw.clear();
+        // All of them first: headers point to parts, names and controls, which must not move any more.
+        for message in messages.iter() {
+            names.push(name(message.to));
+            controls.push(Control::segment_size(message.size as u16));
+            parts.extend(list(datagrams, message.first).flat_map(Datagram::parts));
+        }
+        let mut rest = &mut parts[..];
+        for ((message, name), control) in messages.iter().zip(names.iter_mut()).zip(controls.iter_mut()) {
+            let mine = rest.split_off_mut(..message.parts).unwrap_or_default();
+            raw.push(header(name, mine, (message.segments > 1).then_some(control)));
+        }
+        self.is_ready = true;
     }
 
     /// The message that the datagram may join.
@@ -181,6 +205,7 @@ impl<'p> Batch<'_, 'p> {
     ) {
         let header = part(std::ptr::from_mut(&mut self.headers()[..headers]));
         let outbox = &mut *self.outbox;
+        outbox.is_ready = false;
         outbox.headers_used += headers;
         let index = outbox.datagrams.len() as u32;
         let payload = part(std::ptr::from_ref(payload).cast_mut());
@@ -230,6 +255,7 @@ impl<'p> Batch<'_, 'p> {
         self.outbox.datagrams.clear();
         self.outbox.messages.clear();
         self.outbox.headers_used = 0;
+        self.outbox.is_ready = false;
         self.outbox.open.fill(NONE);
         self.outbox.flows.fill(0);
         self.outbox.floor = 0;
@@ -237,24 +263,10 @@ impl<'p> Batch<'_, 'p> {
 
     /// Sends messages from `from` on, each as it is; says how many the kernel took, or why it did not take the first.
     pub(super) fn send(&mut self, socket: BorrowedFd<'_>, from: usize) -> Result<usize, Errno> {
-        let Outbox { datagrams, messages, parts, names, controls, raw, .. } = &mut *self.outbox;
-        let messages = &messages[from..];
-        parts.clear();
-        names.clear();
-        controls.clear();
-        raw.clear();
-        // All of them first: headers point to parts, names and controls, which must not move any more.
-        for message in messages {
-            names.push(name(message.to));
-            controls.push(Control::segment_size(message.size as u16));
-            parts.extend(list(datagrams, message.first).flat_map(Datagram::parts));
+        if !self.outbox.is_ready {
+            self.outbox.make_headers();
         }
-        let mut rest = &mut parts[..];
-        for ((message, name), control) in messages.iter().zip(names.iter_mut()).zip(controls.iter_mut()) {
-            let mine = rest.split_off_mut(..message.parts).unwrap_or_default();
-            raw.push(header(name, mine, (message.segments > 1).then_some(control)));
-        }
-        transmit(socket, raw)
+        transmit(socket, &mut self.outbox.raw[from..])
     }
 
     /// Sends the datagrams of one message from `from` on the plain way, each by itself.
@@ -264,7 +276,8 @@ impl<'p> Batch<'_, 'p> {
         message: usize,
         from: usize,
     ) -> Result<usize, Errno> {
-        let Outbox { datagrams, messages, parts, names, raw, .. } = &mut *self.outbox;
+        let Outbox { datagrams, messages, parts, names, raw, is_ready, .. } = &mut *self.outbox;
+        *is_ready = false;
         let message = messages[message];
         parts.clear();
         names.clear();
@@ -357,8 +370,8 @@ fn list(datagrams: &[Datagram], first: u32) -> impl Iterator<Item = &Datagram> {
 }
 
 fn transmit(socket: BorrowedFd<'_>, raw: &mut [libc::mmsghdr]) -> Result<usize, Errno> {
-    // SAFETY: every pointer in `raw` was set just now: names, controls and parts are the outbox's and nothing has
-    // touched them since; parts lead to its headers and to payloads that the batch borrows. The kernel writes to
+    // SAFETY: every pointer in `raw` was set since the batch last changed: names, controls and parts are the outbox's and
+    // nothing has touched them since; parts lead to its headers and to payloads that the batch borrows. The kernel writes to
     // `msg_len` alone.
     //
     // The system call itself: musl's sendmmsg makes a sendmsg of each message, because its fields are narrower than the
@@ -514,5 +527,25 @@ mod tests {
                 assert_eq!(buffer[..len], wanted, "{index}");
             }
         }
+    }
+
+    #[test]
+    fn what_comes_behind_a_message_sent_plainly_is_sent_once_and_as_it_is() {
+        let receiver = std::net::UdpSocket::bind("127.0.0.1:0").expect("bind");
+        let sender = std::net::UdpSocket::bind("127.0.0.1:0").expect("bind");
+        let Ok(std::net::SocketAddr::V4(to)) = receiver.local_addr() else { panic!("IPv4") };
+        let payload = [7; 300];
+        let mut outbox = Outbox::new();
+        let mut batch = outbox.begin();
+        for size in [100, 100, 200, 300] {
+            batch.push(to, 0, &payload[..size], Flow::Of(1), Join::SameSize);
+        }
+        let socket = std::os::fd::AsFd::as_fd(&sender);
+        assert_eq!(batch.send(socket, 0), Ok(3));
+        assert_eq!(batch.send_plainly(socket, 0, 0), Ok(2));
+        assert_eq!(batch.send(socket, 1), Ok(2));
+        assert_eq!(batch.send(socket, 2), Ok(1), "again from the middle");
+        let sizes: Vec<_> = (0..9).map(|_| receiver.recv(&mut [0; 400]).expect("received")).collect();
+        assert_eq!(sizes, [100, 100, 200, 300, 100, 100, 200, 300, 300]);
     }
 }

@@ -92,12 +92,19 @@ impl Egress {
         self.runs = Runs::new(runs);
     }
 
-    /// Reads up to `most` times and sends what came; says how many reads gave something.
-    pub(super) fn step(&mut self, link: &Link<'_>, most: usize, stop: BorrowedFd<'_>) -> (Read, usize) {
+    /// Reads up to `most` times and sends what came; says how many reads gave something. `full` is told before the
+    /// socket, which has no room, is waited for.
+    pub(super) fn step(
+        &mut self,
+        link: &Link<'_>,
+        most: usize,
+        stop: BorrowedFd<'_>,
+        full: &dyn Fn(),
+    ) -> (Read, usize) {
         let end = self.read(most, |buffer| read(&link.queue, buffer));
         if !self.reads.is_empty() {
             let table = link.shared.peers.load();
-            self.pass(link, &table, stop);
+            self.pass(link, &table, stop, full);
         }
         self.tally.publish(&link.shared.egress);
         if self.failures >= FAILURES {
@@ -134,11 +141,11 @@ impl Egress {
         Read::Full
     }
 
-    fn pass(&mut self, link: &Link<'_>, table: &PeerTable, stop: BorrowedFd<'_>) {
+    fn pass(&mut self, link: &Link<'_>, table: &PeerTable, stop: BorrowedFd<'_>, full: &dyn Fn()) {
         let Self { arena, reads, outbox, limit, tally, runs, .. } = self;
         let may_run = runs.may_be_tried();
         let patience = Patience::default();
-        let mut out = Out { link, stop, batch: outbox.begin(), tally, runs, may_run, patience };
+        let mut out = Out { link, stop, full, batch: outbox.begin(), tally, runs, may_run, patience };
         let (mut rest, mut at) = (&mut **arena, 0);
         for (start, len) in reads.iter().copied() {
             let (bytes, behind) = rest.split_at_mut(start - at + len);
@@ -156,6 +163,7 @@ impl Egress {
 struct Out<'a, 'p> {
     link: &'a Link<'a>,
     stop: BorrowedFd<'a>,
+    full: &'a dyn Fn(),
     batch: Batch<'a, 'p>,
     tally: &'a mut Tally,
     runs: &'a mut Runs,
@@ -293,6 +301,7 @@ impl<'p> Out<'_, 'p> {
                 Err(Errno::EAGAIN) if !self.link.is_over() => {
                     let Some(left) = self.patience.left(Instant::now()) else { return Err(Errno::EAGAIN) };
                     let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+                    (self.full)();
                     wait_for(self.link.socket.as_fd(), PollFlags::POLLOUT, self.stop, timeout);
                 }
                 result => return result,

@@ -12,6 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
 use std::time::Instant;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::egress::{Egress, READS, Read};
@@ -29,7 +30,7 @@ struct Turn<'a> {
     /// Locked by whose turn it is, so that nobody ever waits for it.
     ingress: Mutex<&'a mut Ingress>,
     is_seconds: AtomicBool,
-    /// A byte for each turn that ends.
+    /// A byte for each turn that ends; a full one says enough, and is not waited for.
     ended: (PipeReader, PipeWriter),
 }
 
@@ -53,7 +54,11 @@ pub(super) fn forward_by(
 ) -> io::Result<()> {
     egress.begin(link.runs);
     ingress.begin(link.rules);
-    let turn = Turn { ingress: Mutex::new(ingress), is_seconds: AtomicBool::new(false), ended: io::pipe()? };
+    let ended = io::pipe()?;
+    for end in [ended.0.as_fd(), ended.1.as_fd()] {
+        fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    }
+    let turn = Turn { ingress: Mutex::new(ingress), is_seconds: AtomicBool::new(false), ended };
     thread::scope(|scope| {
         let second = thread::Builder::new().name("udp-ingress".into()).spawn_scoped(scope, || {
             let _end = End { link, turn: &turn, second: thread::current() };
@@ -92,6 +97,10 @@ impl<'a> Turn<'a> {
         let (mut device, mut socket) = (true, true);
         let mut most = 1;
         let mut pace = Pace::new(Instant::now());
+        let hand_over = || {
+            self.is_seconds.store(true, Ordering::Release);
+            second.unpark();
+        };
         while !link.is_over() {
             let is_seconds = self.is_seconds.load(Ordering::Acquire);
             if socket && !is_seconds {
@@ -101,14 +110,14 @@ impl<'a> Turn<'a> {
                     Came::Few => device = true,
                     Came::Many => {
                         device = true;
-                        self.is_seconds.store(true, Ordering::Release);
-                        second.unpark();
+                        hand_over();
                     }
                     Came::DeviceGone => return,
                 }
             }
             if device {
-                let (end, count) = egress.step(link, most, stop);
+                // Whoever waits for room to send must not keep what comes from being received.
+                let (end, count) = egress.step(link, most, stop, &hand_over);
                 let flood = count > 0 && pace.gathers(count, Instant::now());
                 match end {
                     Read::Gone => return,
@@ -153,8 +162,7 @@ impl<'a> Turn<'a> {
             return None;
         }
         if is_seconds && !other.is_empty() {
-            // It is there, so this does not wait.
-            let _ = (&self.ended.0).read(&mut [0]);
+            let _ = (&self.ended.0).read(&mut [0; 64]);
         }
         Some((!device.is_empty(), !other.is_empty()))
     }

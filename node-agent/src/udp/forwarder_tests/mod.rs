@@ -166,16 +166,7 @@ fn a_panic_of_the_second_thread_ends_the_first_one_as_well() {
     for _ in 0..64 {
         peer.send_to(&[0; 30], one.underlay()).expect("sent");
     }
-    let link = Link {
-        shared: &shared,
-        socket: &socket,
-        host: None,
-        queue,
-        vnet_hdr: true,
-        runs: true,
-        rules: Rules { tcp: true, udp: true },
-        over: AtomicBool::new(false),
-    };
+    let link = link(&shared, &socket, queue);
     let forward = || {
         let (mut egress, mut ingress) = (Egress::new(), Ingress::new());
         turn::forward_by(&link, &mut egress, &mut ingress, hang_up.as_fd(), |_| panic!("a bug"))
@@ -193,6 +184,51 @@ fn a_panic_of_the_second_thread_ends_the_first_one_as_well() {
     });
     assert!(ended, "not by itself");
     assert!(result.is_err(), "the panic is passed on");
+}
+
+fn link<'a>(shared: &'a Shared, socket: &'a Socket, queue: Queue) -> Link<'a> {
+    Link {
+        shared,
+        socket,
+        host: None,
+        queue,
+        vnet_hdr: true,
+        runs: true,
+        rules: Rules { tcp: true, udp: true },
+        over: AtomicBool::new(false),
+    }
+}
+
+/// Or a slow way out would delay what comes in.
+#[test]
+fn while_the_first_thread_waits_for_room_to_send_the_second_one_receives() {
+    let (one, two) = Node::pair();
+    let (hang_up, stop) = io::pipe().expect("pipe");
+    let settings = one.settings(&Offloads::default());
+    let shared = Shared::new(one.table([two.peer()]));
+    let (socket, queue) = one.netns.run(|| {
+        bed::command("tc", "qdisc add dev eth0 root tbf rate 8kbit burst 10000 limit 100000000");
+        let socket = Socket::open(settings.listen, &settings.offloads).expect("socket");
+        (socket, Queue::attach(&settings.device, true).expect("queue"))
+    });
+    let pod = one.netns.run(|| UdpSocket::bind((one.pod(), 0)).expect("bind"));
+    let link = link(&shared, &socket, queue);
+    let served = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let (mut egress, mut ingress) = (Egress::new(), Ingress::new());
+            let serve = |_: &mut Ingress| served.store(true, SeqCst);
+            turn::forward_by(&link, &mut egress, &mut ingress, hang_up.as_fd(), serve).expect("threads");
+        });
+        let end = Instant::now() + DEADLINE;
+        while !served.load(SeqCst) && Instant::now() < end {
+            let _ = pod.send_to(&[0; 1400], (two.pod(), 9));
+        }
+        link.over.store(true, SeqCst);
+        shared.stopped.store(true, SeqCst);
+        drop(stop);
+    });
+    assert!(served.load(SeqCst), "although nothing came");
 }
 
 #[test]

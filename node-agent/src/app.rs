@@ -37,7 +37,7 @@ const DRAIN: Duration = Duration::from_secs(8);
 pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     info!(version = env!("CARGO_PKG_VERSION"), node = %config.node_name, "weftd starts");
     // Before anything is made or written that another agent may be using.
-    let place = alone::take_place().context("the name that keeps a second weftd out")?;
+    let place = alone::wait_for_place().await.context("the name that keeps a second weftd out")?;
     let _place = place
         .context("another weftd runs in this network namespace: stop it first (systemctl stop weftd)")?;
     let config = Arc::new(config);

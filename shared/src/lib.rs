@@ -17,6 +17,7 @@ pub mod tombstone;
 mod ifname;
 mod json;
 mod mac;
+mod ports;
 mod subnet;
 
 pub use ifname::{BadIfName, IfName};

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::cni::Failure;
 use crate::cni::{ContainerId, NetworkName};
+pub use crate::ports::{PortMapping, Protocol};
 use crate::{IfName, Mac, Subnet};
 
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -60,6 +61,9 @@ pub struct Reserve {
     /// `namespace/name` of the pod, when the runtime said so: for people.
     #[serde(default)]
     pub pod: Option<String>,
+    /// Ports of the host that lead to the pod.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<PortMapping>,
 }
 
 /// What the network configuration asks of the bridge and of this attachment's port.
@@ -103,6 +107,9 @@ pub struct Reservation {
     pub bridge_ifindex: u32,
     pub bridge_mac: Mac,
     pub host_ifname: IfName,
+    /// Those of the request, in place. An agent that knows nothing of them answers none, and is found out by that.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<PortMapping>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

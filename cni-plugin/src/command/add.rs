@@ -48,8 +48,13 @@ pub(crate) fn add(
             requested: interface.requested.clone(),
             bridge: interface.bridge.clone(),
             pod: args.pod,
+            ports: interface.ports.clone(),
         })
         .map_err(unavailable)?;
+    if reserved.ports != interface.ports {
+        let msg = "this weftd does not know of host ports: expected one of the plugin's version, upgrade it";
+        return Err(Failure::new(Code::ProtocolMismatch, msg));
+    }
 
     let mut host = Netlink::open().map_err(|e| Failure::new(Code::Wiring, format!("netlink socket: {e}")))?;
     let plan = Plan::new(&attachment, &interface, &reserved);

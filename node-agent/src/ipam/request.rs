@@ -4,12 +4,13 @@
 use std::collections::BTreeSet;
 
 use weft_shared::cni::Code;
-use weft_shared::protocol::{Failure, Reserve};
+use weft_shared::protocol::{Failure, PortMapping, Reserve};
 
 use crate::pods::PodNetwork;
 
 const MAX_TEXT: usize = 4096;
 const MAX_REQUESTED: usize = 16;
+const MAX_PORTS: usize = 4096;
 /// Every IPv4 host must take datagrams of this size (RFC 791, section 3.2).
 const MIN_MTU: u32 = 68;
 
@@ -39,6 +40,30 @@ pub(super) fn mtu(reserve: &Reserve, network: &PodNetwork) -> Result<u32, Failur
             "mtu = {mtu}: expected {MIN_MTU} to {}, the MTU of the overlay on this node",
             network.mtu
         ))),
+    }
+}
+
+/// What the pod's address and its ports on the host must have in common.
+pub(super) fn check_ports(reserve: &Reserve, network: &PodNetwork) -> Result<(), Failure> {
+    let ports = &reserve.ports;
+    if ports.len() > MAX_PORTS {
+        return Err(invalid(format!("{} ports of the host: expected at most {MAX_PORTS}", ports.len())));
+    }
+    if let Some(none) = ports.iter().find(|port| port.host_port == 0 || port.container_port == 0) {
+        let ends = format!("{none} to {}", none.container_port);
+        return Err(invalid(format!("port of the host = {ends}: expected ports from 1 to 65535")));
+    }
+    if let Some(at) = PortMapping::first_overlap(ports) {
+        return Err(invalid(format!("port {} of the host is asked for twice", ports[at])));
+    }
+    let ipv4 = network.subnet.is_ipv4();
+    let out_of_reach = |port: &&PortMapping| port.host_ip.is_some_and(|ip| !ip.is_unspecified() && ip.is_ipv4() != ipv4);
+    match ports.iter().find(out_of_reach) {
+        Some(port) => {
+            let family = if ipv4 { "IPv4" } else { "IPv6" };
+            Err(invalid(format!("hostIP of port {port}: expected an {family} address, as the pod's is")))
+        }
+        None => Ok(()),
     }
 }
 

@@ -17,6 +17,7 @@ use weft_shared::tombstone::Tombstone;
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::*;
+use crate::firewall::HostPort;
 use crate::pods::{DeviceFacts, NotReady, PodNetwork, SeenVeth};
 
 pub(crate) const BOOT: &str = "7d8e9fa0-0000-4000-8000-000000000001";
@@ -39,6 +40,9 @@ pub(crate) struct World {
     pub(crate) deleted: Vec<IfName>,
     pub(crate) delete_fails: bool,
     pub(crate) bridge_fails: bool,
+    /// As the packet filter has them.
+    pub(crate) host_ports: BTreeSet<HostPort>,
+    pub(crate) host_ports_fail: bool,
     next_ifindex: u32,
 }
 
@@ -52,6 +56,8 @@ impl TestFabric {
             deleted: vec![],
             delete_fails: false,
             bridge_fails: false,
+            host_ports: BTreeSet::new(),
+            host_ports_fail: false,
             next_ifindex: 10,
         };
         Self(Arc::new(Inner { world: Mutex::new(world), gate: Mutex::new(None), ports }))
@@ -111,6 +117,17 @@ impl Fabric for TestFabric {
         if world.veths.remove(name).is_some() {
             world.deleted.push(name.clone());
         }
+        Ok(())
+    }
+
+    async fn ensure_host_ports(&self) -> Result<(), String> {
+        tokio::task::yield_now().await;
+        let published = self.0.ports.borrow().host_ports.clone();
+        let mut world = self.world();
+        if world.host_ports_fail {
+            return Err("no packet filter".into());
+        }
+        world.host_ports = published;
         Ok(())
     }
 
@@ -316,6 +333,7 @@ pub(crate) fn reserve(id: &str) -> Reserve {
             mtu: None,
         },
         pod: Some(format!("default/{id}")),
+        ports: vec![],
     }
 }
 

@@ -51,8 +51,10 @@ impl<F: Fabric> Ipam<F> {
         let network = self.ready_network(self.config.patience).await;
         let network = network.map_err(|e| try_again("no pod can be added yet", e.to_string()))?;
         let mtu = request::mtu(&reserve, &network)?;
+        request::check_ports(&reserve, &network)?;
         self.fabric.may_be_bridge(&reserve.bridge.name).await?;
         let key = &reserve.attachment;
+        self.bury_dead_holders(&reserve).await;
         let guard = self.claim(key).await?;
         let record = {
             let mut state = self.state();
@@ -213,6 +215,10 @@ impl<F: Fabric> Ipam<F> {
                 self.publish(&state);
             }
         }
+        if !reserve.ports.is_empty() {
+            let unled = |error| try_again("the ports of the host do not lead to the pod yet", error);
+            self.fabric.ensure_host_ports().await.map_err(unled)?;
+        }
         let subnet = network.subnet;
         let addresses = addresses.iter().filter_map(|address| {
             Some(PodAddress { address: subnet.with_len(*address)?, gateway: subnet.gateway() })
@@ -225,7 +231,17 @@ impl<F: Fabric> Ipam<F> {
             bridge_ifindex: bridge.ifindex,
             bridge_mac: bridge.mac,
             host_ifname: host_ifname(&reserve.attachment),
+            ports: reserve.ports.clone(),
         })
+    }
+
+    /// A pod that nobody has deleted and that is gone does not keep its ports from the one that takes its place. No
+    /// name is locked here: two that wait for each other's would wait for ever.
+    async fn bury_dead_holders(&self, reserve: &Reserve) {
+        let holders = self.state().table.committed_holders(reserve);
+        for (key, ifindex) in holders {
+            self.bury_if_dead(&key, ifindex).await;
+        }
     }
 
     fn give_up(&self, conn: ConnId, key: &Attachment) {
@@ -313,6 +329,9 @@ fn unwritten(error: io::Error) -> Failure {
 fn refused(refusal: ReserveRefusal) -> Failure {
     match refusal {
         ReserveRefusal::Closed => try_again("ADD was interrupted", refusal.to_string()),
+        ReserveRefusal::PortTaken(_) => {
+            failure(Code::HostPortTaken, "a port of the host is taken", refusal.to_string())
+        }
         ReserveRefusal::Pool(error) => {
             let code = match error {
                 PoolError::Exhausted { .. } => Code::PoolExhausted,

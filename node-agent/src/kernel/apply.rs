@@ -1,10 +1,12 @@
 //! Operations as requests. Links go one by one, for what follows needs their index; everything else goes in batches.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::IpAddr;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage as Message;
+use netlink_packet_route::address::AddressMessage;
 use nix::libc::{EACCES, EADDRNOTAVAIL, EBUSY, EEXIST, EINVAL, ENODEV, ENOENT, ENXIO, EPERM, ESRCH};
 use weft_shared::IfName;
 
@@ -41,7 +43,9 @@ pub(super) fn apply(
             Op::Set { object: Object::Sysctl { path, value }, .. } => {
                 results[place] = super::sysctl::write(path, value);
             }
-            Op::Set { object: Object::Firewall(part), .. } => results[place] = firewall.set(part),
+            Op::Set { object: Object::Firewall(part), .. } => {
+                results[place] = firewall.set(part, || own_addresses(socket));
+            }
             Op::Remove(Object::Firewall(part)) => results[place] = firewall.remove(part),
             Op::Set { object, found } => match requests(indices, object, found.as_ref()) {
                 Ok(requests) => batch.push(place, requests),
@@ -285,6 +289,15 @@ fn removal(indices: &Indices, object: &Object) -> Option<Step> {
         }
     };
     Some(Step::removing(message))
+}
+
+fn own_addresses(socket: &mut RouteSocket) -> Result<BTreeSet<IpAddr>, KernelError> {
+    let messages = socket.dump(Message::GetAddress(AddressMessage::default()))?;
+    let decoded = messages.iter().filter_map(|message| match message {
+        Message::NewAddress(address) => decode::address(address),
+        _ => None,
+    });
+    Ok(decoded.map(|found| found.addr.ip()).collect())
 }
 
 fn plain(message: Message) -> Request {

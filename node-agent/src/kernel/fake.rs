@@ -11,7 +11,7 @@ use weft_shared::{IfName, Mac, Subnet};
 use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError};
 use crate::firewall::forward::place;
 use crate::firewall::legacy::LegacyFilter;
-use crate::firewall::{Part, Ruleset};
+use crate::firewall::{Part, Ruleset, host_ports};
 use crate::object::{
     AddrForm, AddrScope, Alterations, BridgePort, FdbPath, Found, Key, Link, LinkKind, LinkMac, Object, Op,
     Route, RouteChange, RouteForm,
@@ -241,7 +241,12 @@ impl FakeKernel {
     fn set_firewall(&mut self, part: &Part) {
         self.remove_firewall(part);
         match part {
-            Part::Table { .. } => self.ruleset.own.push(part.clone()),
+            Part::Table { id, .. } => {
+                self.ruleset.own.push(part.clone());
+                if *id == host_ports::table_id(id.family) {
+                    self.ruleset.flows = None;
+                }
+            }
             Part::Accepts { chain, rules, .. } => {
                 if let Some(host) = self.ruleset.forward.iter_mut().find(|host| host.id == *chain) {
                     let at = place(host).unwrap_or(host.rules.len());
@@ -253,6 +258,7 @@ impl FakeKernel {
                     table.chains.entry("FORWARD".into()).or_default().extend(rules.iter().cloned());
                 }
             }
+            Part::Flows(ports) => self.ruleset.flows = Some(ports.clone()),
         }
     }
 
@@ -268,6 +274,7 @@ impl FakeKernel {
                     table.chains.values_mut().for_each(|chain| chain.retain(|rule| !rules.contains(rule)));
                 }
             }
+            Part::Flows(_) => self.ruleset.flows = None,
         }
     }
 

@@ -116,6 +116,10 @@ pub enum KernelError {
         "this kernel has no nf_tables (module nf_tables): neither masquerade nor accept rules are possible"
     )]
     NoNftables,
+    #[error(
+        "this kernel does not list connections (module nf_conntrack_netlink): UDP flows cannot be led to another pod"
+    )]
+    NoConntrack,
     #[error("{0}")]
     Iptables(String),
     #[error("does not stay as it was set: somebody else changes it")]

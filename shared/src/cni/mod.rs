@@ -10,6 +10,7 @@ mod env;
 mod error;
 mod identifier;
 mod interface;
+mod port_mappings;
 mod result;
 mod version;
 

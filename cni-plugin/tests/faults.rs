@@ -344,3 +344,15 @@ fn usual_add(node: &Node) -> Duration {
     times.sort();
     times[times.len() / 2]
 }
+
+#[test]
+fn an_agent_that_knows_no_host_ports_is_found_out_and_nothing_is_wired() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let agent = node.agent().behaving(Behaviour { knows_no_ports: true, ..Behaviour::default() });
+    let ports = json!({"runtimeConfig": {"portMappings": [{"hostPort": 8080, "containerPort": 80}]}});
+    let text = node.call("ADD", "c1", &pod.path(), &node.conf("1.1.0", ports)).run().refused(103);
+    assert!(text.contains("does not know of host ports"), "{text}");
+    assert_eq!(pod.link_names(), [""; 0]);
+    eventually("the agent forgets", || agent.books().records.is_empty());
+    node.add("c1", &pod).ok();
+}

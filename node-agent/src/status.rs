@@ -333,7 +333,10 @@ pub(crate) mod sample {
                 host_veth: veth.parse().expect(veth),
                 bridge: "cni0".parse().expect("name"),
                 state: state.into(),
-                host_ports: vec![],
+                host_ports: match pod {
+                    Some(_) => vec!["8080/tcp -> 80".into(), "53/udp -> 5353".into()],
+                    None => vec![],
+                },
             }
         };
         Status {

@@ -3,6 +3,7 @@
 
 use std::env;
 use std::fs;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -13,6 +14,7 @@ use e2e::netns::Netns;
 use e2e::node::Node;
 use e2e::pod::Sandbox;
 use e2e::traffic::echo::ping;
+use e2e::traffic::named::{Named, ask_tcp};
 use serde_json::{Value, json};
 
 /// Where Debian's containernetworking-plugins lie.
@@ -33,10 +35,16 @@ impl CniTool {
         let (conf_dir, var_lib) = (bed.join("net.d"), bed.join("var-lib"));
         fs::create_dir_all(&conf_dir)?;
         fs::create_dir_all(&var_lib)?;
-        fs::write(conf_dir.join("10-weft.conflist"), conflist.to_string())?;
         let path = format!("{}:{STOCK_PLUGINS}", node.binaries.dir.display());
         let node = node.netns().clone();
-        Ok(Self { program: find_cnitool()?, node, conf_dir, var_lib, path, capabilities: None })
+        let tool = Self { program: find_cnitool()?, node, conf_dir, var_lib, path, capabilities: None };
+        tool.configure(conflist)?;
+        Ok(tool)
+    }
+
+    /// Another list from the next call on.
+    fn configure(&self, conflist: &Value) -> Result<()> {
+        Ok(fs::write(self.conf_dir.join("10-weft.conflist"), conflist.to_string())?)
     }
 
     fn output(&self, verb: &str, netns: &Netns) -> Result<Output> {
@@ -130,26 +138,78 @@ fn installed_conflist(node: &Node) -> Result<Value> {
     Ok(list)
 }
 
+/// Where a host port leads, by whose rules.
+fn leads(node: &Node) -> Result<(bool, bool)> {
+    let ours = node.netns().run(Command::new("nft").args(["list", "ruleset"]))?;
+    let portmaps = node.netns().run(Command::new("iptables-save").args(["-t", "nat"]))?;
+    let of_weft =
+        ours.split("table ").any(|table| table.contains("weft-hostports") && table.contains("dport 9090"));
+    Ok((of_weft, portmaps.contains("--dport 9090")))
+}
+
+const BY_WEFT: (bool, bool) = (true, false);
+const BY_PORTMAP: (bool, bool) = (false, true);
+const BY_BOTH: (bool, bool) = (true, true);
+const NOWHERE: (bool, bool) = (false, false);
+
+fn answers_at_9090(node: &Node) -> Result<bool> {
+    Ok(ask_tcp(node.netns(), SocketAddrV4::new(node.net.address, 9090))?.is_some())
+}
+
 #[test]
 fn the_installed_list_maps_a_host_port() -> Result<()> {
     scenario(Spec::etcd(1, Backend::Vxlan), |cluster| {
         let node = &cluster.nodes[0];
         let mut tool = CniTool::new(node, cluster.bed.root(), &installed_conflist(node)?)?;
-        tool.capabilities =
-            Some(json!({ "portMappings": [{ "hostPort": 9090, "containerPort": 80, "protocol": "tcp" }] }));
-        let pod = Sandbox::create(node, "chained")?.netns;
-        let nat = || node.netns().run(Command::new("iptables-save").args(["-t", "nat"]));
+        tool.capabilities = Some(published());
+        let pod = Sandbox::create(node, "published")?.netns;
+        let _server = Named::start(&pod, "published", Ipv4Addr::UNSPECIFIED, 80)?;
         tool.run("add", &pod)?;
-        assert!(nat()?.contains("--dport 9090"), "portmap did not understand our result: {}", nat()?);
-        tool.run("del", &pod)?;
-        assert!(!nat()?.contains("--dport 9090"), "{}", nat()?);
-        assert_eq!(node.status()?.pods.attachments, 0);
-
-        // CHECK without published ports: Debian's portmap 1.1.1 misses IPv6 chains that an IPv4 pod never gets.
-        tool.capabilities = None;
-        tool.run("add", &pod)?;
+        assert_eq!(leads(node)?, BY_WEFT);
+        assert!(answers_at_9090(node)?);
         tool.run("check", &pod)?;
         tool.run("del", &pod)?;
+        assert_eq!(leads(node)?, NOWHERE);
+        assert_eq!(node.status()?.pods.attachments, 0);
+        Ok(())
+    })
+}
+
+fn published() -> Value {
+    json!({ "portMappings": [{ "hostPort": 9090, "containerPort": 80, "protocol": "tcp" }] })
+}
+
+/// A list that names portmap for the capability goes on working, and its pods are deleted when weft has taken over.
+#[test]
+fn a_chained_portmap_keeps_its_pods_until_they_go() -> Result<()> {
+    scenario(Spec::etcd(1, Backend::Vxlan), |cluster| {
+        let node = &cluster.nodes[0];
+        let portmap = json!({ "type": "portmap", "capabilities": { "portMappings": true } });
+        let mut tool =
+            CniTool::new(node, cluster.bed.root(), &conflist("1.0.0", node, std::slice::from_ref(&portmap)))?;
+        tool.capabilities = Some(published());
+        let (old, new) = (Sandbox::create(node, "old")?.netns, Sandbox::create(node, "new")?.netns);
+        let _servers = [&old, &new].map(|pod| Named::start(pod, "any", Ipv4Addr::UNSPECIFIED, 80));
+        for _ in 0..2 {
+            tool.run("add", &old)?;
+            assert_eq!(leads(node)?, BY_PORTMAP);
+            assert!(answers_at_9090(node)?);
+            tool.run("del", &old)?;
+            assert_eq!(leads(node)?, NOWHERE);
+        }
+
+        // Until the last of its pods is gone the capability is declared at both, which lead to the same place.
+        tool.run("add", &old)?;
+        let mut both = conflist("1.0.0", node, std::slice::from_ref(&portmap));
+        both["plugins"][0]["capabilities"]["portMappings"] = json!(true);
+        tool.configure(&both)?;
+        tool.run("del", &old)?;
+        assert_eq!(leads(node)?, NOWHERE);
+        tool.run("add", &new)?;
+        assert_eq!(leads(node)?, BY_BOTH);
+        assert!(answers_at_9090(node)?);
+        tool.run("del", &new)?;
+        assert_eq!((leads(node)?, node.status()?.pods.attachments), (NOWHERE, 0));
         Ok(())
     })
 }

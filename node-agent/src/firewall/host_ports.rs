@@ -222,7 +222,8 @@ fn guard(bridge: &IfName) -> Rule {
 }
 
 fn loopback() -> Subnet {
-    Subnet::new(Ipv4Addr::new(127, 0, 0, 0).into(), 8).unwrap_or_else(|| unreachable!("shorter than the address"))
+    Subnet::new(Ipv4Addr::new(127, 0, 0, 0).into(), 8)
+        .unwrap_or_else(|| unreachable!("shorter than the address"))
 }
 
 #[cfg(test)]

@@ -67,7 +67,9 @@ fn a_mapping_leads_to_the_first_address_of_each_family_it_is_for() {
             assert_eq!(port(text).to_string(), *text);
         }
     }
-    for nonsense in ["", "tcp", "tcp *:8080", "tcp 8080 10.5.1.2:80", "icmp *:1 10.5.1.2:80", "tcp *:0x 1.2.3.4:5"] {
+    for nonsense in
+        ["", "tcp", "tcp *:8080", "tcp 8080 10.5.1.2:80", "icmp *:1 10.5.1.2:80", "tcp *:0x 1.2.3.4:5"]
+    {
         assert_eq!(HostPort::parse(nonsense), None, "{nonsense}");
     }
 }

@@ -37,7 +37,8 @@ impl Table {
     /// Committed attachments that have such a port, each with the index of its veth: they may be dead.
     pub(super) fn committed_holders(&self, request: &Reserve) -> Vec<(Attachment, u32)> {
         let holders = request.ports.iter().flat_map(|asked| self.holders(request, asked));
-        let wired = |(key, entry): (&Attachment, &Entry)| Some((key.clone(), entry.record.committed?.host_ifindex));
+        let wired =
+            |(key, entry): (&Attachment, &Entry)| Some((key.clone(), entry.record.committed?.host_ifindex));
         holders.filter_map(wired).collect()
     }
 

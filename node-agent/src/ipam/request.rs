@@ -57,7 +57,8 @@ pub(super) fn check_ports(reserve: &Reserve, network: &PodNetwork) -> Result<(),
         return Err(invalid(format!("port {} of the host is asked for twice", ports[at])));
     }
     let ipv4 = network.subnet.is_ipv4();
-    let out_of_reach = |port: &&PortMapping| port.host_ip.is_some_and(|ip| !ip.is_unspecified() && ip.is_ipv4() != ipv4);
+    let out_of_reach =
+        |port: &&PortMapping| port.host_ip.is_some_and(|ip| !ip.is_unspecified() && ip.is_ipv4() != ipv4);
     match ports.iter().find(out_of_reach) {
         Some(port) => {
             let family = if ipv4 { "IPv4" } else { "IPv6" };

@@ -1,4 +1,5 @@
 mod crashes;
+mod host_ports;
 mod leftovers;
 mod tombstones;
 mod transactions;

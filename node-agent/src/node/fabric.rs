@@ -104,7 +104,10 @@ impl Fabric for NodeFabric {
         if report.at.is_none() {
             return Err("the node's kernel is not looked at before it has a lease".into());
         }
-        let wrong = report.pending.iter().find(|p| matches!(&p.key, Key::Firewall(part) if host_ports::is_about(part)));
+        let wrong = report
+            .pending
+            .iter()
+            .find(|p| matches!(&p.key, Key::Firewall(part) if host_ports::is_about(part)));
         wrong.map_or(Ok(()), |pending| Err(format!("{}: {}", pending.key, pending.error)))
     }
 

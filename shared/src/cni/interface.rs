@@ -119,7 +119,8 @@ fn refuse_portmaps(keys: &Keys<'_>) -> Result<(), Failure> {
         let (key, value) = if keys.bool("snat", true)? { ("masqAll", false) } else { ("snat", true) };
         return Err(unsupported(keys.bad(key, &format!("{value}: {chained}"))));
     }
-    let given = |key: &&str| keys.get(key).is_some_and(|value| value.as_array().is_none_or(|l| !l.is_empty()));
+    let given =
+        |key: &&str| keys.get(key).is_some_and(|value| value.as_array().is_none_or(|l| !l.is_empty()));
     let others = ["conditionsV4", "conditionsV6", "markMasqBit", "externalSetMarkChain", "backend"];
     match others.iter().find(|key| given(key)) {
         Some(key) => Err(unsupported(keys.bad(key, &format!("none: {chained}")))),
@@ -322,7 +323,10 @@ mod tests {
             (r#""args":{"cni":{"ips":["x"]}}"#, "args.cni.ips = \"x\""),
             (r#""runtimeConfig":{"ips":"10.0.0.1"}"#, "runtimeConfig.ips = \"10.0.0.1\""),
             (r#""runtimeConfig":{"mac":"ff:ff:ff:ff:ff:ff"}"#, "runtimeConfig.mac"),
-            (r#""runtimeConfig":{"portMappings":[{"hostPort":"x"}]}"#, "runtimeConfig.portMappings[0].hostPort"),
+            (
+                r#""runtimeConfig":{"portMappings":[{"hostPort":"x"}]}"#,
+                "runtimeConfig.portMappings[0].hostPort",
+            ),
             (r#""args":{"cni":{"mac":"x"}}"#, "args.cni.mac = \"x\""),
         ] {
             let failure = with(&format!(",{extra}"), "").expect_err(extra);

@@ -13,7 +13,8 @@ pub(super) fn parse(runtime: &Keys<'_>) -> Result<Vec<PortMapping>, Failure> {
     let expected = "a list of {\"hostPort\": …, \"containerPort\": …, \"protocol\": …, \"hostIP\": …}";
     let items = runtime.objects(KEY, Case::Ignored, expected)?;
     if items.len() > MAX_MAPPINGS {
-        let msg = format!("{} of {} ports: expected at most {MAX_MAPPINGS}", runtime.path_of(KEY), items.len());
+        let msg =
+            format!("{} of {} ports: expected at most {MAX_MAPPINGS}", runtime.path_of(KEY), items.len());
         return Err(Failure::new(Code::BadConfiguration, msg));
     }
     let ports = items.iter().map(mapping).collect::<Result<Vec<_>, _>>()?;
@@ -40,7 +41,12 @@ fn mapping(keys: &Keys<'_>) -> Result<PortMapping, BadValue> {
         None | Some("") => None,
         Some(text) => Some(text.parse().map_err(|_| keys.bad("hostIP", "an address of the host"))?),
     };
-    Ok(PortMapping { protocol, host_ip, host_port: port("hostPort")?, container_port: port("containerPort")? })
+    Ok(PortMapping {
+        protocol,
+        host_ip,
+        host_port: port("hostPort")?,
+        container_port: port("containerPort")?,
+    })
 }
 
 #[cfg(test)]
@@ -80,10 +86,19 @@ mod tests {
             (json!([7]), "portMappings = 7: expected a list of"),
             (json!([{ "containerPort": 80 }]), "portMappings[0].hostPort = null: expected a port"),
             (json!([{ "hostPort": 0, "containerPort": 80 }]), "portMappings[0].hostPort = 0: expected"),
-            (json!([good, { "hostPort": 2, "containerPort": 65536 }]), "portMappings[1].containerPort = 65536"),
+            (
+                json!([good, { "hostPort": 2, "containerPort": 65536 }]),
+                "portMappings[1].containerPort = 65536",
+            ),
             (json!([{ "hostPort": -1, "containerPort": 80 }]), "hostPort = -1: expected a port from 1"),
-            (json!([{ "hostPort": 1, "containerPort": 1, "protocol": "icmp" }]), "protocol = \"icmp\": expected tcp"),
-            (json!([{ "hostPort": 1, "containerPort": 1, "hostIP": "here" }]), "hostIP = \"here\": expected an"),
+            (
+                json!([{ "hostPort": 1, "containerPort": 1, "protocol": "icmp" }]),
+                "protocol = \"icmp\": expected tcp",
+            ),
+            (
+                json!([{ "hostPort": 1, "containerPort": 1, "hostIP": "here" }]),
+                "hostIP = \"here\": expected an",
+            ),
             (
                 json!([good, { "hostPort": 1, "containerPort": 2, "hostIP": "192.0.2.1" }]),
                 "portMappings[1].hostPort = 1: expected another port: 192.0.2.1:1/tcp is in the list already",

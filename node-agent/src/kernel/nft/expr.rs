@@ -177,9 +177,9 @@ fn found(name: &str, data: Parsed<'_>) -> Option<Expr> {
                 data.number(from) == Some(register) && data.number(from + 1).is_none_or(|to| to == register)
             };
             let plain = data.number(7).unwrap_or(0) & !NAT_IMPLIED == 0;
-            let family = [Family::Ip, Family::Ip6].into_iter().find(|family| {
-                data.number(2) == Some(u32::from(family.nfproto()))
-            })?;
+            let family = [Family::Ip, Family::Ip6]
+                .into_iter()
+                .find(|family| data.number(2) == Some(u32::from(family.nfproto())))?;
             (plain && same(3, REGISTER) && same(5, REGISTER_2)).then_some(Expr::Dnat(family))
         }
         "immediate" if data.number(1)? == REGISTER_VERDICT => {

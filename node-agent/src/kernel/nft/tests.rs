@@ -62,8 +62,7 @@ fn mend(firewall: &mut Firewall, settings: &Settings) {
 
 fn mend_for(firewall: &mut Firewall, settings: &Settings, networks: &Networks) {
     let seen = firewall.look(settings.legacy_period).expect("look");
-    let (desired, found) =
-        (firewall::desired(settings, networks, &seen), firewall::found(&seen).collect());
+    let (desired, found) = (firewall::desired(settings, networks, &seen), firewall::found(&seen).collect());
     for (key, set) in wrong_for(firewall, settings, networks) {
         let parts: &Vec<Part> = if set { &desired } else { &found };
         let part = parts.iter().find(|part| part.key() == key).unwrap_or_else(|| panic!("{key}"));
@@ -493,7 +492,10 @@ fn host_ports_are_what_nft_would_have_made_and_leave_nothing() {
             sh(hand);
             assert_ne!(wrong_for(&mut firewall, &settings, &networks), [], "{hand}");
             settle(&mut firewall, &networks);
-            assert_eq!(sh("nft -n -s list ruleset"), listed, "{hand}");
+            // In whatever order they were made.
+            let tables =
+                sh("nft -n -s list table ip weft-hostports; nft -n -s list table ip6 weft-hostports");
+            assert_eq!(tables, listed, "{hand}");
         }
         // Another agent finds it right, but for the flows that nobody has told it of.
         let mut another = Firewall::default();
@@ -509,7 +511,9 @@ fn host_ports_are_what_nft_would_have_made_and_leave_nothing() {
 #[test]
 fn flows_astray_begin_anew_and_no_others() {
     in_namespace(|| {
-        sh("ip link set lo up; ip address add 192.0.2.1/32 dev lo; ip address add 2001:db8::1/128 dev lo nodad");
+        sh(
+            "ip link set lo up; ip address add 192.0.2.1/32 dev lo; ip address add 2001:db8::1/128 dev lo nodad",
+        );
         let wanted = HostPort {
             protocol: Protocol::Udp,
             host_ip: None,
@@ -518,8 +522,14 @@ fn flows_astray_begin_anew_and_no_others() {
         };
         let wanted_v6 = HostPort { pod: "[fd00:1::3]:5353".parse().expect("address"), ..wanted };
         // Without a NAT hook nothing is tracked.
-        sh("nft add table inet track; nft 'add chain inet track out { type filter hook output priority 0; }'; nft add rule inet track out ct state new counter");
-        for (to, from) in [("192.0.2.1:53", "192.0.2.1:0"), ("192.0.2.1:54", "192.0.2.1:0"), ("[2001:db8::1]:53", "[2001:db8::1]:0")] {
+        sh(
+            "nft add table inet track; nft 'add chain inet track out { type filter hook output priority 0; }'; nft add rule inet track out ct state new counter",
+        );
+        for (to, from) in [
+            ("192.0.2.1:53", "192.0.2.1:0"),
+            ("192.0.2.1:54", "192.0.2.1:0"),
+            ("[2001:db8::1]:53", "[2001:db8::1]:0"),
+        ] {
             let socket = std::net::UdpSocket::bind(from).expect(from);
             socket.send_to(b"x", to).unwrap_or_else(|e| panic!("{to}: {e}"));
         }

@@ -230,6 +230,7 @@ mod tests {
             bridge_mac: Mac([2, 0, 0, 0, 0, 1]),
             host_ifname: "vethabc".parse().expect("name"),
             ports: vec![],
+            bandwidth: Default::default(),
         }
     }
 
@@ -243,6 +244,7 @@ mod tests {
             requested: vec![],
             mac: None,
             ports: vec![],
+            bandwidth: Default::default(),
         }
     }
 

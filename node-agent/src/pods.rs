@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 
-use weft_shared::protocol::{BridgeOptions, Failure};
+use weft_shared::protocol::{Bandwidth, BridgeOptions, Failure};
 use weft_shared::{IfName, Mac, Subnet};
 
 use crate::firewall::HostPort;
@@ -25,6 +25,9 @@ pub trait Fabric: Send + Sync + 'static {
 
     /// Makes host ports lead where [`PodPorts::host_ports`] says, and nowhere else (published before the call).
     fn ensure_host_ports(&self) -> impl Future<Output = Result<(), String>> + Send;
+
+    /// Puts a limited attachment's limits in place, as [`PodPorts::ports`] names them (published before the call).
+    fn ensure_limits(&self, veth: &IfName) -> impl Future<Output = Result<(), String>> + Send;
 
     /// Whether a link of this index exists in the node's namespace, whatever its name and mark: asked before an
     /// attachment counts as dead.
@@ -84,6 +87,7 @@ pub struct Port {
     pub ifindex: u32,
     pub options: BridgeOptions,
     pub mtu: u32,
+    pub limits: Bandwidth,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -83,6 +83,11 @@ impl<'a> Keys<'a> {
         Ok(Self { path: format!("{}.", self.path_of(key)), case: self.case, map })
     }
 
+    /// The same with `case` for the object's own keys.
+    pub(crate) fn object_of(&self, key: &str, case: Case, expected: &str) -> Result<Self, BadValue> {
+        self.object(key, expected).map(|object| Self { case, ..object })
+    }
+
     pub(crate) fn path_of(&self, key: &str) -> String {
         format!("{}{key}", self.path)
     }

@@ -14,6 +14,7 @@ pub mod replace;
 pub mod subnet_env;
 pub mod tombstone;
 
+mod bandwidth;
 mod ifname;
 mod json;
 mod mac;

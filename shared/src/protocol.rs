@@ -13,6 +13,7 @@ use ipnetwork::IpNetwork;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+pub use crate::bandwidth::{Bandwidth, Limit};
 pub use crate::cni::Failure;
 use crate::cni::{ContainerId, NetworkName};
 pub use crate::ports::{PortMapping, Protocol};
@@ -64,6 +65,8 @@ pub struct Reserve {
     /// Ports of the host that lead to the pod.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<PortMapping>,
+    #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
+    pub bandwidth: Bandwidth,
 }
 
 /// What the network configuration asks of the bridge and of this attachment's port.
@@ -110,6 +113,9 @@ pub struct Reservation {
     /// Those of the request, in place. An agent that knows nothing of them answers none, and is found out by that.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<PortMapping>,
+    /// In the same way; in place from Commit on.
+    #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
+    pub bandwidth: Bandwidth,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

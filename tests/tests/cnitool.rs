@@ -15,6 +15,7 @@ use e2e::node::Node;
 use e2e::pod::Sandbox;
 use e2e::traffic::echo::ping;
 use e2e::traffic::named::{Named, ask_tcp};
+use e2e::wait::{SECOND, eventually};
 use serde_json::{Value, json};
 
 /// Where Debian's containernetworking-plugins lie.
@@ -179,36 +180,51 @@ fn published() -> Value {
     json!({ "portMappings": [{ "hostPort": 9090, "containerPort": 80, "protocol": "tcp" }] })
 }
 
-/// A list that names portmap for the capability goes on working, and its pods are deleted when weft has taken over.
+/// Token buckets in a node, and devices that are made for them.
+fn buckets(node: &Node) -> Result<(usize, usize)> {
+    let queues = node.netns().run(Command::new("tc").args(["qdisc", "show"]))?;
+    let devices = node.netns().ip("-o link show type ifb")?;
+    Ok((queues.matches("qdisc tbf").count(), devices.lines().count()))
+}
+
+/// A list that names the stock plugins for the capabilities goes on working, and its pods are deleted when weft has
+/// taken over.
 #[test]
-fn a_chained_portmap_keeps_its_pods_until_they_go() -> Result<()> {
+fn chained_portmap_and_bandwidth_keep_their_pods_until_they_go() -> Result<()> {
     scenario(Spec::etcd(1, Backend::Vxlan), |cluster| {
         let node = &cluster.nodes[0];
         let portmap = json!({ "type": "portmap", "capabilities": { "portMappings": true } });
-        let mut tool =
-            CniTool::new(node, cluster.bed.root(), &conflist("1.0.0", node, std::slice::from_ref(&portmap)))?;
-        tool.capabilities = Some(published());
+        let bandwidth = json!({ "type": "bandwidth", "capabilities": { "bandwidth": true } });
+        let stock = conflist("1.0.0", node, &[portmap.clone(), bandwidth]);
+        let mut tool = CniTool::new(node, cluster.bed.root(), &stock)?;
+        let mut capabilities = published();
+        capabilities["bandwidth"] = json!({
+            "ingressRate": 8_000_000, "ingressBurst": 800_000, "egressRate": 8_000_000, "egressBurst": 800_000,
+        });
+        tool.capabilities = Some(capabilities);
         let (old, new) = (Sandbox::create(node, "old")?.netns, Sandbox::create(node, "new")?.netns);
         let _servers = [&old, &new].map(|pod| Named::start(pod, "any", Ipv4Addr::UNSPECIFIED, 80));
         for _ in 0..2 {
             tool.run("add", &old)?;
-            assert_eq!(leads(node)?, BY_PORTMAP);
+            assert_eq!((leads(node)?, buckets(node)?), (BY_PORTMAP, (2, 1)));
             assert!(answers_at_9090(node)?);
             tool.run("del", &old)?;
-            assert_eq!(leads(node)?, NOWHERE);
+            assert_eq!((leads(node)?, buckets(node)?), (NOWHERE, (0, 0)));
         }
 
-        // Until the last of its pods is gone the capability is declared at both, which lead to the same place.
+        // Until the last of their pods is gone portmap's capability is declared at both, which lead to the same place;
+        // bandwidth stays without its own, for a device has one root.
         tool.run("add", &old)?;
-        let mut both = conflist("1.0.0", node, std::slice::from_ref(&portmap));
-        both["plugins"][0]["capabilities"]["portMappings"] = json!(true);
+        let mut both = conflist("1.0.0", node, &[portmap, json!({ "type": "bandwidth" })]);
+        both["plugins"][0]["capabilities"] = json!({ "portMappings": true, "bandwidth": true });
         tool.configure(&both)?;
         tool.run("del", &old)?;
-        assert_eq!(leads(node)?, NOWHERE);
+        assert_eq!((leads(node)?, buckets(node)?), (NOWHERE, (0, 0)));
         tool.run("add", &new)?;
-        assert_eq!(leads(node)?, BY_BOTH);
+        assert_eq!((leads(node)?, buckets(node)?), (BY_BOTH, (2, 1)));
         assert!(answers_at_9090(node)?);
         tool.run("del", &new)?;
+        eventually("the limits to go", SECOND * 5, || Ok(buckets(node)? == (0, 0)))?;
         assert_eq!((leads(node)?, node.status()?.pods.attachments), (NOWHERE, 0));
         Ok(())
     })

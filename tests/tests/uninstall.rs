@@ -119,8 +119,10 @@ fn leaves_as_it_was(backend: Backend) -> Result<()> {
         let far = cluster.nodes[1].pod("far")?;
         let first = cluster.nodes[0].pod("first")?;
         let mut second = Sandbox::create(&cluster.nodes[0], "n1-second")?;
-        second.call.config["runtimeConfig"] =
-            json!({ "portMappings": [{ "hostPort": 53, "containerPort": 53 }] });
+        second.call.config["runtimeConfig"] = json!({
+            "portMappings": [{ "hostPort": 53, "containerPort": 53 }],
+            "bandwidth": { "egressRate": 8_000_000, "egressBurst": 800_000 },
+        });
         let second = second.wire()?;
         ping(&far.netns, second.address, 5, SECOND)?;
         first.delete()?;

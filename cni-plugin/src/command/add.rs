@@ -49,10 +49,11 @@ pub(crate) fn add(
             bridge: interface.bridge.clone(),
             pod: args.pod,
             ports: interface.ports.clone(),
+            bandwidth: interface.bandwidth,
         })
         .map_err(unavailable)?;
-    if reserved.ports != interface.ports {
-        let msg = "this weftd does not know of host ports: expected one of the plugin's version, upgrade it";
+    if (&reserved.ports, reserved.bandwidth) != (&interface.ports, interface.bandwidth) {
+        let msg = "this weftd does not know of host ports or of bandwidth: expected one of the plugin's version, upgrade it";
         return Err(Failure::new(Code::ProtocolMismatch, msg));
     }
 

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 use weft_shared::names::{attachment_hash, host_ifname, host_ifname_of_hash};
-use weft_shared::protocol::{Attachment, BridgeOptions, PortMapping};
+use weft_shared::protocol::{Attachment, Bandwidth, BridgeOptions, PortMapping};
 use weft_shared::replace::{Survive, is_leftover, replace_file};
 use weft_shared::{IfName, Mac, Subnet};
 
@@ -43,6 +43,8 @@ pub(super) struct Record {
     pub(super) pod: Option<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) ports: Vec<PortMapping>,
+    #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
+    pub(super) bandwidth: Bandwidth,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -358,6 +360,7 @@ mod tests {
             netns_cookie: Some(4),
             pod: None,
             ports: vec![],
+            bandwidth: Bandwidth::default(),
         }
     }
 

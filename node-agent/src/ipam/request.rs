@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use weft_shared::cni::Code;
-use weft_shared::protocol::{Failure, PortMapping, Reserve};
+use weft_shared::protocol::{Failure, Limit, PortMapping, Reserve};
 
 use crate::pods::PodNetwork;
 
@@ -66,6 +66,25 @@ pub(super) fn check_ports(reserve: &Reserve, network: &PodNetwork) -> Result<(),
         }
         None => Ok(()),
     }
+}
+
+/// A token bucket lets no packet through that is larger than it (net/sched/sch_tbf.c): it must have room for one.
+pub(super) fn check_bandwidth(reserve: &Reserve, mtu: u32) -> Result<(), Failure> {
+    const ETHERNET_HEADER: u32 = 14;
+    let least = mtu + ETHERNET_HEADER;
+    for (direction, limit) in [("ingress", reserve.bandwidth.ingress), ("egress", reserve.bandwidth.egress)] {
+        if let Some(Limit { rate: 0, .. }) = limit {
+            return Err(invalid(format!("{direction}Rate = 0: expected at least 8 bits a second")));
+        }
+        if let Some(limit) = limit.filter(|limit| limit.burst < least) {
+            let (given, least) = (u64::from(limit.burst) * 8, u64::from(least) * 8);
+            let why = "one packet of the pod's MTU";
+            return Err(invalid(format!(
+                "{direction}Burst = {given}: expected at least {least} bits, {why}"
+            )));
+        }
+    }
+    Ok(())
 }
 
 pub(super) fn invalid(details: String) -> Failure {

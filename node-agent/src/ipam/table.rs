@@ -198,6 +198,7 @@ impl Table {
             netns_cookie: request.netns_cookie,
             pod: request.pod.clone(),
             ports: request.ports.clone(),
+            bandwidth: request.bandwidth,
         };
         let replaced = self.insert(Entry { record: record.clone(), phase: Phase::Reserved { conn } });
         if let Some(Entry { record: old, .. }) = replaced {
@@ -411,7 +412,8 @@ impl Table {
             needs.host_ports.extend(HostPort::of(&record.ports, &record.addresses));
             if let Some(wired) = record.committed {
                 let (options, mtu) = (record.bridge.clone(), record.mtu);
-                needs.ports.insert(host_ifname(key), Port { ifindex: wired.host_ifindex, options, mtu });
+                let (ifindex, limits) = (wired.host_ifindex, record.bandwidth);
+                needs.ports.insert(host_ifname(key), Port { ifindex, options, mtu, limits });
             }
         }
         needs

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use tokio::sync::{Semaphore, watch};
 use weft_shared::cni::{Code, NetworkName};
 use weft_shared::names::host_ifname;
-use weft_shared::protocol::{Attachment, BridgeOptions, Commit, Failure, Reservation, Reserve};
+use weft_shared::protocol::{Attachment, Bandwidth, BridgeOptions, Commit, Failure, Reservation, Reserve};
 use weft_shared::tombstone::Tombstone;
 use weft_shared::{IfName, Mac, Subnet};
 
@@ -43,6 +43,9 @@ pub(crate) struct World {
     /// As the packet filter has them.
     pub(crate) host_ports: BTreeSet<HostPort>,
     pub(crate) host_ports_fail: bool,
+    /// As they were asked for.
+    pub(crate) limits: BTreeMap<IfName, Bandwidth>,
+    pub(crate) limits_fail: bool,
     next_ifindex: u32,
 }
 
@@ -58,6 +61,8 @@ impl TestFabric {
             bridge_fails: false,
             host_ports: BTreeSet::new(),
             host_ports_fail: false,
+            limits: BTreeMap::new(),
+            limits_fail: false,
             next_ifindex: 10,
         };
         Self(Arc::new(Inner { world: Mutex::new(world), gate: Mutex::new(None), ports }))
@@ -128,6 +133,16 @@ impl Fabric for TestFabric {
             return Err("no packet filter".into());
         }
         world.host_ports = published;
+        Ok(())
+    }
+
+    async fn ensure_limits(&self, veth: &IfName) -> Result<(), String> {
+        let published = self.0.ports.borrow().ports.get(veth).map(|port| port.limits);
+        let mut world = self.world();
+        if world.limits_fail {
+            return Err("no token bucket".into());
+        }
+        world.limits.extend(published.map(|limits| (veth.clone(), limits)));
         Ok(())
     }
 
@@ -260,12 +275,12 @@ impl Node {
     /// A whole ADD.
     pub(crate) async fn attach(&self, id: &str) -> Reservation {
         let (connection, reservation) = self.add(id).await.expect("reserve");
-        self.commit(&connection, id).expect("commit");
+        self.commit(&connection, id).await.expect("commit");
         connection.closed(true).await;
         reservation
     }
 
-    pub(super) fn commit(&self, connection: &Connection<TestFabric>, id: &str) -> Result<u32, Failure> {
+    pub(super) async fn commit(&self, connection: &Connection<TestFabric>, id: &str) -> Result<u32, Failure> {
         let host_ifindex = self.fabric.wire(&host_ifname(&key(id)));
         let commit = Commit {
             attachment: key(id),
@@ -273,7 +288,7 @@ impl Node {
             host_mac: Mac([2, 0, 0, 0, 0, 1]),
             container_mac: Mac([2, 0, 0, 0, 0, 2]),
         };
-        self.ipam().commit(connection.id(), commit).map(|()| host_ifindex)
+        self.ipam().commit(connection.id(), commit).await.map(|()| host_ifindex)
     }
 
     pub(crate) fn states(&self) -> BTreeMap<String, String> {
@@ -334,6 +349,7 @@ pub(crate) fn reserve(id: &str) -> Reserve {
         },
         pod: Some(format!("default/{id}")),
         ports: vec![],
+        bandwidth: Default::default(),
     }
 }
 

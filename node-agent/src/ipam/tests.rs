@@ -1,3 +1,4 @@
+mod bandwidth;
 mod crashes;
 mod host_ports;
 mod leftovers;

@@ -26,7 +26,7 @@ impl<F: Fabric> Ipam<F> {
         let verb = verb(&request);
         let done = match request {
             Request::Reserve(reserve) => self.reserve(conn, reserve).await.map(Reply::Reserved),
-            Request::Commit(commit) => self.commit(conn, commit).map(|()| Reply::Done),
+            Request::Commit(commit) => self.commit(conn, commit).await.map(|()| Reply::Done),
             Request::Release { attachment } => self.release(&attachment).await.map(|()| Reply::Done),
             Request::Check { attachment, addresses } => {
                 self.check(&attachment, &addresses).map(|()| Reply::Done)
@@ -52,6 +52,7 @@ impl<F: Fabric> Ipam<F> {
         let network = network.map_err(|e| try_again("no pod can be added yet", e.to_string()))?;
         let mtu = request::mtu(&reserve, &network)?;
         request::check_ports(&reserve, &network)?;
+        request::check_bandwidth(&reserve, mtu)?;
         self.fabric.may_be_bridge(&reserve.bridge.name).await?;
         let key = &reserve.attachment;
         self.bury_dead_holders(&reserve).await;
@@ -85,8 +86,25 @@ impl<F: Fabric> Ipam<F> {
         wired
     }
 
-    /// ADD, second half.
-    pub fn commit(&self, conn: ConnId, commit: Commit) -> Result<(), Failure> {
+    /// ADD, second half. A pod that is to be limited is so when its plugin is told, or there is none.
+    pub async fn commit(&self, conn: ConnId, commit: Commit) -> Result<(), Failure> {
+        let key = commit.attachment.clone();
+        if self.record_commit(conn, commit)? {
+            let unlimited = self.fabric.ensure_limits(&host_ifname(&key)).await.err();
+            if let Some(error) = unlimited {
+                if let Err(left) = self.release(&key).await {
+                    warn!(attachment = ?key, %left, "failed ADD not undone yet");
+                    self.wake.notify_one();
+                }
+                return Err(try_again("the pod's bandwidth is not limited yet", error));
+            }
+        }
+        self.counters.adds.inc();
+        Ok(())
+    }
+
+    /// Whether the attachment has limits.
+    fn record_commit(&self, conn: ConnId, commit: Commit) -> Result<bool, Failure> {
         if commit.host_ifindex == 0 {
             return Err(request::invalid(
                 "host_ifindex = 0: expected the index of the host-side veth".into(),
@@ -102,11 +120,10 @@ impl<F: Fabric> Ipam<F> {
         })?;
         state.records.write(&record).map_err(unwritten)?;
         info!(attachment = ?commit.attachment, addresses = ?record.addresses, ifindex = commit.host_ifindex, "added");
-        let last_look = self.seen.borrow().pass;
+        let (last_look, is_limited) = (self.seen.borrow().pass, !record.bandwidth.is_unlimited());
         state.table.commit(record, last_look);
         self.publish(&state);
-        self.counters.adds.inc();
-        Ok(())
+        Ok(is_limited)
     }
 
     /// DEL. Done when nothing is left, also when there never was anything.
@@ -232,6 +249,7 @@ impl<F: Fabric> Ipam<F> {
             bridge_mac: bridge.mac,
             host_ifname: host_ifname(&reserve.attachment),
             ports: reserve.ports.clone(),
+            bandwidth: reserve.bandwidth,
         })
     }
 

@@ -13,7 +13,7 @@ use weft_shared::IfName;
 use super::nft::Firewall;
 use super::socket::{Request, RouteSocket};
 use super::{Errno, KernelError};
-use super::{decode, encode};
+use super::{decode, encode, shaping};
 use crate::object::{Found, Link, LinkKind, Object, Op, RouteChange};
 use crate::tun;
 
@@ -219,6 +219,20 @@ fn requests(indices: &Indices, object: &Object, found: Option<&Found>) -> Result
             steps.push(Step::new(Message::NewLink(encode::port_options(index, port, altered)), 0));
             steps
         }
+        Object::Shaper { dev, tbf } => {
+            let (message, flags) = shaping::set_bucket(index_of(indices, dev)?, tbf);
+            vec![Step::new(message, flags)]
+        }
+        Object::Redirect { dev, to } => {
+            let (index, to) = (index_of(indices, dev)?, index_of(indices, to)?);
+            let ((queue, make), (filter, add)) =
+                (shaping::add_ingress(index), shaping::add_filter(index, to));
+            vec![
+                Step { fine: &[EEXIST], ..Step::new(queue, make) },
+                Step { fine: &[ENOENT, EINVAL], ..Step::new(shaping::remove_filter(index), 0) },
+                Step::new(filter, add),
+            ]
+        }
         Object::Addr { dev, addr, scope, form } => {
             let index = index_of(indices, dev)?;
             let new = Step::new(Message::NewAddress(encode::address(index, *addr, *form)), replace);
@@ -268,9 +282,12 @@ fn requests(indices: &Indices, object: &Object, found: Option<&Found>) -> Result
 fn removal(indices: &Indices, object: &Object) -> Option<Step> {
     let message = match object {
         Object::Link { name, .. } => Message::DelLink(encode::link_by_index(*indices.get(name)?)),
-        Object::Name { .. } | Object::Sysctl { .. } | Object::Firewall(_) | Object::Port { .. } => {
-            return None;
-        }
+        Object::Name { .. }
+        | Object::Sysctl { .. }
+        | Object::Firewall(_)
+        | Object::Port { .. }
+        | Object::Shaper { .. }
+        | Object::Redirect { .. } => return None,
         Object::Addr { dev, addr, form, .. } => {
             Message::DelAddress(encode::address(*indices.get(dev)?, *addr, *form))
         }

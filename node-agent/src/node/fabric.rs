@@ -15,7 +15,7 @@ use crate::firewall::host_ports;
 use crate::kernel::{KernelError, LinuxKernel};
 use crate::object::{Key, LinkKind};
 use crate::pods::{DeviceFacts, Fabric, NotReady, PodNetwork};
-use crate::reconcile::Report;
+use crate::reconcile::{Report, is_limit_of};
 
 /// What is not there after so long is a failure of the ADD that asked for it.
 const PASS_DEADLINE: Duration = Duration::from_secs(5);
@@ -89,7 +89,23 @@ impl Fabric for NodeFabric {
         in_kernel(move |kernel| kernel.delete_veth(&name).map(|_| ())).await
     }
 
-    async fn ensure_host_ports(&self) -> Result<(), String> {
+    fn ensure_host_ports(&self) -> impl Future<Output = Result<(), String>> + Send {
+        self.settle(|key| matches!(key, Key::Firewall(part) if host_ports::is_about(part)))
+    }
+
+    fn ensure_limits(&self, veth: &IfName) -> impl Future<Output = Result<(), String>> + Send {
+        let veth = veth.clone();
+        self.settle(move |key| is_limit_of(&veth, key))
+    }
+
+    fn link_exists(&self, ifindex: u32) -> impl Future<Output = Result<bool, String>> + Send {
+        in_kernel(move |kernel| kernel.link_exists(ifindex))
+    }
+}
+
+impl NodeFabric {
+    /// Brings about what pods need now; fails for what `matters` alone.
+    async fn settle(&self, matters: impl Fn(&Key) -> bool) -> Result<(), String> {
         self.0.pass_on_ports();
         let conclusive = async {
             loop {
@@ -104,15 +120,8 @@ impl Fabric for NodeFabric {
         if report.at.is_none() {
             return Err("the node's kernel is not looked at before it has a lease".into());
         }
-        let wrong = report
-            .pending
-            .iter()
-            .find(|p| matches!(&p.key, Key::Firewall(part) if host_ports::is_about(part)));
+        let wrong = report.pending.iter().find(|pending| matters(&pending.key));
         wrong.map_or(Ok(()), |pending| Err(format!("{}: {}", pending.key, pending.error)))
-    }
-
-    fn link_exists(&self, ifindex: u32) -> impl Future<Output = Result<bool, String>> + Send {
-        in_kernel(move |kernel| kernel.link_exists(ifindex))
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use ipnetwork::IpNetwork;
 use tracing::{debug, info};
 use weft_shared::lease::{Lease, LeaseKey};
+use weft_shared::names::is_egress_ifname;
 use weft_shared::{IfName, Subnet};
 
 use super::observe::{Ownership, observe};
@@ -154,6 +155,10 @@ fn look_and_mend(
             let object = Object::Firewall(part);
             (object.key(), Found { object, ours: true, overruled: false })
         }));
+        let limits = kernel.shaping(&desired.limits())?;
+        observed.objects.extend(
+            limits.into_iter().map(|object| (object.key(), Found { object, ours: false, overruled: false })),
+        );
         observed.renamed.retain(|name, _| !failed.contains_key(&Key::Name(name.clone())));
         let ops = plan(&desired, &observed, inputs.has_snapshot && local.is_some());
         let still_wrong = ops.iter().map(Op::key).chain(unseen.into_keys());
@@ -174,7 +179,8 @@ fn look_and_mend(
             report.usable = !still_wrong.iter().any(|key| {
                 let matters = match key {
                     Key::Sysctl(path) => !pods::is_of_loopback(path),
-                    key => matches!(key, Key::Link(_) | Key::Addr(..)),
+                    Key::Link(name) => !is_egress_ifname(name.as_str()),
+                    key => matches!(key, Key::Addr(..)),
                 };
                 matters && failed.contains_key(key)
             });

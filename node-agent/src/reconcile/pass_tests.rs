@@ -627,3 +627,70 @@ fn the_loopback_is_led_to_pods_once_they_are_kept_from_it() {
     assert_eq!(pending, [&Key::Sysctl(OPEN.into())]);
     assert!(report.usable, "for want of the loopback no pod is refused");
 }
+
+#[test]
+fn a_pods_limits_are_kept_and_go_with_its_veth() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let mut inputs = inputs(VXLAN, &[]);
+    let bridge: IfName = "cni0".parse().expect("name");
+    let need = BridgeNeed { subnets: vec!["10.5.1.0/24".parse().expect("net")], mtu: 1450, mac: None };
+    inputs.pods.bridges.insert(bridge.clone(), need);
+    let veth: IfName = "vethab2cd3ef4gh".parse().expect("name");
+    let ifb: IfName = "wifbab2cd3ef4gh".parse().expect("name");
+    let options =
+        weft_shared::protocol::BridgeOptions { name: bridge, hairpin: true, isolated: false, mtu: None };
+    let limit = Some(weft_shared::protocol::Limit { rate: 1000, burst: 3000 });
+    let limits = weft_shared::protocol::Bandwidth { ingress: limit, egress: limit };
+    let port = crate::pods::Port { ifindex: 0, options, mtu: 1450, limits };
+    inputs.pods.ports.insert(veth.clone(), port);
+    // Between the end of a pair and that of its attachment there is nothing to be limited.
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert_eq!(
+        (report.pending.len(), kernel.shaping.len(), kernel.dump.links.contains_key(&ifb)),
+        (0, 0, false)
+    );
+
+    let link = Link {
+        kind: LinkKind::Other("veth".into()),
+        ..kernel.dump.links[&"eth0".parse().expect("name")].link.clone()
+    };
+    kernel.add_link(veth.clone(), link, LINK_GROUP);
+    looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    let shaped = |kernel: &FakeKernel| kernel.shaping.iter().map(|o| o.key().to_string()).collect::<Vec<_>>();
+    let all = [
+        "token bucket on vethab2cd3ef4gh",
+        "token bucket on wifbab2cd3ef4gh",
+        "redirection of what comes in by vethab2cd3ef4gh",
+    ];
+    assert_eq!(shaped(&kernel), all);
+    kernel.applied.clear();
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert_eq!((report.repairs, kernel.applied.len(), report.pending.len()), (0, 0, 0));
+    // Taken away with its device, and one of them altered.
+    kernel.delete_link(&ifb);
+    kernel.shaping[0] =
+        Object::Shaper { dev: veth.clone(), tbf: crate::object::Tbf { rate: 1, burst: 0, limit: 1 } };
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert_eq!((report.pending.len(), kernel.shaping.len(), report.repairs), (0, 3, 3));
+    assert!(!kernel.shaping.contains(&Object::Shaper {
+        dev: veth.clone(),
+        tbf: crate::object::Tbf { rate: 1, burst: 0, limit: 1 }
+    }));
+    // A device that cannot be made is that pod's trouble alone.
+    kernel.delete_link(&ifb);
+    kernel.faults = [true].into();
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    let first = report.pending.first().map(|p| p.key.clone());
+    assert_eq!((first, report.usable), (Some(Key::Link(ifb.clone())), true), "{:?}", report.pending);
+    assert!(
+        report.pending.iter().all(|p| crate::reconcile::is_limit_of(&veth, &p.key)),
+        "{:?}",
+        report.pending
+    );
+
+    looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    kernel.delete_link(&veth);
+    inputs.pods.ports.clear();
+    looked(pass(&mut kernel, &mut memory, &inputs, 2, soon()));
+    assert!(!kernel.dump.links.contains_key(&ifb) && kernel.shaping.is_empty());
+}

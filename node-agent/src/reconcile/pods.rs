@@ -1,19 +1,20 @@
-//! What wired pods need from the kernel: their bridges with the gateways' addresses, their ports as they were made, and a
-//! way from the host's loopback to those that have ports of the host.
+//! What wired pods need from the kernel: their bridges with the gateways' addresses, their ports as they were made, their
+//! limits, and a way from the host's loopback to those that have ports of the host.
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
 use weft_shared::IfName;
-use weft_shared::names::{LINK_GROUP, bridge_mac};
+use weft_shared::names::{LINK_GROUP, bridge_mac, egress_ifname};
 
 use super::observe::PROTOCOL_KERNEL;
 use crate::firewall::{Ruleset, host_ports};
 use crate::kernel::{Dump, Kernel, KernelError};
 use crate::object::{
-    AddrForm, AddrScope, Alterations, BridgePort, Desired, Link, LinkKind, LinkMac, Object, Route, RouteForm,
+    AddrForm, AddrScope, Alterations, BridgePort, Desired, Key, Link, LinkKind, LinkMac, Object, Route,
+    RouteForm, Tbf,
 };
-use crate::pods::PodPorts;
+use crate::pods::{PodPorts, Port};
 
 /// `node` gives a new bridge of this node its own MAC, the same at every start.
 pub(super) fn desired(pods: &PodPorts, node: Ipv4Addr, dump: &Dump) -> Desired {
@@ -47,6 +48,10 @@ pub(super) fn desired(pods: &PodPorts, node: Ipv4Addr, dump: &Dump) -> Desired {
         }
     }
     for (veth, port) in &pods.ports {
+        // Nothing stands on a pair that is gone: its attachment is about to be.
+        if dump.links.contains_key(veth) {
+            desired.extend(limits(veth, port));
+        }
         let port = BridgePort {
             bridge: Some(port.options.name.clone()),
             hairpin: port.options.hairpin,
@@ -59,6 +64,33 @@ pub(super) fn desired(pods: &PodPorts, node: Ipv4Addr, dump: &Dump) -> Desired {
         desired.insert(Object::Port { veth: veth.clone(), port });
     }
     desired
+}
+
+/// What goes to a pod leaves by its veth's host end; what it sends comes in there, where nothing can wait, and is
+/// led through a device of its own.
+fn limits(veth: &IfName, port: &Port) -> Desired {
+    let mut desired = Desired::default();
+    if let Some(limit) = port.limits.ingress {
+        desired.insert(Object::Shaper { dev: veth.clone(), tbf: Tbf::of(limit) });
+    }
+    if let Some((limit, ifb)) = port.limits.egress.zip(egress_ifname(veth)) {
+        let altered = Alterations::default();
+        let link = Link { kind: LinkKind::Ifb, mac: LinkMac::None, mtu: port.mtu, up: true, altered };
+        desired.insert(Object::Link { name: ifb.clone(), link });
+        desired.insert(Object::Shaper { dev: ifb.clone(), tbf: Tbf::of(limit) });
+        desired.insert(Object::Redirect { dev: veth.clone(), to: ifb });
+    }
+    desired
+}
+
+/// Whether an object is what an attachment is limited by.
+pub(crate) fn is_limit_of(veth: &IfName, key: &Key) -> bool {
+    let egress = egress_ifname(veth);
+    match key {
+        Key::Link(dev) => Some(dev) == egress.as_ref(),
+        Key::Shaper(dev) | Key::Redirect(dev) => dev == veth || Some(dev) == egress.as_ref(),
+        _ => false,
+    }
 }
 
 /// Packets with a loopback address may come and go by a bridge.

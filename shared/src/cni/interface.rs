@@ -6,10 +6,10 @@ use std::net::IpAddr;
 use serde_json::Value;
 
 use super::args::{parse_ip, parse_mac};
-use super::{CniArgs, Code, Dns, Failure, NetConf, SpecVersion, port_mappings};
+use super::{CniArgs, Code, Dns, Failure, NetConf, SpecVersion, bandwidth, port_mappings};
 use crate::json::Keys;
 use crate::names::DEFAULT_BRIDGE;
-use crate::protocol::{BridgeOptions, PortMapping};
+use crate::protocol::{Bandwidth, BridgeOptions, PortMapping};
 use crate::{BadValue, IfName, Mac};
 
 const MAX_REQUESTED: usize = 16;
@@ -24,6 +24,7 @@ pub struct InterfaceConf {
     pub mac: Option<Mac>,
     /// Ports of the host that lead here; no two of them would have the same packet.
     pub ports: Vec<PortMapping>,
+    pub bandwidth: Bandwidth,
 }
 
 impl InterfaceConf {
@@ -49,6 +50,7 @@ impl InterfaceConf {
                 (None, None) => args.mac,
             },
             ports: port_mappings::parse(&runtime)?,
+            bandwidth: bandwidth::parse(&runtime)?,
         })
     }
 }
@@ -95,21 +97,11 @@ fn refuse_unsupported(keys: &Keys<'_>) -> Result<(), Failure> {
     }
     refuse_portmaps(keys)?;
     let runtime = keys.object("runtimeConfig", "an object")?;
-    for (key, expected) in [
-        ("ipRanges", "none: addresses come from the node's lease"),
-        ("bandwidth", "none: declare this capability on bandwidth, chained behind weft"),
-    ] {
-        let empty = match runtime.get(key) {
-            None => true,
-            Some(Value::Array(list)) => list.is_empty(),
-            Some(Value::Object(object)) => object.is_empty(),
-            Some(_) => false,
-        };
-        if !empty {
-            return Err(unsupported(runtime.bad(key, expected)));
-        }
+    match runtime.get("ipRanges") {
+        None => Ok(()),
+        Some(Value::Array(list)) if list.is_empty() => Ok(()),
+        Some(_) => Err(unsupported(runtime.bad("ipRanges", "none: addresses come from the node's lease"))),
     }
-    Ok(())
 }
 
 /// The reference portmap's keys, should somebody declare its capability here and leave them.
@@ -293,7 +285,6 @@ mod tests {
             (r#""conditionsV4":["!","-d","192.0.2.0/24"]"#, "conditionsV4 = [\"!\""),
             (r#""backend":"iptables""#, "backend = \"iptables\": expected none"),
             (r#""markMasqBit":5"#, "markMasqBit = 5"),
-            (r#""runtimeConfig":{"bandwidth":{"ingressRate":1}}"#, "runtimeConfig.bandwidth"),
         ] {
             let failure = with(&format!(",{extra}"), "").expect_err(extra);
             assert!(failure.is(Code::UnsupportedField) && failure.msg.contains(part), "{extra}: {failure:?}");

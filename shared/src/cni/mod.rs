@@ -5,6 +5,7 @@
 //! <https://www.cni.dev/docs/spec/>; older shapes are told from SPEC.md at the tags `spec-v0.1.0` to `spec-v1.1.0`.
 
 mod args;
+mod bandwidth;
 mod config;
 mod env;
 mod error;

@@ -23,7 +23,7 @@ fn led(node: &Node) -> Vec<String> {
 
 async fn attach(node: &Node, id: &str, port: u16) {
     let (connection, _) = node.add_with(with(id, vec![mapping(None, port)])).await.expect("reserve");
-    node.commit(&connection, id).expect("commit");
+    node.commit(&connection, id).await.expect("commit");
     connection.closed(true).await;
 }
 
@@ -37,7 +37,7 @@ async fn a_port_leads_before_the_plugin_is_told_and_no_more_when_a_del_is_answer
     assert_eq!(reservation.ports.len(), 2);
     let both = ["tcp *:8080 10.5.1.2:80", "tcp 192.0.2.1:8081 10.5.1.2:80"];
     assert_eq!(led(&node), both);
-    node.commit(&connection, "a").expect("commit");
+    node.commit(&connection, "a").await.expect("commit");
     connection.closed(true).await;
     assert_eq!(node.ipam().status().list[0].host_ports, ["8080/tcp -> 80", "192.0.2.1:8081/tcp -> 80"]);
     // The next agent knows them from the record.
@@ -95,7 +95,7 @@ async fn a_port_is_one_attachments_and_a_refusal_names_both() {
     node.add_with(with("d", vec![mapping(None, 9090)])).await.expect_err("reserved");
     drop(connection);
     let (connection, _) = node.add_with(with("d", vec![mapping(None, 9090)])).await.expect("given up");
-    node.commit(&connection, "d").expect("commit");
+    node.commit(&connection, "d").await.expect("commit");
     connection.closed(true).await;
     assert_eq!(led(&node), ["tcp *:8080 10.5.1.2:80", "tcp *:9090 10.5.1.4:80"]);
     node.pass_time(deadline::WIRING);

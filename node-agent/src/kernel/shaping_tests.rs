@@ -86,6 +86,7 @@ fn limits_are_made_and_every_alteration_is_seen_and_mended() {
             (format!("qdisc change dev {veth} root tbf rate 16mbit burst 64k latency 25ms"), &on_veth),
             (format!("qdisc change dev {ifb} root tbf rate 8mbit burst 32k latency 25ms"), &on_ifb),
             (format!("qdisc change dev {ifb} root tbf rate 8mbit burst 64k latency 50ms"), &on_ifb),
+            (format!("qdisc change dev {ifb} root tbf rate 8mbit burst 32k limit 90536"), &on_ifb),
             (format!("qdisc delete dev {veth} ingress"), &led),
             (format!("filter delete dev {veth} ingress"), &led),
             (

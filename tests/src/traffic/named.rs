@@ -15,8 +15,10 @@ use crate::wait::let_pass;
 
 /// Between two looks at whether it is to end.
 const PACE: Duration = Duration::from_millis(10);
-/// An answer that takes longer is none.
+/// A datagram's answer that takes longer is none.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// A connection's may need the second attempt, which the kernel makes after a second (RFC 6298).
+const TCP_PATIENCE: Duration = Duration::from_secs(3);
 
 /// A server on one port of every address, by TCP and UDP, until it is dropped.
 #[derive(Debug)]
@@ -89,10 +91,11 @@ fn line(name: &str, client: SocketAddr) -> String {
 /// One connection; `None` when nobody listens there.
 pub fn ask_tcp(from: &Netns, to: SocketAddrV4) -> Result<Option<Answer>> {
     let mut text = String::new();
-    let read = from.enter(|| Ok(TcpStream::connect_timeout(&to.into(), PATIENCE)))?.and_then(|mut stream| {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.read_to_string(&mut text)
-    });
+    let read =
+        from.enter(|| Ok(TcpStream::connect_timeout(&to.into(), TCP_PATIENCE)))?.and_then(|mut stream| {
+            stream.set_read_timeout(Some(TCP_PATIENCE))?;
+            stream.read_to_string(&mut text)
+        });
     heard(read.map(|_| text), to)
 }
 

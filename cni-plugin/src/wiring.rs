@@ -229,13 +229,23 @@ mod tests {
             bridge_ifindex: 9,
             bridge_mac: Mac([2, 0, 0, 0, 0, 1]),
             host_ifname: "vethabc".parse().expect("name"),
+            ports: vec![],
+            bandwidth: Default::default(),
         }
     }
 
     fn conf(is_default_gateway: bool) -> InterfaceConf {
         let bridge =
             BridgeOptions { name: "cni0".parse().expect("name"), hairpin: true, isolated: false, mtu: None };
-        InterfaceConf { bridge, is_default_gateway, dns: Default::default(), requested: vec![], mac: None }
+        InterfaceConf {
+            bridge,
+            is_default_gateway,
+            dns: Default::default(),
+            requested: vec![],
+            mac: None,
+            ports: vec![],
+            bandwidth: Default::default(),
+        }
     }
 
     fn planned(reserved: &Reservation, default: bool) -> Vec<String> {

@@ -344,3 +344,20 @@ fn usual_add(node: &Node) -> Duration {
     times.sort();
     times[times.len() / 2]
 }
+
+#[test]
+fn an_agent_that_knows_neither_host_ports_nor_bandwidth_is_found_out_and_nothing_is_wired() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let agent = node.agent().behaving(Behaviour { is_old: true, ..Behaviour::default() });
+    for asked in [
+        json!({"portMappings": [{"hostPort": 8080, "containerPort": 80}]}),
+        json!({"bandwidth": {"ingressRate": 8000, "ingressBurst": 80000}}),
+    ] {
+        let conf = node.conf("1.1.0", json!({"runtimeConfig": asked}));
+        let text = node.call("ADD", "c1", &pod.path(), &conf).run().refused(103);
+        assert!(text.contains("does not know of host ports or of bandwidth"), "{text}");
+        assert_eq!(pod.link_names(), [""; 0]);
+    }
+    eventually("the agent forgets", || agent.books().records.is_empty());
+    node.add("c1", &pod).ok();
+}

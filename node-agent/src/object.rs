@@ -9,6 +9,7 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 use weft_shared::names::ROUTE_PROTOCOL;
+use weft_shared::protocol::Limit;
 use weft_shared::{IfName, Mac, Subnet};
 
 use crate::firewall::{Part, PartKey};
@@ -23,6 +24,10 @@ pub enum Key {
     /// Before anything that lets packets through: a connection keeps the translation it began with.
     Firewall(PartKey),
     Port(IfName),
+    /// What leaves by a device.
+    Shaper(IfName),
+    /// What comes in by a device.
+    Redirect(IfName),
     Addr(IfName, IpNetwork),
     /// Before the neighbour: a peer's new MAC must lead somewhere when packets begin to carry it.
     Fdb(IfName, Mac),
@@ -50,6 +55,15 @@ pub enum Object {
     Port {
         veth: IfName,
         port: BridgePort,
+    },
+    Shaper {
+        dev: IfName,
+        tbf: Tbf,
+    },
+    /// All that comes in by `dev` leaves by `to` first.
+    Redirect {
+        dev: IfName,
+        to: IfName,
     },
     Addr {
         dev: IfName,
@@ -102,6 +116,8 @@ pub enum LinkKind {
     Vxlan(Vxlan),
     Bridge,
     Tun(Tun),
+    /// Where what comes in by another device is queued (drivers/net/ifb.c).
+    Ifb,
     /// Found in the kernel, never wanted: its kind's name.
     Other(String),
 }
@@ -112,6 +128,7 @@ impl fmt::Display for LinkKind {
             Self::Vxlan(_) => f.write_str("VXLAN device"),
             Self::Bridge => f.write_str("bridge"),
             Self::Tun(tun) => f.write_str(if tun.tap { "TAP device" } else { "TUN device" }),
+            Self::Ifb => f.write_str("intermediate functional block"),
             Self::Other(kind) => f.write_str(kind),
         }
     }
@@ -188,6 +205,28 @@ impl Tun {
     /// queues.
     pub fn is_denied_by(&self, found: &Tun) -> bool {
         !found.marked && (!found.persistent || (found.attached && !self.can_be_made_of(found)))
+    }
+}
+
+/// A token bucket filter as a device's root (net/sched/sch_tbf.c).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tbf {
+    /// Bytes a second.
+    pub rate: u64,
+    /// Size of the bucket, in bytes. Of one that was found it is 0, if it is not the one that is wanted: the kernel shows
+    /// the time that it takes to fill.
+    pub burst: u32,
+    /// Bytes that wait for tokens; more are dropped.
+    pub limit: u32,
+}
+
+impl Tbf {
+    /// What the reference's bandwidth plugin makes of a limit: what waits goes within 25 ms, after a full bucket.
+    pub fn of(limit: Limit) -> Self {
+        const LATENCY_MS: u128 = 25;
+        let waiting = u128::from(limit.rate) * LATENCY_MS / 1000 + u128::from(limit.burst);
+        let waiting = u32::try_from(waiting).unwrap_or(u32::MAX);
+        Self { rate: limit.rate, burst: limit.burst, limit: waiting }
     }
 }
 
@@ -338,6 +377,8 @@ impl Object {
             Self::Sysctl { path, .. } => Key::Sysctl(path.clone()),
             Self::Firewall(part) => Key::Firewall(part.key()),
             Self::Port { veth, .. } => Key::Port(veth.clone()),
+            Self::Shaper { dev, .. } => Key::Shaper(dev.clone()),
+            Self::Redirect { dev, .. } => Key::Redirect(dev.clone()),
             Self::Addr { dev, addr, .. } => Key::Addr(dev.clone(), *addr),
             Self::Neigh { dev, ip, .. } => Key::Neigh(dev.clone(), *ip),
             Self::Fdb { dev, mac, .. } => Key::Fdb(dev.clone(), *mac),
@@ -373,6 +414,7 @@ impl Object {
                 match (&want.kind, &have.kind) {
                     (LinkKind::Vxlan(want), LinkKind::Vxlan(have)) => !want.can_be_made_of(have),
                     (LinkKind::Tun(want), LinkKind::Tun(have)) => !want.can_be_made_of(have),
+                    (LinkKind::Ifb, have) => *have != LinkKind::Ifb,
                     (LinkKind::Vxlan(_) | LinkKind::Tun(_), _) => true,
                     (LinkKind::Bridge | LinkKind::Other(_), _) => false,
                 }
@@ -389,7 +431,11 @@ impl Object {
             | Self::Sysctl { .. }
             | Self::Firewall(_)
             | Self::Port { .. } => None,
-            Self::Addr { dev, .. } | Self::Neigh { dev, .. } | Self::Fdb { dev, .. } => Some(dev),
+            Self::Shaper { dev, .. }
+            | Self::Redirect { dev, .. }
+            | Self::Addr { dev, .. }
+            | Self::Neigh { dev, .. }
+            | Self::Fdb { dev, .. } => Some(dev),
             Self::Route { route, .. } => route.dev.as_ref(),
         }
     }
@@ -423,6 +469,12 @@ impl Desired {
 
     pub fn get(&self, key: &Key) -> Option<&Object> {
         self.0.get(key)
+    }
+
+    /// The limits among them.
+    pub fn limits(&self) -> Vec<&Object> {
+        let is_limit = |object: &&Object| matches!(object, Object::Shaper { .. } | Object::Redirect { .. });
+        self.0.values().filter(is_limit).collect()
     }
 
     /// Paths of the settings among them.
@@ -524,6 +576,8 @@ impl fmt::Display for Key {
             Self::Sysctl(path) => write!(f, "sysctl {}", path.replace('/', ".")),
             Self::Firewall(part) => write!(f, "{part}"),
             Self::Port(veth) => write!(f, "bridge port {veth}"),
+            Self::Shaper(dev) => write!(f, "token bucket on {dev}"),
+            Self::Redirect(dev) => write!(f, "redirection of what comes in by {dev}"),
             Self::Addr(dev, addr) => write!(f, "address {addr} dev {dev}"),
             Self::Neigh(dev, ip) => write!(f, "neighbour {ip} dev {dev}"),
             Self::Fdb(dev, mac) => write!(f, "fdb {mac} dev {dev}"),

@@ -1,10 +1,12 @@
 //! The border between address management and the rest of the agent: what a pod gets, and what wired pods need kept.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 
-use weft_shared::protocol::{BridgeOptions, Failure};
+use weft_shared::protocol::{Bandwidth, BridgeOptions, Failure};
 use weft_shared::{IfName, Mac, Subnet};
+
+use crate::firewall::HostPort;
 
 /// The rest of the agent, as address management sees it.
 ///
@@ -20,6 +22,12 @@ pub trait Fabric: Send + Sync + 'static {
 
     /// Deletes a host-side veth if, and only if, it carries our mark; `Ok` when nothing of ours has that name any more.
     fn delete_veth(&self, name: &IfName) -> impl Future<Output = Result<(), String>> + Send;
+
+    /// Makes host ports lead where [`PodPorts::host_ports`] says, and nowhere else (published before the call).
+    fn ensure_host_ports(&self) -> impl Future<Output = Result<(), String>> + Send;
+
+    /// Puts a limited attachment's limits in place, as [`PodPorts::ports`] names them (published before the call).
+    fn ensure_limits(&self, veth: &IfName) -> impl Future<Output = Result<(), String>> + Send;
 
     /// Whether a link of this index exists in the node's namespace, whatever its name and mark: asked before an
     /// attachment counts as dead.
@@ -63,6 +71,8 @@ pub struct PodPorts {
     /// Bridges that Reserve has named since boot, and the leased subnets whose gateway each carries: the one that new
     /// pods get, and those of pods that are still there.
     pub bridges: BTreeMap<IfName, BridgeNeed>,
+    /// Ports of the host that lead to attachments, from Reserve on: the runtime is told of a pod that can be reached.
+    pub host_ports: BTreeSet<HostPort>,
 }
 
 impl PodPorts {
@@ -77,6 +87,7 @@ pub struct Port {
     pub ifindex: u32,
     pub options: BridgeOptions,
     pub mtu: u32,
+    pub limits: Bandwidth,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

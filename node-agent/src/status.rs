@@ -261,6 +261,9 @@ pub struct AttachmentStatus {
     pub bridge: IfName,
     /// `reserved`, `committed` or `aborted`.
     pub state: String,
+    /// Ports of the host that lead to it, such as `8080/tcp -> 80`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub host_ports: Vec<String>,
 }
 
 /// What address management has done since the agent's start.
@@ -330,6 +333,10 @@ pub(crate) mod sample {
                 host_veth: veth.parse().expect(veth),
                 bridge: "cni0".parse().expect("name"),
                 state: state.into(),
+                host_ports: match pod {
+                    Some(_) => vec!["8080/tcp -> 80".into(), "53/udp -> 5353".into()],
+                    None => vec![],
+                },
             }
         };
         Status {

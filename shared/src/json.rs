@@ -68,10 +68,24 @@ impl<'a> Keys<'a> {
         Ok(self.typed(key, expected, Value::as_array)?.map_or(&[], Vec::as_slice))
     }
 
+    /// A list of objects, each with its place in its path and `case` for its own keys.
+    pub(crate) fn objects(&self, key: &str, case: Case, expected: &str) -> Result<Vec<Self>, BadValue> {
+        let one = |(at, item): (usize, &'a Value)| {
+            let map = item.as_object().ok_or_else(|| self.bad_part(key, item, expected))?;
+            Ok(Self { path: format!("{}[{at}].", self.path_of(key)), case, map: Some(map) })
+        };
+        self.list(key, expected)?.iter().enumerate().map(one).collect()
+    }
+
     /// An absent object is an empty one.
     pub(crate) fn object(&self, key: &str, expected: &str) -> Result<Self, BadValue> {
         let map = self.typed(key, expected, Value::as_object)?;
         Ok(Self { path: format!("{}.", self.path_of(key)), case: self.case, map })
+    }
+
+    /// The same with `case` for the object's own keys.
+    pub(crate) fn object_of(&self, key: &str, case: Case, expected: &str) -> Result<Self, BadValue> {
+        self.object(key, expected).map(|object| Self { case, ..object })
     }
 
     pub(crate) fn path_of(&self, key: &str) -> String {

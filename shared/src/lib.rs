@@ -14,9 +14,11 @@ pub mod replace;
 pub mod subnet_env;
 pub mod tombstone;
 
+mod bandwidth;
 mod ifname;
 mod json;
 mod mac;
+mod ports;
 mod subnet;
 
 pub use ifname::{BadIfName, IfName};

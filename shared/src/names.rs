@@ -38,6 +38,7 @@ pub const ROUTE_PROTOCOL: u8 = 87;
 pub const LINK_GROUP: u32 = 0x7765_6674;
 
 const VETH_PREFIX: &str = "veth";
+const EGRESS_PREFIX: &str = "wifb";
 const VETH_HASH_CHARS: usize = 11;
 
 /// The host-side veth of an attachment: `veth` and 11 base32 characters of a SHA-256, so that a crashed ADD's orphan
@@ -57,6 +58,17 @@ pub fn is_host_ifname(name: &str) -> bool {
     name.strip_prefix(VETH_PREFIX).is_some_and(|hash| {
         hash.len() == VETH_HASH_CHARS && hash.bytes().all(|b| matches!(b, b'a'..=b'z' | b'2'..=b'7'))
     })
+}
+
+/// The device through which an attachment's own packets pass when they are limited, by its host-side veth's name.
+pub fn egress_ifname(host_ifname: &IfName) -> Option<IfName> {
+    let hash = host_ifname.as_str().strip_prefix(VETH_PREFIX)?;
+    format!("{EGRESS_PREFIX}{hash}").parse().ok()
+}
+
+/// Whether a link's name has the form that [`egress_ifname`] gives. Ownership also needs [`LINK_GROUP`].
+pub fn is_egress_ifname(name: &str) -> bool {
+    name.strip_prefix(EGRESS_PREFIX).is_some_and(|hash| is_host_ifname(&format!("{VETH_PREFIX}{hash}")))
 }
 
 /// A file-name-safe key of an attachment: 52 base32 characters (RFC 4648, lower case, no padding) of the SHA-256 over
@@ -125,5 +137,8 @@ mod tests {
             assert_ne!(base, host_ifname(&other));
         }
         assert!(!is_host_ifname("veth12345678"));
+        let egress = egress_ifname(&base).expect("15 bytes");
+        assert!(is_egress_ifname(egress.as_str()) && !is_host_ifname(egress.as_str()), "{egress}");
+        assert!(!is_egress_ifname("wifb0") && !is_egress_ifname(base.as_str()));
     }
 }

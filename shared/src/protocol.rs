@@ -13,8 +13,10 @@ use ipnetwork::IpNetwork;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+pub use crate::bandwidth::{Bandwidth, Limit};
 pub use crate::cni::Failure;
 use crate::cni::{ContainerId, NetworkName};
+pub use crate::ports::{PortMapping, Protocol};
 use crate::{IfName, Mac, Subnet};
 
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -60,6 +62,11 @@ pub struct Reserve {
     /// `namespace/name` of the pod, when the runtime said so: for people.
     #[serde(default)]
     pub pod: Option<String>,
+    /// Ports of the host that lead to the pod.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<PortMapping>,
+    #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
+    pub bandwidth: Bandwidth,
 }
 
 /// What the network configuration asks of the bridge and of this attachment's port.
@@ -103,6 +110,12 @@ pub struct Reservation {
     pub bridge_ifindex: u32,
     pub bridge_mac: Mac,
     pub host_ifname: IfName,
+    /// Those of the request, in place. An agent that knows nothing of them answers none, and is found out by that.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<PortMapping>,
+    /// In the same way; in place from Commit on.
+    #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
+    pub bandwidth: Bandwidth,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

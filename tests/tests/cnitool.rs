@@ -3,6 +3,7 @@
 
 use std::env;
 use std::fs;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -13,6 +14,8 @@ use e2e::netns::Netns;
 use e2e::node::Node;
 use e2e::pod::Sandbox;
 use e2e::traffic::echo::ping;
+use e2e::traffic::named::{Named, ask_tcp};
+use e2e::wait::{SECOND, eventually};
 use serde_json::{Value, json};
 
 /// Where Debian's containernetworking-plugins lie.
@@ -33,10 +36,16 @@ impl CniTool {
         let (conf_dir, var_lib) = (bed.join("net.d"), bed.join("var-lib"));
         fs::create_dir_all(&conf_dir)?;
         fs::create_dir_all(&var_lib)?;
-        fs::write(conf_dir.join("10-weft.conflist"), conflist.to_string())?;
         let path = format!("{}:{STOCK_PLUGINS}", node.binaries.dir.display());
         let node = node.netns().clone();
-        Ok(Self { program: find_cnitool()?, node, conf_dir, var_lib, path, capabilities: None })
+        let tool = Self { program: find_cnitool()?, node, conf_dir, var_lib, path, capabilities: None };
+        tool.configure(conflist)?;
+        Ok(tool)
+    }
+
+    /// Another list from the next call on.
+    fn configure(&self, conflist: &Value) -> Result<()> {
+        Ok(fs::write(self.conf_dir.join("10-weft.conflist"), conflist.to_string())?)
     }
 
     fn output(&self, verb: &str, netns: &Netns) -> Result<Output> {
@@ -130,26 +139,93 @@ fn installed_conflist(node: &Node) -> Result<Value> {
     Ok(list)
 }
 
+/// Where a host port leads, by whose rules.
+fn leads(node: &Node) -> Result<(bool, bool)> {
+    let ours = node.netns().run(Command::new("nft").args(["list", "ruleset"]))?;
+    let portmaps = node.netns().run(Command::new("iptables-save").args(["-t", "nat"]))?;
+    let of_weft =
+        ours.split("table ").any(|table| table.contains("weft-hostports") && table.contains("dport 9090"));
+    Ok((of_weft, portmaps.contains("--dport 9090")))
+}
+
+const BY_WEFT: (bool, bool) = (true, false);
+const BY_PORTMAP: (bool, bool) = (false, true);
+const BY_BOTH: (bool, bool) = (true, true);
+const NOWHERE: (bool, bool) = (false, false);
+
+fn answers_at_9090(node: &Node) -> Result<bool> {
+    Ok(ask_tcp(node.netns(), SocketAddrV4::new(node.net.address, 9090))?.is_some())
+}
+
 #[test]
 fn the_installed_list_maps_a_host_port() -> Result<()> {
     scenario(Spec::etcd(1, Backend::Vxlan), |cluster| {
         let node = &cluster.nodes[0];
         let mut tool = CniTool::new(node, cluster.bed.root(), &installed_conflist(node)?)?;
-        tool.capabilities =
-            Some(json!({ "portMappings": [{ "hostPort": 9090, "containerPort": 80, "protocol": "tcp" }] }));
-        let pod = Sandbox::create(node, "chained")?.netns;
-        let nat = || node.netns().run(Command::new("iptables-save").args(["-t", "nat"]));
+        tool.capabilities = Some(published());
+        let pod = Sandbox::create(node, "published")?.netns;
+        let _server = Named::start(&pod, "published", Ipv4Addr::UNSPECIFIED, 80)?;
         tool.run("add", &pod)?;
-        assert!(nat()?.contains("--dport 9090"), "portmap did not understand our result: {}", nat()?);
-        tool.run("del", &pod)?;
-        assert!(!nat()?.contains("--dport 9090"), "{}", nat()?);
-        assert_eq!(node.status()?.pods.attachments, 0);
-
-        // CHECK without published ports: Debian's portmap 1.1.1 misses IPv6 chains that an IPv4 pod never gets.
-        tool.capabilities = None;
-        tool.run("add", &pod)?;
+        assert_eq!(leads(node)?, BY_WEFT);
+        assert!(answers_at_9090(node)?);
         tool.run("check", &pod)?;
         tool.run("del", &pod)?;
+        assert_eq!(leads(node)?, NOWHERE);
+        assert_eq!(node.status()?.pods.attachments, 0);
+        Ok(())
+    })
+}
+
+fn published() -> Value {
+    json!({ "portMappings": [{ "hostPort": 9090, "containerPort": 80, "protocol": "tcp" }] })
+}
+
+/// Token buckets in a node, and devices that are made for them.
+fn buckets(node: &Node) -> Result<(usize, usize)> {
+    let queues = node.netns().run(Command::new("tc").args(["qdisc", "show"]))?;
+    let devices = node.netns().ip("-o link show type ifb")?;
+    Ok((queues.matches("qdisc tbf").count(), devices.lines().count()))
+}
+
+/// A list that names the stock plugins for the capabilities goes on working, and its pods are deleted when weft has
+/// taken over.
+#[test]
+fn chained_portmap_and_bandwidth_keep_their_pods_until_they_go() -> Result<()> {
+    scenario(Spec::etcd(1, Backend::Vxlan), |cluster| {
+        let node = &cluster.nodes[0];
+        let portmap = json!({ "type": "portmap", "capabilities": { "portMappings": true } });
+        let bandwidth = json!({ "type": "bandwidth", "capabilities": { "bandwidth": true } });
+        let stock = conflist("1.0.0", node, &[portmap.clone(), bandwidth]);
+        let mut tool = CniTool::new(node, cluster.bed.root(), &stock)?;
+        let mut capabilities = published();
+        capabilities["bandwidth"] = json!({
+            "ingressRate": 8_000_000, "ingressBurst": 800_000, "egressRate": 8_000_000, "egressBurst": 800_000,
+        });
+        tool.capabilities = Some(capabilities);
+        let (old, new) = (Sandbox::create(node, "old")?.netns, Sandbox::create(node, "new")?.netns);
+        let _servers = [&old, &new].map(|pod| Named::start(pod, "any", Ipv4Addr::UNSPECIFIED, 80));
+        for _ in 0..2 {
+            tool.run("add", &old)?;
+            assert_eq!((leads(node)?, buckets(node)?), (BY_PORTMAP, (2, 1)));
+            assert!(answers_at_9090(node)?);
+            tool.run("del", &old)?;
+            assert_eq!((leads(node)?, buckets(node)?), (NOWHERE, (0, 0)));
+        }
+
+        // Until the last of their pods is gone portmap's capability is declared at both, which lead to the same place;
+        // bandwidth stays without its own, for a device has one root.
+        tool.run("add", &old)?;
+        let mut both = conflist("1.0.0", node, &[portmap, json!({ "type": "bandwidth" })]);
+        both["plugins"][0]["capabilities"] = json!({ "portMappings": true, "bandwidth": true });
+        tool.configure(&both)?;
+        tool.run("del", &old)?;
+        assert_eq!((leads(node)?, buckets(node)?), (NOWHERE, (0, 0)));
+        tool.run("add", &new)?;
+        assert_eq!((leads(node)?, buckets(node)?), (BY_BOTH, (2, 1)));
+        assert!(answers_at_9090(node)?);
+        tool.run("del", &new)?;
+        eventually("the limits to go", SECOND * 5, || Ok(buckets(node)? == (0, 0)))?;
+        assert_eq!((leads(node)?, node.status()?.pods.attachments), (NOWHERE, 0));
         Ok(())
     })
 }

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use e2e::cluster::{Backend, READY, Spec, scenario_prepared};
 use e2e::host::HostSnapshot;
 use e2e::node::Node;
-use e2e::pod::Pod;
+use e2e::pod::{Pod, Sandbox};
 use e2e::random::Random;
 use e2e::report;
 use e2e::traffic::echo::ping;
@@ -117,7 +117,13 @@ fn leaves_as_it_was(backend: Backend) -> Result<()> {
         cluster.start_agents()?;
         install_conflist(&cluster.nodes[0])?;
         let far = cluster.nodes[1].pod("far")?;
-        let (first, second) = (cluster.nodes[0].pod("first")?, cluster.nodes[0].pod("second")?);
+        let first = cluster.nodes[0].pod("first")?;
+        let mut second = Sandbox::create(&cluster.nodes[0], "n1-second")?;
+        second.call.config["runtimeConfig"] = json!({
+            "portMappings": [{ "hostPort": 53, "containerPort": 53 }],
+            "bandwidth": { "egressRate": 8_000_000, "egressBurst": 800_000 },
+        });
+        let second = second.wire()?;
         ping(&far.netns, second.address, 5, SECOND)?;
         first.delete()?;
 

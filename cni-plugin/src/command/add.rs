@@ -48,8 +48,14 @@ pub(crate) fn add(
             requested: interface.requested.clone(),
             bridge: interface.bridge.clone(),
             pod: args.pod,
+            ports: interface.ports.clone(),
+            bandwidth: interface.bandwidth,
         })
         .map_err(unavailable)?;
+    if (&reserved.ports, reserved.bandwidth) != (&interface.ports, interface.bandwidth) {
+        let msg = "this weftd does not know of host ports or of bandwidth: expected one of the plugin's version, upgrade it";
+        return Err(Failure::new(Code::ProtocolMismatch, msg));
+    }
 
     let mut host = Netlink::open().map_err(|e| Failure::new(Code::Wiring, format!("netlink socket: {e}")))?;
     let plan = Plan::new(&attachment, &interface, &reserved);

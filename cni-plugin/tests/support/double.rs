@@ -30,6 +30,8 @@ pub(crate) struct Behaviour {
     pub(crate) mute: bool,
     /// Leave a veth alone that is in the way of a reservation or of an undone one.
     pub(crate) spare_orphans: bool,
+    /// As an agent of before there were host ports and bandwidth.
+    pub(crate) is_old: bool,
     pub(crate) dual_stack: bool,
 }
 
@@ -172,6 +174,8 @@ fn answer(books: &mut Books, host: &Host, request: Request) -> Option<Reply> {
                 bridge_ifindex: host.bridge_ifindex,
                 bridge_mac: host.bridge_mac.parse().expect("mac"),
                 host_ifname: host_ifname(&reserve.attachment),
+                ports: if behaviour.is_old { vec![] } else { reserve.ports },
+                bandwidth: if behaviour.is_old { Default::default() } else { reserve.bandwidth },
             })
         }
         Request::Commit(_) if behaviour.close_at_commit => return None,

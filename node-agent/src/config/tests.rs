@@ -385,7 +385,9 @@ fn the_shipped_conflist_names_the_plugin() {
     let list: serde_json::Value = serde_json::from_str(text).expect("JSON");
     let types: Vec<_> =
         list["plugins"].as_array().expect("plugins").iter().map(|p| p["type"].as_str()).collect();
-    assert_eq!(types, [Some("weft"), Some("portmap")]);
+    assert_eq!(types, [Some("weft")]);
     assert_eq!((list["name"].as_str(), list["cniVersion"].as_str()), (Some("weft"), Some("1.0.0")));
-    assert_eq!(list["plugins"][1]["capabilities"]["portMappings"], true);
+    for capability in ["ips", "portMappings", "bandwidth"] {
+        assert_eq!(list["plugins"][0]["capabilities"][capability], true, "{capability}");
+    }
 }

@@ -266,7 +266,7 @@ pub(super) fn pods(list: &[AttachmentStatus]) -> String {
     if list.is_empty() {
         return "no pods: nothing is attached to this node\n".to_owned();
     }
-    let mut table = Table::new(["POD", "ADDRESS", "INTERFACE", "VETH", "BRIDGE", "STATE"]);
+    let mut table = Table::new(["POD", "ADDRESS", "INTERFACE", "VETH", "BRIDGE", "STATE", "HOST PORTS"]);
     for attachment in list {
         let short = || attachment.container_id.chars().take(SHORT_ID).collect();
         let addresses: Vec<String> = attachment.addresses.iter().map(|a| a.to_string()).collect();
@@ -277,6 +277,7 @@ pub(super) fn pods(list: &[AttachmentStatus]) -> String {
             attachment.host_veth.to_string(),
             attachment.bridge.to_string(),
             attachment.state.clone(),
+            attachment.host_ports.join(", "),
         ]);
     }
     table.print()

@@ -17,7 +17,7 @@ const KUBE_MARK: u32 = 0x4000;
 
 /// `NF_INET_FORWARD` and `NF_INET_POST_ROUTING` of linux/netfilter.h.
 pub const HOOK_FORWARD: u32 = 2;
-const HOOK_POSTROUTING: u32 = 4;
+pub(super) const HOOK_POSTROUTING: u32 = 4;
 /// `NF_IP_PRI_FILTER` and `NF_IP_PRI_NAT_SRC` of linux/netfilter_ipv4.h.
 const PRIORITY_FILTER: i32 = 0;
 const PRIORITY_SRCNAT: i32 = 100;
@@ -49,7 +49,7 @@ pub(super) fn table(
     (!chains.is_empty()).then(|| Part::table(table_id(family), chains))
 }
 
-fn base_chain(name: &str, kind: &str, number: u32, priority: i32, rules: Vec<Rule>) -> Chain {
+pub(super) fn base_chain(name: &str, kind: &str, number: u32, priority: i32, rules: Vec<Rule>) -> Chain {
     let hook = Hook { kind: kind.into(), number, priority, policy: ChainPolicy::Accept };
     Chain { name: name.into(), hook: Some(hook), rules }
 }

@@ -1,5 +1,5 @@
-//! What weft keeps in the host's packet filter, as values and pure functions: masquerade in tables of its own, and
-//! accepts in whatever chain of the forward hook would drop pods' packets.
+//! What weft keeps in the host's packet filter, as values and pure functions: masquerade and host ports in tables of its
+//! own, and accepts in whatever chain of the forward hook would drop pods' packets.
 //!
 //! An accept in one chain does not overrule a drop in another: a packet passes the hook only when every base chain on
 //! it lets it through (net/netfilter/nf_tables_core.c). So accepts of our own table are worth nothing on a host whose
@@ -7,21 +7,24 @@
 //! for (the policy, or a last rule without a condition) and behind what somebody decided: a network policy, Docker's
 //! isolation, an operator's rule keep their effect, as they do with flannel's rules, which are appended too.
 //!
-//! The tables have flanneld's names, so that flanneld refills or removes them after a roll-back
+//! The tables for masquerade have flanneld's names, so that flanneld refills or removes them after a roll-back
 //! (pkg/trafficmngr/nftables). How often the kernel is looked at costs nothing on a quiet host: see `kernel::nft`.
 
 pub mod advice;
 pub mod forward;
+pub mod host_ports;
 pub mod legacy;
 pub mod masquerade;
 pub mod rule;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use weft_shared::Subnet;
 
 use forward::HostChain;
+pub use host_ports::{HostPort, HostPorts};
 use legacy::LegacyFilter;
 pub use rule::{Expr, Rule};
 
@@ -58,6 +61,7 @@ pub struct Networks {
     pub overlay: Vec<Subnet>,
     /// Those whose pods live here: the leased subnet, and older ones with pods left.
     pub local: Vec<Subnet>,
+    pub host_ports: HostPorts,
 }
 
 impl Networks {
@@ -169,6 +173,8 @@ pub enum Part {
     Accepts { chain: ChainId, rules: Vec<Rule>, in_place: bool },
     /// The same by iptables-legacy, which is another packet filter: rules in the words of `iptables-save`.
     Legacy { rules: Vec<String>, in_place: bool },
+    /// The kernel's UDP flows to host ports, which are to go where these lead.
+    Flows(BTreeSet<HostPort>),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -176,6 +182,8 @@ pub enum PartKey {
     Table(TableId),
     Accepts(ChainId),
     Legacy,
+    /// After the tables: a flow that begins anew takes the way that these say.
+    Flows,
 }
 
 impl Part {
@@ -190,6 +198,7 @@ impl Part {
             Self::Table { id, .. } => PartKey::Table(id.clone()),
             Self::Accepts { chain, .. } => PartKey::Accepts(chain.clone()),
             Self::Legacy { .. } => PartKey::Legacy,
+            Self::Flows(_) => PartKey::Flows,
         }
     }
 }
@@ -200,6 +209,7 @@ impl fmt::Display for PartKey {
             Self::Table(id) => write!(f, "nftables table {id}"),
             Self::Accepts(chain) => write!(f, "accept rules in nftables chain {chain}"),
             Self::Legacy => write!(f, "accept rules in iptables-legacy FORWARD"),
+            Self::Flows => write!(f, "UDP flows to host ports"),
         }
     }
 }
@@ -220,6 +230,8 @@ pub struct Ruleset {
     pub kube_proxy: bool,
     /// What a flanneld in iptables mode has left behind.
     pub left: Vec<advice::Leftover>,
+    /// What UDP flows to host ports follow; `None` while nobody has seen to it.
+    pub flows: Option<BTreeSet<HostPort>>,
 }
 
 impl Default for Ruleset {
@@ -232,6 +244,7 @@ impl Default for Ruleset {
             fully_random: true,
             kube_proxy: false,
             left: Vec::new(),
+            flows: None,
         }
     }
 }
@@ -246,6 +259,7 @@ pub fn desired(settings: &Settings, networks: &Networks, seen: &Ruleset) -> Vec<
         desired.extend(forward::desired(networks, seen));
         desired.extend(legacy::desired(networks, seen));
     }
+    desired.extend(host_ports::desired(networks, seen));
     desired
 }
 
@@ -254,7 +268,8 @@ pub fn found(seen: &Ruleset) -> impl Iterator<Item = Part> {
     let tables = seen.own.iter().cloned();
     let accepts = seen.forward.iter().filter_map(forward::found);
     let legacy = seen.legacy.table().and_then(legacy::found);
-    tables.chain(accepts).chain(legacy)
+    let flows = seen.flows.iter().cloned().map(Part::Flows);
+    tables.chain(accepts).chain(legacy).chain(flows)
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
 //! Rules of nf_tables, in the few expressions that ours are made of. Whatever else the kernel knows is kept by name, so
 //! that a rule of somebody else's is at least known to have a condition.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
-use weft_shared::Subnet;
+use weft_shared::{IfName, Subnet};
 
 use super::Family;
 
@@ -21,12 +21,34 @@ pub struct Rule {
 pub enum Expr {
     Mark,
     Nfproto,
+    /// `meta l4proto`.
+    Protocol,
+    /// `meta iifname`.
+    InputName,
+    /// `fib daddr type`: whose the destination is.
+    DestinationType,
     /// Bytes of the network header.
     Payload {
         offset: u32,
         len: u32,
     },
+    /// Bytes of the transport header.
+    Transport {
+        offset: u32,
+        len: u32,
+    },
     And(Vec<u8>),
+    /// Sets these bits of the first register.
+    Or(Vec<u8>),
+    /// The first register becomes the packet's mark.
+    SetMark,
+    /// Bytes into the first register or the second.
+    Load {
+        register: u32,
+        value: Vec<u8>,
+    },
+    /// To the address in the first register and the port in the second.
+    Dnat(Family),
     Cmp {
         equal: bool,
         value: Vec<u8>,
@@ -68,7 +90,11 @@ pub enum Side {
 
 impl Rule {
     pub fn new(conditions: Vec<Vec<Expr>>, verdict: Expr) -> Self {
-        let exprs = conditions.into_iter().flatten().chain([Expr::Counter, verdict]).collect();
+        Self::doing(conditions, vec![verdict])
+    }
+
+    pub fn doing(conditions: Vec<Vec<Expr>>, deed: Vec<Expr>) -> Self {
+        let exprs = conditions.into_iter().flatten().chain([Expr::Counter]).chain(deed).collect();
         Self { exprs, comment: None }
     }
 
@@ -161,6 +187,56 @@ pub fn within(side: Side, subnet: Subnet, inside: bool) -> Vec<Expr> {
     }
     exprs.push(Expr::Cmp { equal: inside, value: bytes[..len].to_vec() });
     exprs
+}
+
+/// `ip daddr`: this very address.
+pub fn is_address(side: Side, addr: IpAddr) -> Vec<Expr> {
+    within(side, Subnet::host(addr), true)
+}
+
+/// `fib daddr type local`: an address of this host.
+pub fn is_local() -> Vec<Expr> {
+    /// `RTN_LOCAL` of linux/rtnetlink.h.
+    const LOCAL: u32 = 2;
+    vec![Expr::DestinationType, equals(LOCAL.to_ne_bytes().to_vec())]
+}
+
+/// `tcp dport 80` and its like.
+pub fn to_port(protocol: u8, port: u16) -> Vec<Expr> {
+    let port = equals(port.to_be_bytes().to_vec());
+    vec![Expr::Protocol, equals(vec![protocol]), Expr::Transport { offset: 2, len: 2 }, port]
+}
+
+/// `iifname`.
+pub fn came_by(dev: &IfName) -> Vec<Expr> {
+    /// `IFNAMSIZ` of linux/if.h.
+    const SIZE: usize = 16;
+    let mut name = dev.as_str().as_bytes().to_vec();
+    name.resize(SIZE, 0);
+    vec![Expr::InputName, equals(name)]
+}
+
+fn equals(value: Vec<u8>) -> Expr {
+    Expr::Cmp { equal: true, value }
+}
+
+/// `meta mark set meta mark | bit`.
+pub fn set_mark(bit: u32) -> Vec<Expr> {
+    vec![Expr::Mark, Expr::Or(bit.to_ne_bytes().to_vec()), Expr::SetMark]
+}
+
+/// `dnat to`.
+pub fn dnat(to: SocketAddr) -> Vec<Expr> {
+    let (family, address) = match to.ip() {
+        IpAddr::V4(addr) => (Family::Ip, addr.octets().to_vec()),
+        IpAddr::V6(addr) => (Family::Ip6, addr.octets().to_vec()),
+    };
+    let port = to.port().to_be_bytes().to_vec();
+    vec![
+        Expr::Load { register: 1, value: address },
+        Expr::Load { register: 2, value: port },
+        Expr::Dnat(family),
+    ]
 }
 
 /// `meta mark & bit == bit`.

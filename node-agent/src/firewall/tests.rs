@@ -12,7 +12,7 @@ fn net(text: &str) -> Subnet {
 }
 
 fn networks() -> Networks {
-    Networks { overlay: vec![net("10.5.0.0/16")], local: vec![net("10.5.1.0/24")] }
+    Networks { overlay: vec![net("10.5.0.0/16")], local: vec![net("10.5.1.0/24")], ..Networks::default() }
 }
 
 fn masquerading() -> Settings {

@@ -78,7 +78,7 @@ impl History {
                     host_mac: Mac([2, 0, 0, 0, 0, 1]),
                     container_mac: Mac([2, 0, 0, 0, 0, 2]),
                 };
-                if self.node.ipam().commit(connection.id(), commit).is_err() {
+                if self.node.ipam().commit(connection.id(), commit).await.is_err() {
                     self.node.fabric.world().veths.retain(|_, index| *index != host_ifindex);
                 }
                 connection.closed(true).await;

@@ -9,6 +9,7 @@ mod boottime;
 mod counters;
 mod locks;
 mod pool;
+mod ports;
 pub(crate) mod records;
 mod request;
 mod table;
@@ -264,6 +265,10 @@ impl<F: Fabric> Ipam<F> {
             state.table.is_due(key, (self.clock)())
         };
         self.fabric.delete_veth(&host_ifname(key)).await?;
+        // The next pod that gets the address must not get this one's callers.
+        if self.has_host_ports(key) {
+            self.fabric.ensure_host_ports().await?;
+        }
         let hash = attachment_hash(key);
         let mut state = self.state();
         let damaged = state.table.remove_damaged(&hash);
@@ -284,6 +289,16 @@ impl<F: Fabric> Ipam<F> {
         }
         self.publish(&state);
         Ok(())
+    }
+
+    /// What is asked for next follows from what is published.
+    fn has_host_ports(&self, key: &Attachment) -> bool {
+        let state = self.state();
+        let has = state.table.get(key).is_some_and(|entry| !entry.record.ports.is_empty());
+        if has {
+            self.publish(&state);
+        }
+        has
     }
 
     /// An attachment is dead when its veth is gone from the kernel; a look that missed it is only the reason to ask.
@@ -395,7 +410,12 @@ fn attachment_status(key: &Attachment, entry: &Entry) -> AttachmentStatus {
         host_veth: host_ifname(key),
         bridge: entry.record.bridge.name.clone(),
         state: state.into(),
+        host_ports: host_ports_status(entry),
     }
+}
+
+fn host_ports_status(entry: &Entry) -> Vec<String> {
+    entry.record.ports.iter().map(|port| format!("{port} -> {}", port.container_port)).collect()
 }
 
 impl<F> fmt::Debug for Ipam<F> {

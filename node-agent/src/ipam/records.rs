@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 use weft_shared::names::{attachment_hash, host_ifname, host_ifname_of_hash};
-use weft_shared::protocol::{Attachment, BridgeOptions};
+use weft_shared::protocol::{Attachment, Bandwidth, BridgeOptions, PortMapping};
 use weft_shared::replace::{Survive, is_leftover, replace_file};
 use weft_shared::{IfName, Mac, Subnet};
 
@@ -41,6 +41,10 @@ pub(super) struct Record {
     pub(super) netns: String,
     pub(super) netns_cookie: Option<u64>,
     pub(super) pod: Option<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) ports: Vec<PortMapping>,
+    #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
+    pub(super) bandwidth: Bandwidth,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -309,7 +313,7 @@ impl Records {
     }
 }
 
-/// Every quoted string that is an IP address. Nothing else in a record looks like one.
+/// Every quoted string that is an IP address: the pod's, and those of the host that its ports are on, which no pod gets.
 fn salvage(content: &[u8]) -> Vec<IpAddr> {
     let text = String::from_utf8_lossy(content);
     let mut found: Vec<IpAddr> = text.split('"').filter_map(|part| part.parse().ok()).collect();
@@ -355,6 +359,8 @@ mod tests {
             netns: "/run/netns/10.5.1.77".into(),
             netns_cookie: Some(4),
             pod: None,
+            ports: vec![],
+            bandwidth: Bandwidth::default(),
         }
     }
 

@@ -4,12 +4,13 @@
 use std::collections::BTreeSet;
 
 use weft_shared::cni::Code;
-use weft_shared::protocol::{Failure, Reserve};
+use weft_shared::protocol::{Failure, Limit, PortMapping, Reserve};
 
 use crate::pods::PodNetwork;
 
 const MAX_TEXT: usize = 4096;
 const MAX_REQUESTED: usize = 16;
+const MAX_PORTS: usize = 4096;
 /// Every IPv4 host must take datagrams of this size (RFC 791, section 3.2).
 const MIN_MTU: u32 = 68;
 
@@ -40,6 +41,50 @@ pub(super) fn mtu(reserve: &Reserve, network: &PodNetwork) -> Result<u32, Failur
             network.mtu
         ))),
     }
+}
+
+/// What the pod's address and its ports on the host must have in common.
+pub(super) fn check_ports(reserve: &Reserve, network: &PodNetwork) -> Result<(), Failure> {
+    let ports = &reserve.ports;
+    if ports.len() > MAX_PORTS {
+        return Err(invalid(format!("{} ports of the host: expected at most {MAX_PORTS}", ports.len())));
+    }
+    if let Some(none) = ports.iter().find(|port| port.host_port == 0 || port.container_port == 0) {
+        let ends = format!("{none} to {}", none.container_port);
+        return Err(invalid(format!("port of the host = {ends}: expected ports from 1 to 65535")));
+    }
+    if let Some(at) = PortMapping::first_overlap(ports) {
+        return Err(invalid(format!("port {} of the host is asked for twice", ports[at])));
+    }
+    let ipv4 = network.subnet.is_ipv4();
+    let out_of_reach =
+        |port: &&PortMapping| port.host_ip.is_some_and(|ip| !ip.is_unspecified() && ip.is_ipv4() != ipv4);
+    match ports.iter().find(out_of_reach) {
+        Some(port) => {
+            let family = if ipv4 { "IPv4" } else { "IPv6" };
+            Err(invalid(format!("hostIP of port {port}: expected an {family} address, as the pod's is")))
+        }
+        None => Ok(()),
+    }
+}
+
+/// A token bucket lets no packet through that is larger than it (net/sched/sch_tbf.c): it must have room for one.
+pub(super) fn check_bandwidth(reserve: &Reserve, mtu: u32) -> Result<(), Failure> {
+    const ETHERNET_HEADER: u32 = 14;
+    let least = mtu + ETHERNET_HEADER;
+    for (direction, limit) in [("ingress", reserve.bandwidth.ingress), ("egress", reserve.bandwidth.egress)] {
+        if let Some(Limit { rate: 0, .. }) = limit {
+            return Err(invalid(format!("{direction}Rate = 0: expected at least 8 bits a second")));
+        }
+        if let Some(limit) = limit.filter(|limit| limit.burst < least) {
+            let (given, least) = (u64::from(limit.burst) * 8, u64::from(least) * 8);
+            let why = "one packet of the pod's MTU";
+            return Err(invalid(format!(
+                "{direction}Burst = {given}: expected at least {least} bits, {why}"
+            )));
+        }
+    }
+    Ok(())
 }
 
 pub(super) fn invalid(details: String) -> Failure {

@@ -19,7 +19,9 @@ use weft_shared::{IfName, Mac, Subnet};
 
 use super::boottime::Boottime;
 use super::pool::{Pool, PoolError};
+use super::ports::PortTaken;
 use super::records::{BridgeUse, Continuity, Damaged, Held, Loaded, Record, Wired};
+use crate::firewall::HostPort;
 use crate::pods::{BridgeNeed, PodNetwork, PodPorts, Port, SeenVeth, SeenVeths};
 use crate::status::StrandedStatus;
 
@@ -179,6 +181,7 @@ impl Table {
         if !self.open.contains(&conn) {
             return Err(ReserveRefusal::Closed);
         }
+        self.free_of_others(request)?;
         self.set_network(network);
         let held = self.entries.get(&request.attachment).map(|old| held_after(old, now)).unwrap_or_default();
         let addresses = self.pick(network.subnet, &request.requested, &held)?;
@@ -194,6 +197,8 @@ impl Table {
             netns: request.netns.clone(),
             netns_cookie: request.netns_cookie,
             pod: request.pod.clone(),
+            ports: request.ports.clone(),
+            bandwidth: request.bandwidth,
         };
         let replaced = self.insert(Entry { record: record.clone(), phase: Phase::Reserved { conn } });
         if let Some(Entry { record: old, .. }) = replaced {
@@ -404,9 +409,11 @@ impl Table {
             if !need.subnets.contains(&record.subnet) {
                 need.subnets.push(record.subnet);
             }
+            needs.host_ports.extend(HostPort::of(&record.ports, &record.addresses));
             if let Some(wired) = record.committed {
                 let (options, mtu) = (record.bridge.clone(), record.mtu);
-                needs.ports.insert(host_ifname(key), Port { ifindex: wired.host_ifindex, options, mtu });
+                let (ifindex, limits) = (wired.host_ifindex, record.bandwidth);
+                needs.ports.insert(host_ifname(key), Port { ifindex, options, mtu, limits });
             }
         }
         needs
@@ -521,6 +528,8 @@ pub(super) enum ReserveRefusal {
     Pool(#[from] PoolError),
     #[error("the connection of this ADD is closed")]
     Closed,
+    #[error(transparent)]
+    PortTaken(#[from] PortTaken),
 }
 
 fn wiring_over(record: &Record) -> Boottime {

@@ -12,11 +12,12 @@ use tempfile::TempDir;
 use tokio::sync::{Semaphore, watch};
 use weft_shared::cni::{Code, NetworkName};
 use weft_shared::names::host_ifname;
-use weft_shared::protocol::{Attachment, BridgeOptions, Commit, Failure, Reservation, Reserve};
+use weft_shared::protocol::{Attachment, Bandwidth, BridgeOptions, Commit, Failure, Reservation, Reserve};
 use weft_shared::tombstone::Tombstone;
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::*;
+use crate::firewall::HostPort;
 use crate::pods::{DeviceFacts, NotReady, PodNetwork, SeenVeth};
 
 pub(crate) const BOOT: &str = "7d8e9fa0-0000-4000-8000-000000000001";
@@ -39,6 +40,12 @@ pub(crate) struct World {
     pub(crate) deleted: Vec<IfName>,
     pub(crate) delete_fails: bool,
     pub(crate) bridge_fails: bool,
+    /// As the packet filter has them.
+    pub(crate) host_ports: BTreeSet<HostPort>,
+    pub(crate) host_ports_fail: bool,
+    /// As they were asked for.
+    pub(crate) limits: BTreeMap<IfName, Bandwidth>,
+    pub(crate) limits_fail: bool,
     next_ifindex: u32,
 }
 
@@ -52,6 +59,10 @@ impl TestFabric {
             deleted: vec![],
             delete_fails: false,
             bridge_fails: false,
+            host_ports: BTreeSet::new(),
+            host_ports_fail: false,
+            limits: BTreeMap::new(),
+            limits_fail: false,
             next_ifindex: 10,
         };
         Self(Arc::new(Inner { world: Mutex::new(world), gate: Mutex::new(None), ports }))
@@ -111,6 +122,27 @@ impl Fabric for TestFabric {
         if world.veths.remove(name).is_some() {
             world.deleted.push(name.clone());
         }
+        Ok(())
+    }
+
+    async fn ensure_host_ports(&self) -> Result<(), String> {
+        tokio::task::yield_now().await;
+        let published = self.0.ports.borrow().host_ports.clone();
+        let mut world = self.world();
+        if world.host_ports_fail {
+            return Err("no packet filter".into());
+        }
+        world.host_ports = published;
+        Ok(())
+    }
+
+    async fn ensure_limits(&self, veth: &IfName) -> Result<(), String> {
+        let published = self.0.ports.borrow().ports.get(veth).map(|port| port.limits);
+        let mut world = self.world();
+        if world.limits_fail {
+            return Err("no token bucket".into());
+        }
+        world.limits.extend(published.map(|limits| (veth.clone(), limits)));
         Ok(())
     }
 
@@ -243,12 +275,12 @@ impl Node {
     /// A whole ADD.
     pub(crate) async fn attach(&self, id: &str) -> Reservation {
         let (connection, reservation) = self.add(id).await.expect("reserve");
-        self.commit(&connection, id).expect("commit");
+        self.commit(&connection, id).await.expect("commit");
         connection.closed(true).await;
         reservation
     }
 
-    pub(super) fn commit(&self, connection: &Connection<TestFabric>, id: &str) -> Result<u32, Failure> {
+    pub(super) async fn commit(&self, connection: &Connection<TestFabric>, id: &str) -> Result<u32, Failure> {
         let host_ifindex = self.fabric.wire(&host_ifname(&key(id)));
         let commit = Commit {
             attachment: key(id),
@@ -256,7 +288,7 @@ impl Node {
             host_mac: Mac([2, 0, 0, 0, 0, 1]),
             container_mac: Mac([2, 0, 0, 0, 0, 2]),
         };
-        self.ipam().commit(connection.id(), commit).map(|()| host_ifindex)
+        self.ipam().commit(connection.id(), commit).await.map(|()| host_ifindex)
     }
 
     pub(crate) fn states(&self) -> BTreeMap<String, String> {
@@ -316,6 +348,8 @@ pub(crate) fn reserve(id: &str) -> Reserve {
             mtu: None,
         },
         pod: Some(format!("default/{id}")),
+        ports: vec![],
+        bandwidth: Default::default(),
     }
 }
 

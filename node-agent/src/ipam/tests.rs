@@ -1,4 +1,6 @@
+mod bandwidth;
 mod crashes;
+mod host_ports;
 mod leftovers;
 mod tombstones;
 mod transactions;

@@ -26,7 +26,7 @@ impl<F: Fabric> Ipam<F> {
         let verb = verb(&request);
         let done = match request {
             Request::Reserve(reserve) => self.reserve(conn, reserve).await.map(Reply::Reserved),
-            Request::Commit(commit) => self.commit(conn, commit).map(|()| Reply::Done),
+            Request::Commit(commit) => self.commit(conn, commit).await.map(|()| Reply::Done),
             Request::Release { attachment } => self.release(&attachment).await.map(|()| Reply::Done),
             Request::Check { attachment, addresses } => {
                 self.check(&attachment, &addresses).map(|()| Reply::Done)
@@ -51,8 +51,11 @@ impl<F: Fabric> Ipam<F> {
         let network = self.ready_network(self.config.patience).await;
         let network = network.map_err(|e| try_again("no pod can be added yet", e.to_string()))?;
         let mtu = request::mtu(&reserve, &network)?;
+        request::check_ports(&reserve, &network)?;
+        request::check_bandwidth(&reserve, mtu)?;
         self.fabric.may_be_bridge(&reserve.bridge.name).await?;
         let key = &reserve.attachment;
+        self.bury_dead_holders(&reserve).await;
         let guard = self.claim(key).await?;
         let record = {
             let mut state = self.state();
@@ -83,8 +86,25 @@ impl<F: Fabric> Ipam<F> {
         wired
     }
 
-    /// ADD, second half.
-    pub fn commit(&self, conn: ConnId, commit: Commit) -> Result<(), Failure> {
+    /// ADD, second half. A pod that is to be limited is so when its plugin is told, or there is none.
+    pub async fn commit(&self, conn: ConnId, commit: Commit) -> Result<(), Failure> {
+        let key = commit.attachment.clone();
+        if self.record_commit(conn, commit)? {
+            let unlimited = self.fabric.ensure_limits(&host_ifname(&key)).await.err();
+            if let Some(error) = unlimited {
+                if let Err(left) = self.release(&key).await {
+                    warn!(attachment = ?key, %left, "failed ADD not undone yet");
+                    self.wake.notify_one();
+                }
+                return Err(try_again("the pod's bandwidth is not limited yet", error));
+            }
+        }
+        self.counters.adds.inc();
+        Ok(())
+    }
+
+    /// Whether the attachment has limits.
+    fn record_commit(&self, conn: ConnId, commit: Commit) -> Result<bool, Failure> {
         if commit.host_ifindex == 0 {
             return Err(request::invalid(
                 "host_ifindex = 0: expected the index of the host-side veth".into(),
@@ -100,11 +120,10 @@ impl<F: Fabric> Ipam<F> {
         })?;
         state.records.write(&record).map_err(unwritten)?;
         info!(attachment = ?commit.attachment, addresses = ?record.addresses, ifindex = commit.host_ifindex, "added");
-        let last_look = self.seen.borrow().pass;
+        let (last_look, is_limited) = (self.seen.borrow().pass, !record.bandwidth.is_unlimited());
         state.table.commit(record, last_look);
         self.publish(&state);
-        self.counters.adds.inc();
-        Ok(())
+        Ok(is_limited)
     }
 
     /// DEL. Done when nothing is left, also when there never was anything.
@@ -213,6 +232,10 @@ impl<F: Fabric> Ipam<F> {
                 self.publish(&state);
             }
         }
+        if !reserve.ports.is_empty() {
+            let unled = |error| try_again("the ports of the host do not lead to the pod yet", error);
+            self.fabric.ensure_host_ports().await.map_err(unled)?;
+        }
         let subnet = network.subnet;
         let addresses = addresses.iter().filter_map(|address| {
             Some(PodAddress { address: subnet.with_len(*address)?, gateway: subnet.gateway() })
@@ -225,7 +248,18 @@ impl<F: Fabric> Ipam<F> {
             bridge_ifindex: bridge.ifindex,
             bridge_mac: bridge.mac,
             host_ifname: host_ifname(&reserve.attachment),
+            ports: reserve.ports.clone(),
+            bandwidth: reserve.bandwidth,
         })
+    }
+
+    /// A pod that nobody has deleted and that is gone does not keep its ports from the one that takes its place. No
+    /// name is locked here: two that wait for each other's would wait for ever.
+    async fn bury_dead_holders(&self, reserve: &Reserve) {
+        let holders = self.state().table.committed_holders(reserve);
+        for (key, ifindex) in holders {
+            self.bury_if_dead(&key, ifindex).await;
+        }
     }
 
     fn give_up(&self, conn: ConnId, key: &Attachment) {
@@ -313,6 +347,9 @@ fn unwritten(error: io::Error) -> Failure {
 fn refused(refusal: ReserveRefusal) -> Failure {
     match refusal {
         ReserveRefusal::Closed => try_again("ADD was interrupted", refusal.to_string()),
+        ReserveRefusal::PortTaken(_) => {
+            failure(Code::HostPortTaken, "a port of the host is taken", refusal.to_string())
+        }
         ReserveRefusal::Pool(error) => {
             let code = match error {
                 PoolError::Exhausted { .. } => Code::PoolExhausted,

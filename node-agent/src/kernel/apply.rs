@@ -1,17 +1,19 @@
 //! Operations as requests. Links go one by one, for what follows needs their index; everything else goes in batches.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::IpAddr;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage as Message;
+use netlink_packet_route::address::AddressMessage;
 use nix::libc::{EACCES, EADDRNOTAVAIL, EBUSY, EEXIST, EINVAL, ENODEV, ENOENT, ENXIO, EPERM, ESRCH};
 use weft_shared::IfName;
 
 use super::nft::Firewall;
 use super::socket::{Request, RouteSocket};
 use super::{Errno, KernelError};
-use super::{decode, encode};
+use super::{decode, encode, shaping};
 use crate::object::{Found, Link, LinkKind, Object, Op, RouteChange};
 use crate::tun;
 
@@ -41,7 +43,9 @@ pub(super) fn apply(
             Op::Set { object: Object::Sysctl { path, value }, .. } => {
                 results[place] = super::sysctl::write(path, value);
             }
-            Op::Set { object: Object::Firewall(part), .. } => results[place] = firewall.set(part),
+            Op::Set { object: Object::Firewall(part), .. } => {
+                results[place] = firewall.set(part, || own_addresses(socket));
+            }
             Op::Remove(Object::Firewall(part)) => results[place] = firewall.remove(part),
             Op::Set { object, found } => match requests(indices, object, found.as_ref()) {
                 Ok(requests) => batch.push(place, requests),
@@ -215,6 +219,20 @@ fn requests(indices: &Indices, object: &Object, found: Option<&Found>) -> Result
             steps.push(Step::new(Message::NewLink(encode::port_options(index, port, altered)), 0));
             steps
         }
+        Object::Shaper { dev, tbf } => {
+            let (message, flags) = shaping::set_bucket(index_of(indices, dev)?, tbf);
+            vec![Step::new(message, flags)]
+        }
+        Object::Redirect { dev, to } => {
+            let (index, to) = (index_of(indices, dev)?, index_of(indices, to)?);
+            let ((queue, make), (filter, add)) =
+                (shaping::add_ingress(index), shaping::add_filter(index, to));
+            vec![
+                Step { fine: &[EEXIST], ..Step::new(queue, make) },
+                Step { fine: &[ENOENT, EINVAL], ..Step::new(shaping::remove_filter(index), 0) },
+                Step::new(filter, add),
+            ]
+        }
         Object::Addr { dev, addr, scope, form } => {
             let index = index_of(indices, dev)?;
             let new = Step::new(Message::NewAddress(encode::address(index, *addr, *form)), replace);
@@ -264,9 +282,12 @@ fn requests(indices: &Indices, object: &Object, found: Option<&Found>) -> Result
 fn removal(indices: &Indices, object: &Object) -> Option<Step> {
     let message = match object {
         Object::Link { name, .. } => Message::DelLink(encode::link_by_index(*indices.get(name)?)),
-        Object::Name { .. } | Object::Sysctl { .. } | Object::Firewall(_) | Object::Port { .. } => {
-            return None;
-        }
+        Object::Name { .. }
+        | Object::Sysctl { .. }
+        | Object::Firewall(_)
+        | Object::Port { .. }
+        | Object::Shaper { .. }
+        | Object::Redirect { .. } => return None,
         Object::Addr { dev, addr, form, .. } => {
             Message::DelAddress(encode::address(*indices.get(dev)?, *addr, *form))
         }
@@ -285,6 +306,15 @@ fn removal(indices: &Indices, object: &Object) -> Option<Step> {
         }
     };
     Some(Step::removing(message))
+}
+
+fn own_addresses(socket: &mut RouteSocket) -> Result<BTreeSet<IpAddr>, KernelError> {
+    let messages = socket.dump(Message::GetAddress(AddressMessage::default()))?;
+    let decoded = messages.iter().filter_map(|message| match message {
+        Message::NewAddress(address) => decode::address(address),
+        _ => None,
+    });
+    Ok(decoded.map(|found| found.addr.ip()).collect())
 }
 
 fn plain(message: Message) -> Request {

@@ -76,8 +76,8 @@ pub(super) fn link(message: &LinkMessage) -> Option<(IfName, FoundLink, Option<u
     let flags = message.header.flags;
     let up = flags.contains(LinkFlags::Up);
     let altered = Alterations {
-        // Of a device without MAC addresses it says nothing.
-        noarp: flags.contains(LinkFlags::Noarp) && !matches!(kind, LinkKind::Tun(_)),
+        // Of a device without MAC addresses it says nothing, nor of one that has it from the start.
+        noarp: flags.contains(LinkFlags::Noarp) && !matches!(kind, LinkKind::Tun(_) | LinkKind::Ifb),
         proto_down,
         enslaved: master.is_some() && is_tunnel,
         bridge_options: bridge.iter().any(|option| match option {
@@ -302,6 +302,7 @@ fn link_kind(infos: &[LinkInfo]) -> Option<LinkKind> {
     });
     Some(match (kind, data) {
         (InfoKind::Bridge, _) => LinkKind::Bridge,
+        (InfoKind::Ifb, _) => LinkKind::Ifb,
         (InfoKind::Vxlan, Some(InfoData::Vxlan(data))) => LinkKind::Vxlan(vxlan(data)),
         (InfoKind::Tun, Some(InfoData::Tun(data))) => LinkKind::Tun(tun(data)),
         (other, _) => LinkKind::Other(other.to_string()),

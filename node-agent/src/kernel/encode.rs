@@ -38,6 +38,7 @@ pub(super) fn new_link(name: &IfName, link: &Link) -> LinkMessage {
         }
         // Refused: the kernel makes these for /dev/net/tun only.
         LinkKind::Tun(_) => info.push(LinkInfo::Kind(InfoKind::Tun)),
+        LinkKind::Ifb => info.push(LinkInfo::Kind(InfoKind::Ifb)),
         LinkKind::Other(kind) => info.push(LinkInfo::Kind(InfoKind::Other(kind.clone()))),
     }
     let mut message = up_or_down(0, link.up);

@@ -11,7 +11,7 @@ use weft_shared::{IfName, Mac, Subnet};
 use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError};
 use crate::firewall::forward::place;
 use crate::firewall::legacy::LegacyFilter;
-use crate::firewall::{Part, Ruleset};
+use crate::firewall::{Part, Ruleset, host_ports};
 use crate::object::{
     AddrForm, AddrScope, Alterations, BridgePort, FdbPath, Found, Key, Link, LinkKind, LinkMac, Object, Op,
     Route, RouteChange, RouteForm,
@@ -26,6 +26,8 @@ pub(crate) struct FakeKernel {
     /// Why the packet filter cannot be looked at.
     pub(crate) firewall_fault: Option<KernelError>,
     pub(crate) on_link: BTreeSet<IpAddr>,
+    /// Token buckets and redirections.
+    pub(crate) shaping: Vec<Object>,
     /// One answer for each coming operation: `true` refuses it. Empty: everything succeeds.
     pub(crate) faults: VecDeque<bool>,
     /// Stop after so many further operations, as a killed agent does.
@@ -71,6 +73,7 @@ impl FakeKernel {
         self.dump.neighs.retain(|(dev, ..)| dev != name);
         self.dump.fdb.retain(|(dev, ..)| dev != name);
         self.dump.routes.retain(|(_, route)| route.dev.as_ref() != Some(name));
+        self.shaping.retain(|object| object.stands_on() != Some(name));
         for found in self.dump.links.values_mut() {
             // Ports lose their master with it.
             if found.port.bridge.as_ref() == Some(name) {
@@ -173,6 +176,13 @@ impl FakeKernel {
                 found.port = port.clone();
                 found.group = LINK_GROUP;
             }
+            Object::Shaper { dev, .. } | Object::Redirect { dev, .. } => {
+                if !self.dump.links.contains_key(dev) {
+                    return Err(KernelError::NoDevice(dev.clone()));
+                }
+                self.shaping.retain(|other| other.key() != object.key());
+                self.shaping.push(object.clone());
+            }
             Object::Addr { dev, addr, .. } => {
                 let old: Vec<FoundAddr> =
                     self.dump.addrs.extract_if(.., |a| a.dev == *dev && a.addr == *addr).collect();
@@ -224,7 +234,11 @@ impl FakeKernel {
         match object {
             Object::Link { name, .. } => self.delete_link(name),
             Object::Firewall(part) => self.remove_firewall(part),
-            Object::Name { .. } | Object::Sysctl { .. } | Object::Port { .. } => {}
+            Object::Name { .. }
+            | Object::Sysctl { .. }
+            | Object::Port { .. }
+            | Object::Shaper { .. }
+            | Object::Redirect { .. } => {}
             Object::Addr { dev, addr, form, .. } => {
                 let is_it = |a: &mut FoundAddr| a.dev == *dev && a.addr == *addr && a.form == *form;
                 let gone: Vec<FoundAddr> = self.dump.addrs.extract_if(.., is_it).collect();
@@ -241,7 +255,12 @@ impl FakeKernel {
     fn set_firewall(&mut self, part: &Part) {
         self.remove_firewall(part);
         match part {
-            Part::Table { .. } => self.ruleset.own.push(part.clone()),
+            Part::Table { id, .. } => {
+                self.ruleset.own.push(part.clone());
+                if *id == host_ports::table_id(id.family) {
+                    self.ruleset.flows = None;
+                }
+            }
             Part::Accepts { chain, rules, .. } => {
                 if let Some(host) = self.ruleset.forward.iter_mut().find(|host| host.id == *chain) {
                     let at = place(host).unwrap_or(host.rules.len());
@@ -253,6 +272,7 @@ impl FakeKernel {
                     table.chains.entry("FORWARD".into()).or_default().extend(rules.iter().cloned());
                 }
             }
+            Part::Flows(ports) => self.ruleset.flows = Some(ports.clone()),
         }
     }
 
@@ -268,6 +288,7 @@ impl FakeKernel {
                     table.chains.values_mut().for_each(|chain| chain.retain(|rule| !rules.contains(rule)));
                 }
             }
+            Part::Flows(_) => self.ruleset.flows = None,
         }
     }
 
@@ -312,6 +333,11 @@ impl Kernel for FakeKernel {
 
     fn firewall(&mut self, _: Duration) -> Result<Ruleset, KernelError> {
         self.firewall_fault.clone().map_or_else(|| Ok(self.ruleset.clone()), Err)
+    }
+
+    fn shaping(&mut self, wanted: &[&Object]) -> Result<Vec<Object>, KernelError> {
+        let asked = |object: &&Object| wanted.iter().any(|wanted| wanted.key() == object.key());
+        Ok(self.shaping.iter().filter(asked).cloned().collect())
     }
 
     fn on_link(&mut self, _: &IfName, peers: &BTreeSet<IpAddr>) -> Result<BTreeSet<IpAddr>, KernelError> {

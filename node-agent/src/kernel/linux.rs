@@ -15,9 +15,9 @@ use weft_shared::IfName;
 use super::apply::{self, Indices};
 use super::nft::Firewall;
 use super::socket::{Request, RouteSocket};
-use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError, decode, encode, sysctl};
+use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError, decode, encode, shaping, sysctl};
 use crate::firewall::Ruleset;
-use crate::object::{LinkKind, Op, Route};
+use crate::object::{LinkKind, Object, Op, Route};
 
 #[derive(Debug)]
 pub struct LinuxKernel {
@@ -214,6 +214,10 @@ impl Kernel for LinuxKernel {
         self.firewall.look(legacy_period)
     }
 
+    fn shaping(&mut self, wanted: &[&Object]) -> Result<Vec<Object>, KernelError> {
+        shaping::look(&mut self.socket, &self.indices, wanted)
+    }
+
     fn on_link(&mut self, dev: &IfName, peers: &BTreeSet<IpAddr>) -> Result<BTreeSet<IpAddr>, KernelError> {
         let Some(index) = self.indices.get(dev).copied() else {
             return Ok(BTreeSet::new());
@@ -242,7 +246,7 @@ impl Kernel for LinuxKernel {
 
 #[cfg(test)]
 #[path = "linux_tests.rs"]
-mod tests;
+pub(super) mod tests;
 
 #[cfg(test)]
 #[path = "linux_tun_tests.rs"]

@@ -19,7 +19,7 @@ use crate::reconcile::observe::{Ownership, PROTOCOL_KERNEL, observe};
 use crate::reconcile::plan::plan;
 
 /// Runs `test` in a thread with a fresh network namespace, which goes with the thread.
-pub(super) fn in_namespace(test: impl FnOnce() + Send) {
+pub(in crate::kernel) fn in_namespace(test: impl FnOnce() + Send) {
     let run = move || {
         unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace of its own needs root");
         test();
@@ -29,7 +29,7 @@ pub(super) fn in_namespace(test: impl FnOnce() + Send) {
     }
 }
 
-pub(super) fn ip(args: &str) {
+pub(in crate::kernel) fn ip(args: &str) {
     let output = Command::new("ip").args(args.split_whitespace()).output().expect("iproute2 is installed");
     assert!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
 }
@@ -40,7 +40,7 @@ fn bridge(args: &str) {
     assert!(output.status.success(), "bridge {args}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-pub(super) fn name(text: &str) -> IfName {
+pub(in crate::kernel) fn name(text: &str) -> IfName {
     text.parse().expect(text)
 }
 

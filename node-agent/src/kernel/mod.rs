@@ -9,6 +9,7 @@ mod monitor;
 mod nft;
 mod own;
 mod remember;
+mod shaping;
 mod socket;
 mod sysctl;
 
@@ -25,7 +26,7 @@ use weft_shared::names::{LINK_GROUP, is_host_ifname};
 use weft_shared::{IfName, Mac, Subnet};
 
 use crate::firewall::Ruleset;
-use crate::object::{AddrForm, AddrScope, BridgePort, FdbPath, Link, Obstacle, Op, Route};
+use crate::object::{AddrForm, AddrScope, BridgePort, FdbPath, Link, Object, Obstacle, Op, Route};
 
 pub use linux::LinuxKernel;
 pub use monitor::{Monitor, Neighbours};
@@ -44,6 +45,9 @@ pub trait Kernel {
     /// The packet filter, as far as it concerns us. A look that finds it unchanged costs next to nothing, if it is told
     /// that: iptables-legacy, which tells nobody, is looked at once in `legacy_period`.
     fn firewall(&mut self, legacy_period: Duration) -> Result<Ruleset, KernelError>;
+
+    /// What stands where these limits are wanted.
+    fn shaping(&mut self, wanted: &[&Object]) -> Result<Vec<Object>, KernelError>;
 
     /// Those of `peers` that are reached through `dev` without a gateway, by the kernel's own route lookup.
     fn on_link(&mut self, dev: &IfName, peers: &BTreeSet<IpAddr>) -> Result<BTreeSet<IpAddr>, KernelError>;
@@ -116,6 +120,10 @@ pub enum KernelError {
         "this kernel has no nf_tables (module nf_tables): neither masquerade nor accept rules are possible"
     )]
     NoNftables,
+    #[error(
+        "this kernel does not list connections (module nf_conntrack_netlink): UDP flows cannot be led to another pod"
+    )]
+    NoConntrack,
     #[error("{0}")]
     Iptables(String),
     #[error("does not stay as it was set: somebody else changes it")]

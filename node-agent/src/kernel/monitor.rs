@@ -16,9 +16,10 @@ use super::socket::receive_timeout;
 use super::{KernelError, nft};
 
 // linux/rtnetlink.h, enum rtnetlink_groups.
-const GROUPS: [u32; 8] = [
+const GROUPS: [u32; 9] = [
     1,  // RTNLGRP_LINK
     3,  // RTNLGRP_NEIGH
+    4,  // RTNLGRP_TC
     5,  // RTNLGRP_IPV4_IFADDR
     7,  // RTNLGRP_IPV4_ROUTE
     9,  // RTNLGRP_IPV6_IFADDR

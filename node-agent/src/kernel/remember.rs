@@ -38,6 +38,10 @@ impl<K: Kernel> Kernel for Remembering<K> {
         self.kernel.firewall(legacy_period)
     }
 
+    fn shaping(&mut self, wanted: &[&Object]) -> Result<Vec<Object>, KernelError> {
+        self.kernel.shaping(wanted)
+    }
+
     fn on_link(&mut self, dev: &IfName, peers: &BTreeSet<IpAddr>) -> Result<BTreeSet<IpAddr>, KernelError> {
         self.kernel.on_link(dev, peers)
     }

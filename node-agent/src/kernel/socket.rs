@@ -24,6 +24,9 @@ const ANSWER_SECONDS: i64 = 10;
 const BATCH: usize = 256;
 const RECEIVE_BUFFER: u32 = 4 << 20;
 const DUMP_TRIES: u32 = 10;
+const HEADER: usize = 16;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
 
 pub(super) struct RouteSocket {
     socket: Socket,
@@ -138,6 +141,43 @@ impl RouteSocket {
         Err(KernelError::Interrupted(DUMP_TRIES))
     }
 
+    /// The same as it comes, each message without its header: where there are kinds that the library cannot read.
+    pub(super) fn dump_bytes(&mut self, message: &RouteNetlinkMessage) -> Result<Vec<Vec<u8>>, KernelError> {
+        for _ in 0..DUMP_TRIES {
+            let sequence = self.send(&[(message.clone(), NLM_F_REQUEST | NLM_F_DUMP)])?;
+            if let Some(list) = self.bytes_of(sequence)? {
+                return Ok(list);
+            }
+            self.repeated_dumps += 1;
+        }
+        Err(KernelError::Interrupted(DUMP_TRIES))
+    }
+
+    fn bytes_of(&mut self, sequence: u32) -> Result<Option<Vec<Vec<u8>>>, KernelError> {
+        let (mut list, mut interrupted) = (Vec::new(), false);
+        loop {
+            let datagram = self.datagram()?;
+            let mut rest = datagram.as_slice();
+            while let Some(length) = message_length(rest)? {
+                let (message, further) = rest.split_at(length);
+                rest = &further[(length.next_multiple_of(4) - length).min(further.len())..];
+                // `struct nlmsghdr`.
+                let short = |at: usize| u16::from_ne_bytes([message[at], message[at + 1]]);
+                let (kind, flags, body) = (short(4), short(6), &message[HEADER..]);
+                if message[8..12] != sequence.to_ne_bytes() {
+                    continue;
+                }
+                interrupted |= flags & NLM_F_DUMP_INTR != 0;
+                let code = || body.get(..4).map_or(0, |b| i32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
+                match kind {
+                    NLMSG_DONE => return errno(code()).map(|()| (!interrupted).then_some(list)),
+                    NLMSG_ERROR => errno(code())?,
+                    _ => list.push(body.to_vec()),
+                }
+            }
+        }
+    }
+
     /// `None` when the list changed under the kernel's hands.
     fn dump_once(
         &mut self,
@@ -200,7 +240,19 @@ impl RouteSocket {
     }
 
     fn receive(&mut self) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>, KernelError> {
-        let (datagram, _) = loop {
+        let datagram = self.datagram()?;
+        let mut messages = Vec::new();
+        let mut rest = datagram.as_slice();
+        while let Some(length) = message_length(rest)? {
+            let message = NetlinkMessage::deserialize(&rest[..length]);
+            messages.push(message.map_err(|e| KernelError::Malformed(e.to_string()))?);
+            rest = &rest[length.next_multiple_of(4).min(rest.len())..];
+        }
+        Ok(messages)
+    }
+
+    fn datagram(&mut self) -> Result<Vec<u8>, KernelError> {
+        loop {
             match self.socket.recv_from_full() {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
@@ -208,22 +260,20 @@ impl RouteSocket {
                         "no answer from the kernel in {ANSWER_SECONDS} s"
                     )));
                 }
-                other => break other?,
+                other => return Ok(other?.0),
             }
-        };
-        let mut messages = Vec::new();
-        let mut rest = datagram.as_slice();
-        while rest.len() >= 16 {
-            let length = u32::from_ne_bytes([rest[0], rest[1], rest[2], rest[3]]) as usize;
-            if length < 16 || length > rest.len() {
-                return Err(KernelError::Malformed(format!("a message of {length} bytes in {}", rest.len())));
-            }
-            let message = NetlinkMessage::deserialize(&rest[..length]);
-            messages.push(message.map_err(|e| KernelError::Malformed(e.to_string()))?);
-            rest = &rest[length.next_multiple_of(4).min(rest.len())..];
         }
-        Ok(messages)
     }
+}
+
+/// Of the next message in a datagram; `None` at its end.
+fn message_length(rest: &[u8]) -> Result<Option<usize>, KernelError> {
+    let Some(bytes) = rest.get(..HEADER) else { return Ok(None) };
+    let length = u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) as usize;
+    if length < HEADER || length > rest.len() {
+        return Err(KernelError::Malformed(format!("a message of {length} bytes in {}", rest.len())));
+    }
+    Ok(Some(length))
 }
 
 /// A dump as it comes in.

@@ -142,6 +142,7 @@ impl Survey<'_> {
                 LinkKind::Vxlan(_) if made || is_vtep(name, found, self.durable.vtep_mac) => "VXLAN device",
                 LinkKind::Bridge if made => "bridge",
                 LinkKind::Tun(_) if made => "TUN device",
+                LinkKind::Ifb if made => "device that limits a pod",
                 LinkKind::Bridge if used_by_pods.contains(name) => {
                     self.stays.push(format!("bridge {name}, with its addresses: it was there before weft"));
                     continue;

@@ -11,13 +11,14 @@ use weft_shared::cni::Code;
 use weft_shared::protocol::Failure;
 
 use super::Node;
+use crate::firewall::host_ports;
 use crate::kernel::{KernelError, LinuxKernel};
 use crate::object::{Key, LinkKind};
 use crate::pods::{DeviceFacts, Fabric, NotReady, PodNetwork};
-use crate::reconcile::Report;
+use crate::reconcile::{Report, is_limit_of};
 
-/// A bridge that is not there after so long is a failure of the ADD that asked for it.
-const BRIDGE_DEADLINE: Duration = Duration::from_secs(5);
+/// What is not there after so long is a failure of the ADD that asked for it.
+const PASS_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What address management asks of the node.
 #[derive(Debug, Clone)]
@@ -74,9 +75,9 @@ impl Fabric for NodeFabric {
                 }
             }
         };
-        let (facts, why) = match tokio::time::timeout(BRIDGE_DEADLINE, conclusive).await {
+        let (facts, why) = match tokio::time::timeout(PASS_DEADLINE, conclusive).await {
             Ok(report) => (in_place(&report), trouble(&report, name)),
-            Err(_) => (None, format!("the kernel did not answer in {} s", BRIDGE_DEADLINE.as_secs())),
+            Err(_) => (None, silence()),
         };
         facts.ok_or_else(|| {
             Failure::new(Code::TryAgainLater, format!("bridge {name} is not in place yet")).with_details(why)
@@ -88,9 +89,44 @@ impl Fabric for NodeFabric {
         in_kernel(move |kernel| kernel.delete_veth(&name).map(|_| ())).await
     }
 
+    fn ensure_host_ports(&self) -> impl Future<Output = Result<(), String>> + Send {
+        self.settle(|key| matches!(key, Key::Firewall(part) if host_ports::is_about(part)))
+    }
+
+    fn ensure_limits(&self, veth: &IfName) -> impl Future<Output = Result<(), String>> + Send {
+        let veth = veth.clone();
+        self.settle(move |key| is_limit_of(&veth, key))
+    }
+
     fn link_exists(&self, ifindex: u32) -> impl Future<Output = Result<bool, String>> + Send {
         in_kernel(move |kernel| kernel.link_exists(ifindex))
     }
+}
+
+impl NodeFabric {
+    /// Brings about what pods need now; fails for what `matters` alone.
+    async fn settle(&self, matters: impl Fn(&Key) -> bool) -> Result<(), String> {
+        self.0.pass_on_ports();
+        let conclusive = async {
+            loop {
+                let report = self.0.reconcile.pass().await;
+                if report.aborted.is_none() {
+                    return report;
+                }
+            }
+        };
+        let report = tokio::time::timeout(PASS_DEADLINE, conclusive).await;
+        let report = report.map_err(|_| silence())?;
+        if report.at.is_none() {
+            return Err("the node's kernel is not looked at before it has a lease".into());
+        }
+        let wrong = report.pending.iter().find(|pending| matters(&pending.key));
+        wrong.map_or(Ok(()), |pending| Err(format!("{}: {}", pending.key, pending.error)))
+    }
+}
+
+fn silence() -> String {
+    format!("the kernel did not answer in {} s", PASS_DEADLINE.as_secs())
 }
 
 /// What a report has against a bridge.

@@ -30,6 +30,7 @@ use crate::pods::{DeviceFacts, PodPorts, SeenVeths};
 use crate::underlay::Underlay;
 
 pub use pass::Memory;
+pub(crate) use pods::is_limit_of;
 
 /// Announcements come in bursts: this long after the first a pass begins.
 const SETTLE: Duration = Duration::from_millis(5);

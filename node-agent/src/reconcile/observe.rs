@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::discriminant;
 
-use weft_shared::names::{LINK_GROUP, ROUTE_PROTOCOL};
+use weft_shared::names::{LINK_GROUP, ROUTE_PROTOCOL, is_egress_ifname};
 use weft_shared::{IfName, Mac, Subnet};
 
 use crate::kernel::{Dump, FoundLink};
@@ -55,7 +55,7 @@ impl Ownership {
         our_device && self.networks.iter().any(|n| n.covers(addr))
     }
 
-    /// A tunnel's end: of a backend that this node had before, nothing is left.
+    /// A tunnel's end: of a backend that this node had before, nothing is left; or what a pod that is gone was limited by.
     fn owns_link(&self, name: &IfName, found: &FoundLink) -> bool {
         match &found.link.kind {
             LinkKind::Tun(tun) => tun.marked,
@@ -63,6 +63,7 @@ impl Ownership {
                 let adopted = name.as_str().starts_with("flannel") && found.link.mac.value() == self.vtep_mac;
                 found.group == LINK_GROUP || adopted
             }
+            LinkKind::Ifb => found.group == LINK_GROUP && is_egress_ifname(name.as_str()),
             LinkKind::Bridge | LinkKind::Other(_) => false,
         }
     }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use ipnetwork::IpNetwork;
 use tracing::{debug, info};
 use weft_shared::lease::{Lease, LeaseKey};
+use weft_shared::names::is_egress_ifname;
 use weft_shared::{IfName, Subnet};
 
 use super::observe::{Ownership, observe};
@@ -15,7 +16,7 @@ use super::restless::Restless;
 use super::{Aborted, Inputs, NodeInputs, PeerReport, Pending, Report, pods};
 use crate::dataplane::{LocalNode, PeerPlan};
 use crate::firewall::legacy::LegacyFilter;
-use crate::firewall::{self, PartKey, Ruleset, advice};
+use crate::firewall::{self, HostPorts, PartKey, Ruleset, advice};
 use crate::kernel::{Dump, Kernel, KernelError};
 use crate::object::{Desired, Found, Key, Object, Obstacle, Op};
 use crate::pods::{DeviceFacts, PodPorts, SeenVeth};
@@ -136,7 +137,7 @@ fn look_and_mend(
         let mut desired = pods::desired(&inputs.pods, node.underlay.public_ip, &dump);
         desired.extend(wanted.desired);
         desired.extend(forwarding(node, inputs));
-        let networks = firewall_networks(node, inputs);
+        let networks = firewall_networks(node, inputs, kernel)?;
         let (firewall, unseen) = look_at_firewall(kernel, inputs, &networks);
         for (key, error) in &unseen {
             failed.entry(key.clone()).or_insert_with(|| error.clone());
@@ -144,6 +145,7 @@ fn look_and_mend(
         for part in firewall::desired(&inputs.firewall, &networks, &firewall) {
             desired.insert(Object::Firewall(part));
         }
+        desired.extend(pods::loopback(&inputs.pods, &firewall));
         let mut paths = desired.sysctl_paths();
         paths.extend(advice::SYSCTLS);
         let sysctls = kernel.sysctls(&paths)?;
@@ -153,6 +155,10 @@ fn look_and_mend(
             let object = Object::Firewall(part);
             (object.key(), Found { object, ours: true, overruled: false })
         }));
+        let limits = kernel.shaping(&desired.limits())?;
+        observed.objects.extend(
+            limits.into_iter().map(|object| (object.key(), Found { object, ours: false, overruled: false })),
+        );
         observed.renamed.retain(|name, _| !failed.contains_key(&Key::Name(name.clone())));
         let ops = plan(&desired, &observed, inputs.has_snapshot && local.is_some());
         let still_wrong = ops.iter().map(Op::key).chain(unseen.into_keys());
@@ -171,7 +177,12 @@ fn look_and_mend(
             finish(&mut report, &dump, &desired, &wanted.peers, &failed, &inputs.pods);
             // What somebody else keeps changing, and is right at the moment, does not keep pods from being served.
             report.usable = !still_wrong.iter().any(|key| {
-                failed.contains_key(key) && matches!(key, Key::Link(_) | Key::Sysctl(_) | Key::Addr(..))
+                let matters = match key {
+                    Key::Sysctl(path) => !pods::is_of_loopback(path),
+                    Key::Link(name) => !is_egress_ifname(name.as_str()),
+                    key => matches!(key, Key::Addr(..)),
+                };
+                matters && failed.contains_key(key)
             });
             look_at_underlay(&mut report, &dump, node, local);
             break;
@@ -224,12 +235,20 @@ fn forwarding(node: &NodeInputs, inputs: &Inputs) -> Desired {
     desired
 }
 
-fn firewall_networks(node: &NodeInputs, inputs: &Inputs) -> firewall::Networks {
+fn firewall_networks(
+    node: &NodeInputs,
+    inputs: &Inputs,
+    kernel: &mut impl Kernel,
+) -> Result<firewall::Networks, KernelError> {
     let mut local: Vec<Subnet> = node.lease.subnets().collect();
     local.extend(inputs.pods.subnets());
     local.sort_unstable();
     local.dedup();
-    firewall::Networks { overlay: node.config.networks().collect(), local }
+    let host_ports = HostPorts {
+        ports: inputs.pods.host_ports.clone(),
+        guarded: pods::open_to_loopback(&inputs.pods, kernel)?,
+    };
+    Ok(firewall::Networks { overlay: node.config.networks().collect(), local, host_ports })
 }
 
 /// A packet filter that cannot be looked at leaves the rest of the node to be kept: what should be in it, or might have

@@ -578,3 +578,119 @@ fn a_setting_that_somebody_keeps_changing_is_named_and_no_longer_fought_for_at_o
     let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, now));
     assert_eq!(report.pending.len(), 0);
 }
+
+#[test]
+fn the_loopback_is_led_to_pods_once_they_are_kept_from_it() {
+    const OPEN: &str = "net/ipv4/conf/cni0/route_localnet";
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let mut inputs = inputs(VXLAN, &[]);
+    let need = BridgeNeed { subnets: vec!["10.5.1.0/24".parse().expect("net")], mtu: 1450, mac: None };
+    inputs.pods.bridges.insert("cni0".parse().expect("name"), need);
+    looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    let applied = |kernel: &mut FakeKernel| -> Vec<String> {
+        let ops = std::mem::take(&mut kernel.applied);
+        let about = |key: &Key| match key {
+            Key::Sysctl(path) => path == OPEN,
+            Key::Firewall(part) => firewall::host_ports::is_about(part),
+            _ => false,
+        };
+        ops.iter().map(Op::key).filter(about).map(|key| key.to_string()).collect()
+    };
+    assert_eq!(applied(&mut kernel), [""; 0]);
+    let mapping = weft_shared::protocol::PortMapping {
+        protocol: weft_shared::protocol::Protocol::Udp,
+        host_ip: None,
+        host_port: 53,
+        container_port: 53,
+    };
+    inputs.pods.host_ports = firewall::HostPort::of(&[mapping], &["10.5.1.2".parse().expect("ip")]).collect();
+    let table = "nftables table ip weft-hostports";
+    let flows = "UDP flows to host ports";
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 2, soon()));
+    assert_eq!(applied(&mut kernel), [table, flows, &format!("sysctl {}", OPEN.replace('/', "."))]);
+    assert_eq!((report.pending.len(), report.repairs), (0, 0));
+    // It stays open, for whoever else lives by it, and so does the guard.
+    inputs.pods.host_ports.clear();
+    looked(pass(&mut kernel, &mut memory, &inputs, 3, soon()));
+    assert_eq!(applied(&mut kernel), [table, flows]);
+    assert_eq!(kernel.sysctls(&[OPEN]).expect("sysctls")[OPEN], "1");
+    assert!(firewall::host_ports::guards(&kernel.ruleset, &"cni0".parse().expect("name")));
+    // A setting that cannot be written keeps 127.0.0.1 from the ports, not pods from the node.
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    inputs.pods.host_ports = firewall::HostPort::of(&[mapping], &["10.5.1.2".parse().expect("ip")]).collect();
+    let mut willing = FakeKernel::with_underlay("eth0");
+    looked(pass(&mut willing, &mut Memory::default(), &inputs, 1, soon()));
+    let before = willing.applied.iter().take_while(|op| op.key() != Key::Sysctl(OPEN.into())).count();
+    kernel.faults = std::iter::repeat_n(false, before).chain([true]).collect();
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    let pending: Vec<_> = report.pending.iter().map(|p| &p.key).collect();
+    assert_eq!(pending, [&Key::Sysctl(OPEN.into())]);
+    assert!(report.usable, "for want of the loopback no pod is refused");
+}
+
+#[test]
+fn a_pods_limits_are_kept_and_go_with_its_veth() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let mut inputs = inputs(VXLAN, &[]);
+    let bridge: IfName = "cni0".parse().expect("name");
+    let need = BridgeNeed { subnets: vec!["10.5.1.0/24".parse().expect("net")], mtu: 1450, mac: None };
+    inputs.pods.bridges.insert(bridge.clone(), need);
+    let veth: IfName = "vethab2cd3ef4gh".parse().expect("name");
+    let ifb: IfName = "wifbab2cd3ef4gh".parse().expect("name");
+    let options =
+        weft_shared::protocol::BridgeOptions { name: bridge, hairpin: true, isolated: false, mtu: None };
+    let limit = Some(weft_shared::protocol::Limit { rate: 1000, burst: 3000 });
+    let limits = weft_shared::protocol::Bandwidth { ingress: limit, egress: limit };
+    let port = crate::pods::Port { ifindex: 0, options, mtu: 1450, limits };
+    inputs.pods.ports.insert(veth.clone(), port);
+    // Between the end of a pair and that of its attachment there is nothing to be limited.
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert_eq!(
+        (report.pending.len(), kernel.shaping.len(), kernel.dump.links.contains_key(&ifb)),
+        (0, 0, false)
+    );
+
+    let link = Link {
+        kind: LinkKind::Other("veth".into()),
+        ..kernel.dump.links[&"eth0".parse().expect("name")].link.clone()
+    };
+    kernel.add_link(veth.clone(), link, LINK_GROUP);
+    looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    let shaped = |kernel: &FakeKernel| kernel.shaping.iter().map(|o| o.key().to_string()).collect::<Vec<_>>();
+    let all = [
+        "token bucket on vethab2cd3ef4gh",
+        "token bucket on wifbab2cd3ef4gh",
+        "redirection of what comes in by vethab2cd3ef4gh",
+    ];
+    assert_eq!(shaped(&kernel), all);
+    kernel.applied.clear();
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert_eq!((report.repairs, kernel.applied.len(), report.pending.len()), (0, 0, 0));
+    // Taken away with its device, and one of them altered.
+    kernel.delete_link(&ifb);
+    kernel.shaping[0] =
+        Object::Shaper { dev: veth.clone(), tbf: crate::object::Tbf { rate: 1, burst: 0, limit: 1 } };
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert_eq!((report.pending.len(), kernel.shaping.len(), report.repairs), (0, 3, 3));
+    assert!(!kernel.shaping.contains(&Object::Shaper {
+        dev: veth.clone(),
+        tbf: crate::object::Tbf { rate: 1, burst: 0, limit: 1 }
+    }));
+    // A device that cannot be made is that pod's trouble alone.
+    kernel.delete_link(&ifb);
+    kernel.faults = [true].into();
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    let first = report.pending.first().map(|p| p.key.clone());
+    assert_eq!((first, report.usable), (Some(Key::Link(ifb.clone())), true), "{:?}", report.pending);
+    assert!(
+        report.pending.iter().all(|p| crate::reconcile::is_limit_of(&veth, &p.key)),
+        "{:?}",
+        report.pending
+    );
+
+    looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    kernel.delete_link(&veth);
+    inputs.pods.ports.clear();
+    looked(pass(&mut kernel, &mut memory, &inputs, 2, soon()));
+    assert!(!kernel.dump.links.contains_key(&ifb) && kernel.shaping.is_empty());
+}

@@ -1,15 +1,20 @@
-//! What wired pods need from the kernel: their bridges with the gateways' addresses, and their ports as they were made.
+//! What wired pods need from the kernel: their bridges with the gateways' addresses, their ports as they were made, their
+//! limits, and a way from the host's loopback to those that have ports of the host.
 
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
-use weft_shared::names::{LINK_GROUP, bridge_mac};
+use weft_shared::IfName;
+use weft_shared::names::{LINK_GROUP, bridge_mac, egress_ifname};
 
 use super::observe::PROTOCOL_KERNEL;
-use crate::kernel::Dump;
+use crate::firewall::{Ruleset, host_ports};
+use crate::kernel::{Dump, Kernel, KernelError};
 use crate::object::{
-    AddrForm, AddrScope, Alterations, BridgePort, Desired, Link, LinkKind, LinkMac, Object, Route, RouteForm,
+    AddrForm, AddrScope, Alterations, BridgePort, Desired, Key, Link, LinkKind, LinkMac, Object, Route,
+    RouteForm, Tbf,
 };
-use crate::pods::PodPorts;
+use crate::pods::{PodPorts, Port};
 
 /// `node` gives a new bridge of this node its own MAC, the same at every start.
 pub(super) fn desired(pods: &PodPorts, node: Ipv4Addr, dump: &Dump) -> Desired {
@@ -43,6 +48,10 @@ pub(super) fn desired(pods: &PodPorts, node: Ipv4Addr, dump: &Dump) -> Desired {
         }
     }
     for (veth, port) in &pods.ports {
+        // Nothing stands on a pair that is gone: its attachment is about to be.
+        if dump.links.contains_key(veth) {
+            desired.extend(limits(veth, port));
+        }
         let port = BridgePort {
             bridge: Some(port.options.name.clone()),
             hairpin: port.options.hairpin,
@@ -55,4 +64,73 @@ pub(super) fn desired(pods: &PodPorts, node: Ipv4Addr, dump: &Dump) -> Desired {
         desired.insert(Object::Port { veth: veth.clone(), port });
     }
     desired
+}
+
+/// What goes to a pod leaves by its veth's host end; what it sends comes in there, where nothing can wait, and is
+/// led through a device of its own.
+fn limits(veth: &IfName, port: &Port) -> Desired {
+    let mut desired = Desired::default();
+    if let Some(limit) = port.limits.ingress {
+        desired.insert(Object::Shaper { dev: veth.clone(), tbf: Tbf::of(limit) });
+    }
+    if let Some((limit, ifb)) = port.limits.egress.zip(egress_ifname(veth)) {
+        let altered = Alterations::default();
+        let link = Link { kind: LinkKind::Ifb, mac: LinkMac::None, mtu: port.mtu, up: true, altered };
+        desired.insert(Object::Link { name: ifb.clone(), link });
+        desired.insert(Object::Shaper { dev: ifb.clone(), tbf: Tbf::of(limit) });
+        desired.insert(Object::Redirect { dev: veth.clone(), to: ifb });
+    }
+    desired
+}
+
+/// Whether an object is what an attachment is limited by.
+pub(crate) fn is_limit_of(veth: &IfName, key: &Key) -> bool {
+    let egress = egress_ifname(veth);
+    match key {
+        Key::Link(dev) => Some(dev) == egress.as_ref(),
+        Key::Shaper(dev) | Key::Redirect(dev) => dev == veth || Some(dev) == egress.as_ref(),
+        _ => false,
+    }
+}
+
+/// Packets with a loopback address may come and go by a bridge.
+const ROUTE_LOCALNET: &str = "route_localnet";
+
+fn route_localnet(bridge: &IfName) -> String {
+    format!("net/ipv4/conf/{bridge}/{ROUTE_LOCALNET}")
+}
+
+/// Whether a setting is what [`loopback`] asks for: without it host ports work everywhere but on 127.0.0.1.
+pub(super) fn is_of_loopback(path: &str) -> bool {
+    path.ends_with(ROUTE_LOCALNET)
+}
+
+/// Bridges by which pods could send to the host's loopback, or will: whoever has opened them, portmap does it too.
+pub(super) fn open_to_loopback(
+    pods: &PodPorts,
+    kernel: &mut impl Kernel,
+) -> Result<BTreeSet<IfName>, KernelError> {
+    let mut open = BTreeSet::new();
+    for bridge in pods.bridges.keys() {
+        let path = route_localnet(bridge);
+        let is_open = kernel.sysctls(&[&path])?.get(&path).is_some_and(|value| value == "1");
+        if is_open || has_ports(pods) {
+            open.insert(bridge.clone());
+        }
+    }
+    Ok(open)
+}
+
+/// The way from 127.0.0.1 to pods, once they are kept from it themselves. It stays: a setting tells nobody who else
+/// lives by it.
+pub(super) fn loopback(pods: &PodPorts, seen: &Ruleset) -> Desired {
+    let mut desired = Desired::default();
+    for bridge in pods.bridges.keys().filter(|bridge| has_ports(pods) && host_ports::guards(seen, bridge)) {
+        desired.insert(Object::Sysctl { path: route_localnet(bridge), value: "1".into() });
+    }
+    desired
+}
+
+fn has_ports(pods: &PodPorts) -> bool {
+    pods.host_ports.iter().any(|port| port.pod.is_ipv4())
 }

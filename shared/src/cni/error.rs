@@ -48,6 +48,8 @@ pub enum Code {
     NotReserved = 106,
     /// The agent itself failed; its log says more.
     Internal = 107,
+    /// ADD: another pod of the node has the port of the host that this one asks for.
+    HostPortTaken = 108,
 }
 
 /// An error in the terms of the CNI specification (SPEC.md, "Error"), ready to be printed.

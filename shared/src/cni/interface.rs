@@ -6,10 +6,10 @@ use std::net::IpAddr;
 use serde_json::Value;
 
 use super::args::{parse_ip, parse_mac};
-use super::{CniArgs, Code, Dns, Failure, NetConf, SpecVersion};
+use super::{CniArgs, Code, Dns, Failure, NetConf, SpecVersion, bandwidth, port_mappings};
 use crate::json::Keys;
 use crate::names::DEFAULT_BRIDGE;
-use crate::protocol::BridgeOptions;
+use crate::protocol::{Bandwidth, BridgeOptions, PortMapping};
 use crate::{BadValue, IfName, Mac};
 
 const MAX_REQUESTED: usize = 16;
@@ -22,6 +22,9 @@ pub struct InterfaceConf {
     /// Addresses that must be assigned, all of them.
     pub requested: Vec<IpAddr>,
     pub mac: Option<Mac>,
+    /// Ports of the host that lead here; no two of them would have the same packet.
+    pub ports: Vec<PortMapping>,
+    pub bandwidth: Bandwidth,
 }
 
 impl InterfaceConf {
@@ -46,6 +49,8 @@ impl InterfaceConf {
                 (Some(mac), _) | (None, Some(mac)) => Some(mac),
                 (None, None) => args.mac,
             },
+            ports: port_mappings::parse(&runtime)?,
+            bandwidth: bandwidth::parse(&runtime)?,
         })
     }
 }
@@ -90,23 +95,29 @@ fn refuse_unsupported(keys: &Keys<'_>) -> Result<(), Failure> {
     if let Some(key) = ipam.names().find(|key| *key != "type" && ipam.get(key).is_some()) {
         return Err(unsupported(ipam.bad(key, "no such key: addresses come from the node's lease")));
     }
+    refuse_portmaps(keys)?;
     let runtime = keys.object("runtimeConfig", "an object")?;
-    for (key, expected) in [
-        ("ipRanges", "none: addresses come from the node's lease"),
-        ("portMappings", "none: declare this capability on portmap, chained behind weft"),
-        ("bandwidth", "none: declare this capability on bandwidth, chained behind weft"),
-    ] {
-        let empty = match runtime.get(key) {
-            None => true,
-            Some(Value::Array(list)) => list.is_empty(),
-            Some(Value::Object(object)) => object.is_empty(),
-            Some(_) => false,
-        };
-        if !empty {
-            return Err(unsupported(runtime.bad(key, expected)));
-        }
+    match runtime.get("ipRanges") {
+        None => Ok(()),
+        Some(Value::Array(list)) if list.is_empty() => Ok(()),
+        Some(_) => Err(unsupported(runtime.bad("ipRanges", "none: addresses come from the node's lease"))),
     }
-    Ok(())
+}
+
+/// The reference portmap's keys, should somebody declare its capability here and leave them.
+fn refuse_portmaps(keys: &Keys<'_>) -> Result<(), Failure> {
+    let chained = "such rules are portmap's: chain it behind weft and declare portMappings there";
+    if !keys.bool("snat", true)? || keys.bool("masqAll", false)? {
+        let (key, value) = if keys.bool("snat", true)? { ("masqAll", false) } else { ("snat", true) };
+        return Err(unsupported(keys.bad(key, &format!("{value}: {chained}"))));
+    }
+    let given =
+        |key: &&str| keys.get(key).is_some_and(|value| value.as_array().is_none_or(|l| !l.is_empty()));
+    let others = ["conditionsV4", "conditionsV6", "markMasqBit", "externalSetMarkChain", "backend"];
+    match others.iter().find(|key| given(key)) {
+        Some(key) => Err(unsupported(keys.bad(key, &format!("none: {chained}")))),
+        None => Ok(()),
+    }
 }
 
 /// For a field that is well formed and asks for something that is not done.
@@ -269,15 +280,18 @@ mod tests {
             (r#""ipam":{"type":"host-local"}"#, "ipam.type = \"host-local\""),
             (r#""ipam":{"type":"weft","subnet":"10.0.0.0/24"}"#, "ipam.subnet = \"10.0.0.0/24\""),
             (r#""runtimeConfig":{"ipRanges":[[{"subnet":"10.0.0.0/24"}]]}"#, "runtimeConfig.ipRanges"),
-            (r#""runtimeConfig":{"portMappings":[{"hostPort":1}]}"#, "runtimeConfig.portMappings"),
-            (r#""runtimeConfig":{"bandwidth":{"ingressRate":1}}"#, "runtimeConfig.bandwidth"),
+            (r#""snat":false"#, "snat = false: expected true: such rules"),
+            (r#""masqAll":true"#, "masqAll = true: expected false"),
+            (r#""conditionsV4":["!","-d","192.0.2.0/24"]"#, "conditionsV4 = [\"!\""),
+            (r#""backend":"iptables""#, "backend = \"iptables\": expected none"),
+            (r#""markMasqBit":5"#, "markMasqBit = 5"),
         ] {
             let failure = with(&format!(",{extra}"), "").expect_err(extra);
             assert!(failure.is(Code::UnsupportedField) && failure.msg.contains(part), "{extra}: {failure:?}");
             assert!(failure.msg.contains(": expected "), "{failure}");
         }
         let defaults = r#","vlan":0,"vlanTrunk":[],"preserveDefaultVlan":true,"promiscMode":false,"ipMasq":false,"isGateway":true,
-            "ipam":{"type":"weft"},"enabledad":null,"runtimeConfig":{"portMappings":[],"bandwidth":{},"dns":{}}"#;
+            "ipam":{"type":"weft"},"enabledad":null,"snat":true,"masqAll":false,"conditionsV6":[],"runtimeConfig":{"portMappings":[],"bandwidth":{},"dns":{}}"#;
         assert!(with(defaults, "").is_ok());
         assert!(with(r#","ipam":{}"#, "").is_ok());
     }
@@ -300,6 +314,10 @@ mod tests {
             (r#""args":{"cni":{"ips":["x"]}}"#, "args.cni.ips = \"x\""),
             (r#""runtimeConfig":{"ips":"10.0.0.1"}"#, "runtimeConfig.ips = \"10.0.0.1\""),
             (r#""runtimeConfig":{"mac":"ff:ff:ff:ff:ff:ff"}"#, "runtimeConfig.mac"),
+            (
+                r#""runtimeConfig":{"portMappings":[{"hostPort":"x"}]}"#,
+                "runtimeConfig.portMappings[0].hostPort",
+            ),
             (r#""args":{"cni":{"mac":"x"}}"#, "args.cni.mac = \"x\""),
         ] {
             let failure = with(&format!(",{extra}"), "").expect_err(extra);

@@ -5,11 +5,13 @@
 //! <https://www.cni.dev/docs/spec/>; older shapes are told from SPEC.md at the tags `spec-v0.1.0` to `spec-v1.1.0`.
 
 mod args;
+mod bandwidth;
 mod config;
 mod env;
 mod error;
 mod identifier;
 mod interface;
+mod port_mappings;
 mod result;
 mod version;
 

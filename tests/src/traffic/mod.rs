@@ -5,4 +5,5 @@ pub mod datagrams;
 pub mod echo;
 pub mod flows;
 pub mod measure;
+pub mod named;
 pub mod transfer;

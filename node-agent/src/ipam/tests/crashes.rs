@@ -116,7 +116,7 @@ async fn a_repeated_add_may_have_its_own_address_again() {
     node.restart();
     let (connection, again) = node.add_with(wanted).await.expect("its own");
     assert_eq!(address(&again), addr("10.5.1.9"));
-    node.commit(&connection, "a").expect("commit");
+    node.commit(&connection, "a").await.expect("commit");
     connection.closed(true).await;
     node.pass_time(deadline::WIRING);
     node.ipam().tend().await;

@@ -50,7 +50,7 @@ async fn an_attachment_is_dead_when_its_veth_is_gone_from_a_later_look() {
     node.look().await;
     // The look that was under way at Commit may have missed it: even with the veth gone it proves nothing.
     let (connection, _) = node.add("b").await.expect("reserve");
-    node.commit(&connection, "b").expect("commit");
+    node.commit(&connection, "b").await.expect("commit");
     connection.closed(true).await;
     let gone = node.fabric.world().veths.remove(&host_ifname(&key("b")));
     assert!(gone.is_some());

@@ -23,7 +23,7 @@ async fn an_add_and_its_del() {
     assert_eq!(reservation.host_ifname, host_ifname(&key("a")));
     assert_eq!(node.states()["a"], "reserved");
     assert!(connection.is_open());
-    let ifindex = node.commit(&connection, "a").expect("commit");
+    let ifindex = node.commit(&connection, "a").await.expect("commit");
     assert!(!connection.is_open());
     connection.closed(true).await;
     let ports = node.ports.borrow().clone();
@@ -197,7 +197,7 @@ async fn a_repeated_add_waits_for_the_dead_one() {
         first.closed(true).await;
     });
     let (second, _) = second.expect("the first is gone");
-    node.commit(&second, "a").expect("its veth is gone as well");
+    node.commit(&second, "a").await.expect("its veth is gone as well");
     second.closed(true).await;
     node.assert_consistent();
 }
@@ -210,7 +210,7 @@ async fn a_del_during_an_add_wins() {
     assert_eq!(node.states()["a"], "aborted");
     assert_eq!(node.ipam().status().addresses_used, 1, "the plugin may still wire");
     // It does, and learns at Commit.
-    let refused = node.commit(&connection, "a").expect_err("deleted");
+    let refused = node.commit(&connection, "a").await.expect_err("deleted");
     assert!(refused.is(Code::TryAgainLater) && refused.details.contains("deleted"), "{refused:?}");
     assert!(node.fabric.world().veths.contains_key(&reservation.host_ifname));
     connection.closed(true).await;
@@ -247,12 +247,12 @@ async fn only_the_reserving_connection_commits() {
     let node = Node::new();
     let (connection, reservation) = node.add("a").await.expect("reserve");
     let other = node.ipam().connect();
-    assert!(node.commit(&other, "a").expect_err("another's").is(Code::NotReserved));
-    assert!(node.commit(&other, "b").expect_err("nobody's").is(Code::NotReserved));
+    assert!(node.commit(&other, "a").await.expect_err("another's").is(Code::NotReserved));
+    assert!(node.commit(&other, "b").await.expect_err("nobody's").is(Code::NotReserved));
     other.closed(true).await;
     assert_eq!(node.states()["a"], "reserved");
     node.fabric.world().veths.remove(&reservation.host_ifname);
-    node.commit(&connection, "a").expect("its own");
+    node.commit(&connection, "a").await.expect("its own");
     // And an ADD whose peer is gone reserves nothing any more.
     let gone = node.ipam().connect();
     let id = gone.id();
@@ -272,7 +272,7 @@ async fn a_record_that_cannot_be_written_fails_the_add() {
     fs::remove_dir(&temporary).expect("dir");
     let (connection, reservation) = node.add("a").await.expect("reserve");
     fs::create_dir(&temporary).expect("dir");
-    assert!(node.commit(&connection, "a").expect_err("disk").is(Code::Io));
+    assert!(node.commit(&connection, "a").await.expect_err("disk").is(Code::Io));
     assert_eq!(node.states()["a"], "reserved");
     node.fabric.world().veths.remove(&reservation.host_ifname);
     connection.closed(true).await;
@@ -292,7 +292,7 @@ async fn two_hundred_at_once() {
                 if i % 3 == 0 {
                     node.fabric.wire(&reservation.host_ifname);
                 } else {
-                    node.commit(&connection, &id).expect("commit");
+                    node.commit(&connection, &id).await.expect("commit");
                 }
                 connection.closed(true).await;
                 if i % 3 == 1 {

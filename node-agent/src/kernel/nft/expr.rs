@@ -2,7 +2,7 @@
 
 use super::uapi::*;
 use super::wire::{Attributes, Parsed};
-use crate::firewall::{Expr, Rule};
+use crate::firewall::{Expr, Family, Rule};
 
 pub(super) fn encode(exprs: &[Expr]) -> Attributes {
     exprs.iter().filter_map(expression).fold(Attributes::default(), |list, (name, data)| {
@@ -24,16 +24,29 @@ fn expression(expr: &Expr) -> Option<(&'static str, Attributes)> {
     Some(match expr {
         Expr::Mark => ("meta", data.number(1, REGISTER).number(2, META_MARK)),
         Expr::Nfproto => ("meta", data.number(1, REGISTER).number(2, META_NFPROTO)),
+        Expr::Protocol => ("meta", data.number(1, REGISTER).number(2, META_L4PROTO)),
+        Expr::InputName => ("meta", data.number(1, REGISTER).number(2, META_IIFNAME)),
+        Expr::SetMark => ("meta", data.number(2, META_MARK).number(3, REGISTER)),
+        Expr::DestinationType => {
+            ("fib", data.number(1, REGISTER).number(2, FIB_TYPE).number(3, FIB_DESTINATION))
+        }
         Expr::Payload { offset, len } => {
             ("payload", data.number(1, REGISTER).number(2, BASE_NETWORK).number(3, *offset).number(4, *len))
         }
-        Expr::And(mask) => (
-            "bitwise",
-            data.number(1, REGISTER)
-                .number(2, REGISTER)
-                .number(3, mask.len() as u32)
-                .nested(4, &value(mask))
-                .nested(5, &value(&vec![0; mask.len()])),
+        Expr::Transport { offset, len } => {
+            ("payload", data.number(1, REGISTER).number(2, BASE_TRANSPORT).number(3, *offset).number(4, *len))
+        }
+        Expr::And(mask) => ("bitwise", bitwise(&value(mask), &value(&vec![0; mask.len()]), mask.len())),
+        Expr::Or(bits) => ("bitwise", bitwise(&value(&inverted(bits)), &value(bits), bits.len())),
+        Expr::Load { register, value: bytes } => {
+            ("immediate", data.number(1, *register).nested(2, &value(bytes)))
+        }
+        Expr::Dnat(family) => (
+            "nat",
+            data.number(1, NAT_DNAT)
+                .number(2, u32::from(family.nfproto()))
+                .number(3, REGISTER)
+                .number(5, REGISTER_2),
         ),
         Expr::Cmp { equal, value: bytes } => {
             let op = if *equal { CMP_EQUAL } else { CMP_NOT_EQUAL };
@@ -50,6 +63,16 @@ fn expression(expr: &Expr) -> Option<(&'static str, Attributes)> {
         Expr::Goto(chain) => verdict(GOTO, Some(chain)),
         Expr::Reject | Expr::Log | Expr::Target(_) | Expr::Other(_) => return None,
     })
+}
+
+/// Of the first register, in place: AND with `mask`, then XOR with `xor`.
+fn bitwise(mask: &Attributes, xor: &Attributes, len: usize) -> Attributes {
+    let registers = Attributes::default().number(1, REGISTER).number(2, REGISTER);
+    registers.number(3, len as u32).nested(4, mask).nested(5, xor)
+}
+
+fn inverted(bits: &[u8]) -> Vec<u8> {
+    bits.iter().map(|byte| !byte).collect()
 }
 
 fn verdict(code: i32, chain: Option<&str>) -> (&'static str, Attributes) {
@@ -104,15 +127,27 @@ fn found(name: &str, data: Parsed<'_>) -> Option<Expr> {
         "meta" if in_register(1) => match data.number(2)? {
             META_MARK => Some(Expr::Mark),
             META_NFPROTO => Some(Expr::Nfproto),
+            META_L4PROTO => Some(Expr::Protocol),
+            META_IIFNAME => Some(Expr::InputName),
             _ => None,
         },
+        "meta" if data.number(3) == Some(REGISTER) && data.number(2)? == META_MARK => Some(Expr::SetMark),
+        "fib" if in_register(1) && data.number(2)? == FIB_TYPE && data.number(3)? == FIB_DESTINATION => {
+            Some(Expr::DestinationType)
+        }
         "payload" if in_register(1) && data.number(2)? == BASE_NETWORK => {
             Some(Expr::Payload { offset: data.number(3)?, len: data.number(4)? })
+        }
+        "payload" if in_register(1) && data.number(2)? == BASE_TRANSPORT => {
+            Some(Expr::Transport { offset: data.number(3)?, len: data.number(4)? })
         }
         "bitwise" if in_register(1) && in_register(2) && data.number(6).unwrap_or(0) == 0 => {
             let xor = data.nested(5)?.get(DATA_VALUE)?;
             let mask = data.nested(4)?.get(DATA_VALUE)?;
-            xor.iter().all(|b| *b == 0).then(|| Expr::And(mask.to_vec()))
+            match xor.iter().all(|b| *b == 0) {
+                true => Some(Expr::And(mask.to_vec())),
+                false => (inverted(xor) == mask).then(|| Expr::Or(xor.to_vec())),
+            }
         }
         "cmp" if in_register(1) => {
             let equal = match data.number(2)? {
@@ -132,6 +167,21 @@ fn found(name: &str, data: Parsed<'_>) -> Option<Expr> {
             RANDOM_FULLY => Some(Expr::Masquerade { fully_random: true }),
             _ => None,
         },
+        "immediate" if data.number(1)? != REGISTER_VERDICT => {
+            let register = data.number(1)?;
+            Some(Expr::Load { register, value: data.nested(2)?.get(DATA_VALUE)?.to_vec() })
+        }
+        // The kernel shows a single address and a single port as a range of one, and the flags that go with them.
+        "nat" if data.number(1)? == NAT_DNAT => {
+            let same = |from: u16, register: u32| {
+                data.number(from) == Some(register) && data.number(from + 1).is_none_or(|to| to == register)
+            };
+            let plain = data.number(7).unwrap_or(0) & !NAT_IMPLIED == 0;
+            let family = [Family::Ip, Family::Ip6]
+                .into_iter()
+                .find(|family| data.number(2) == Some(u32::from(family.nfproto())))?;
+            (plain && same(3, REGISTER) && same(5, REGISTER_2)).then_some(Expr::Dnat(family))
+        }
         "immediate" if data.number(1)? == REGISTER_VERDICT => {
             let verdict = data.nested(2)?.nested(DATA_VERDICT)?;
             let chain = || verdict.text(VERDICT_CHAIN).map(str::to_owned);
@@ -153,7 +203,7 @@ mod tests {
     use weft_shared::Subnet;
 
     use super::*;
-    use crate::firewall::rule::{Side, marked, within};
+    use crate::firewall::rule::{Side, came_by, dnat, is_local, marked, set_mark, to_port, within};
 
     #[test]
     fn rules_come_back_as_they_were_sent() {
@@ -164,6 +214,12 @@ mod tests {
             within(Side::Source, net("fd00:5::/61"), true),
             marked(0x4000),
             vec![Expr::Nfproto, Expr::Cmp { equal: true, value: vec![2] }],
+            is_local(),
+            came_by(&"cni0".parse().expect("name")),
+            to_port(132, 8080),
+            set_mark(0x2000),
+            dnat("10.5.1.2:80".parse().expect("address")),
+            dnat("[fd00::2]:80".parse().expect("address")),
         ];
         let verdicts = [
             Expr::Accept,

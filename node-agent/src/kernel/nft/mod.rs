@@ -4,6 +4,7 @@
 //! Docker's are not read, only the names of their chains are (uapi: linux/netfilter/nf_tables.h).
 
 mod expr;
+mod flows;
 mod monitor;
 mod socket;
 mod uapi;
@@ -12,11 +13,14 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE};
 use tracing::warn;
+use weft_shared::Subnet;
+use weft_shared::protocol::Protocol;
 
 use self::socket::{CHANGE, NftSocket};
 use self::uapi::*;
@@ -26,9 +30,11 @@ use super::{Errno, KernelError};
 use crate::firewall::advice::{FLANNELS_CHAIN, Leftover};
 use crate::firewall::forward::{HostChain, Keeper, place};
 use crate::firewall::legacy::LegacyFilter;
-use crate::firewall::masquerade::{HOOK_FORWARD, table_id};
+use crate::firewall::masquerade::{self, HOOK_FORWARD};
 use crate::firewall::rule::{Side, Step};
-use crate::firewall::{Chain, ChainId, ChainPolicy, Expr, Family, Hook, Part, Rule, Ruleset, TableId};
+use crate::firewall::{
+    Chain, ChainId, ChainPolicy, Expr, Family, Hook, HostPort, Part, Rule, Ruleset, TableId, host_ports,
+};
 
 pub(super) use monitor::{Commit, listen};
 
@@ -63,6 +69,10 @@ pub(super) struct Firewall {
     socket: Option<NftSocket>,
     seen: Option<(u32, Ruleset)>,
     legacy: Legacy,
+    /// What UDP flows to host ports have been made to follow.
+    flows: Option<BTreeSet<HostPort>>,
+    /// Every host port that has led somewhere since.
+    led: BTreeSet<HostPort>,
     /// The kernel has refused `masquerade fully-random`.
     no_random: bool,
     /// Looks that had to list something.
@@ -77,6 +87,7 @@ impl Firewall {
         seen.legacy = look.filter;
         seen.left.extend(look.left);
         seen.fully_random = !self.no_random;
+        seen.flows.clone_from(&self.flows);
         Ok(seen)
     }
 
@@ -94,6 +105,7 @@ impl Firewall {
             if let Some(ruleset) = list(socket)?
                 && socket.generation()? == generation
             {
+                self.led.extend(ruleset.own.iter().flat_map(host_ports::led));
                 self.seen = Some((generation, ruleset.clone()));
                 return Ok(ruleset);
             }
@@ -101,11 +113,17 @@ impl Firewall {
         Err(KernelError::Interrupted(TRIES))
     }
 
-    pub(super) fn set(&mut self, part: &Part) -> Result<(), KernelError> {
+    /// `local`: the addresses of this host, should they matter.
+    pub(super) fn set(
+        &mut self,
+        part: &Part,
+        local: impl FnOnce() -> Result<BTreeSet<IpAddr>, KernelError>,
+    ) -> Result<(), KernelError> {
         match part {
             Part::Table { id, chains } => self.replace_table(id, chains),
             Part::Accepts { chain, rules, .. } => self.put_rules(chain, rules),
             Part::Legacy { rules, .. } => self.legacy.put(rules),
+            Part::Flows(ports) => self.settle_flows(ports, local),
         }
     }
 
@@ -120,12 +138,50 @@ impl Firewall {
             }
             Part::Accepts { chain, .. } => self.put_rules(chain, &[]),
             Part::Legacy { .. } => self.legacy.put(&[]),
+            Part::Flows(_) => {
+                self.flows = None;
+                self.led.clear();
+                Ok(())
+            }
         }
+    }
+
+    /// Flows that began by other rules than those that are there now begin anew.
+    fn settle_flows(
+        &mut self,
+        ports: &BTreeSet<HostPort>,
+        local: impl FnOnce() -> Result<BTreeSet<IpAddr>, KernelError>,
+    ) -> Result<(), KernelError> {
+        let led = self.led.clone();
+        let has = |family: Family| {
+            let mut all = ports.iter().chain(&led).filter(|port| port.protocol == Protocol::Udp);
+            all.any(|port| Family::of(Subnet::host(port.pod.ip())) == family)
+        };
+        let families: Vec<Family> = [Family::Ip, Family::Ip6].into_iter().filter(|f| has(*f)).collect();
+        if !families.is_empty() {
+            let local = local()?;
+            let is_local = |ip: IpAddr| ip.is_loopback() || local.contains(&ip);
+            let socket = self.socket()?;
+            for family in families {
+                let mut flows = flows::list(socket, family)?;
+                flows.retain(|listed| listed.flow.is_astray(ports, &led) && is_local(listed.flow.to.ip()));
+                for astray in &flows {
+                    flows::delete(socket, astray)?;
+                }
+            }
+        }
+        self.flows = Some(ports.clone());
+        self.led.clone_from(ports);
+        Ok(())
     }
 
     /// The old table goes and the new one comes in one commit: no packet meets neither. Connections keep their
     /// translation, which is conntrack's.
     fn replace_table(&mut self, id: &TableId, chains: &[Chain]) -> Result<(), KernelError> {
+        if *id == host_ports::table_id(id.family) {
+            // Flows may have begun by whatever was there, or by nothing.
+            self.flows = None;
+        }
         let socket = self.socket()?;
         let all_of_it = commit_what_is_known(chains, |chains| socket.commit(whole_table(id, chains), None))?;
         if !all_of_it {
@@ -219,6 +275,9 @@ fn whole_table(id: &TableId, chains: &[Chain]) -> Vec<Message> {
                 .text(chain::TYPE, &hook.kind);
         }
         messages.push(message);
+    }
+    // A rule may lead to any chain.
+    for chain in chains {
         let chain_id = ChainId { table: id.clone(), name: chain.name.clone() };
         messages.extend(chain.rules.iter().map(|rule| new_rule(&chain_id, rule, None)));
     }
@@ -272,9 +331,10 @@ fn list(socket: &mut NftSocket) -> Result<Option<Ruleset>, KernelError> {
             return Ok(None);
         };
         let tables: BTreeMap<String, TableFlags> = tables.into_iter().collect();
-        let own = table_id(family);
-        if family != Family::Inet && tables.contains_key(&own.name) {
-            let Some(part) = own_table(socket, &own, &chains, tables[&own.name].dormant)? else {
+        let names = [masquerade::table_id(family), host_ports::table_id(family)];
+        let own: Vec<TableId> = names.into_iter().filter(|_| family != Family::Inet).collect();
+        for id in own.iter().filter(|id| tables.contains_key(&id.name)) {
+            let Some(part) = own_table(socket, id, &chains, tables[&id.name].dormant)? else {
                 return Ok(None);
             };
             ruleset.own.push(part);
@@ -283,7 +343,7 @@ fn list(socket: &mut NftSocket) -> Result<Option<Ruleset>, KernelError> {
             let Some(hook) = &chain.hook else { continue };
             let flags = tables.get(&chain.id.table.name);
             let forwards = hook.number == HOOK_FORWARD && hook.kind == "filter";
-            let ours = family != Family::Inet && chain.id.table == own;
+            let ours = own.contains(&chain.id.table);
             if !forwards || ours || flags.is_some_and(|f| f.dormant) {
                 continue;
             }

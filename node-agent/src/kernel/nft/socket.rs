@@ -100,6 +100,20 @@ impl NftSocket {
         Ok(consistent.then_some(list))
     }
 
+    /// Sends one message that is no part of a batch and waits for its answer.
+    pub(super) fn request(&mut self, message: Message) -> Result<(), KernelError> {
+        let sequence = self.next();
+        self.socket.send(&message.bytes(sequence), 0)?;
+        let mut answer = None;
+        while answer.is_none() {
+            self.receive(sequence, |message| {
+                answer = (message.kind == NLMSG_ERROR).then(|| error(&message));
+                Ok(answer.is_some())
+            })?;
+        }
+        answer.unwrap_or(Ok(()))
+    }
+
     /// Commits all messages at once; `generation` is the one they were made for.
     pub(super) fn commit(
         &mut self,

@@ -30,7 +30,7 @@ fn sh(script: &str) -> String {
 
 fn networks() -> Networks {
     let net = |text: &str| text.parse().expect(text);
-    Networks { overlay: vec![net("10.5.0.0/16")], local: vec![net("10.5.1.0/24")] }
+    Networks { overlay: vec![net("10.5.0.0/16")], local: vec![net("10.5.1.0/24")], ..Networks::default() }
 }
 
 fn settings() -> Settings {
@@ -43,8 +43,12 @@ fn settings() -> Settings {
 
 /// What is wanted and not there, or there and not wanted, as the reconciler finds it.
 fn wrong(firewall: &mut Firewall, settings: &Settings) -> Vec<(PartKey, bool)> {
+    wrong_for(firewall, settings, &networks())
+}
+
+fn wrong_for(firewall: &mut Firewall, settings: &Settings, networks: &Networks) -> Vec<(PartKey, bool)> {
     let seen = firewall.look(settings.legacy_period).expect("look");
-    let desired = firewall::desired(settings, &networks(), &seen);
+    let desired = firewall::desired(settings, networks, &seen);
     let found: Vec<Part> = firewall::found(&seen).collect();
     let missing = desired.iter().filter(|part| !found.contains(part));
     let spare = found.iter().filter(|part| desired.iter().all(|wanted| wanted.key() != part.key()));
@@ -52,16 +56,19 @@ fn wrong(firewall: &mut Firewall, settings: &Settings) -> Vec<(PartKey, bool)> {
 }
 
 fn mend(firewall: &mut Firewall, settings: &Settings) {
+    mend_for(firewall, settings, &networks());
+    assert_eq!(wrong(firewall, settings), []);
+}
+
+fn mend_for(firewall: &mut Firewall, settings: &Settings, networks: &Networks) {
     let seen = firewall.look(settings.legacy_period).expect("look");
-    let (desired, found) =
-        (firewall::desired(settings, &networks(), &seen), firewall::found(&seen).collect());
-    for (key, set) in wrong(firewall, settings) {
+    let (desired, found) = (firewall::desired(settings, networks, &seen), firewall::found(&seen).collect());
+    for (key, set) in wrong_for(firewall, settings, networks) {
         let parts: &Vec<Part> = if set { &desired } else { &found };
         let part = parts.iter().find(|part| part.key() == key).unwrap_or_else(|| panic!("{key}"));
-        let done = if set { firewall.set(part) } else { firewall.remove(part) };
+        let done = if set { firewall.set(part, || Ok(BTreeSet::new())) } else { firewall.remove(part) };
         done.unwrap_or_else(|e| panic!("{key}: {e}"));
     }
-    assert_eq!(wrong(firewall, settings), []);
 }
 
 #[test]
@@ -405,5 +412,145 @@ fn nothing_of_ours_is_left_anywhere_when_we_leave_and_nothing_of_others_is_taken
         for part in &parts {
             leaving.remove(part).expect("what is gone is no failure");
         }
+    });
+}
+
+/// Host ports of both families and all protocols, made and unmade by the reconciler's steps.
+#[test]
+fn host_ports_are_what_nft_would_have_made_and_leave_nothing() {
+    in_namespace(|| {
+        let (mut firewall, settings) = (Firewall::default(), Settings { forward: false, ..settings() });
+        let settings = Settings { masquerade: false, ..settings };
+        let port = |protocol, host_ip: Option<&str>, port, pod: &str| HostPort {
+            protocol,
+            host_ip: host_ip.map(|ip| ip.parse().expect(ip)),
+            port,
+            pod: pod.parse().expect(pod),
+        };
+        let mut networks = networks();
+        networks.host_ports.ports = [
+            port(Protocol::Tcp, None, 8080, "10.5.1.2:80"),
+            port(Protocol::Udp, Some("192.0.2.1"), 53, "10.5.1.2:5353"),
+            port(Protocol::Sctp, Some("127.0.0.1"), 9, "10.5.1.2:9"),
+            port(Protocol::Tcp, None, 8080, "[fd00:1::2]:80"),
+        ]
+        .into();
+        networks.host_ports.guarded = ["cni0".parse().expect("name")].into();
+        let settle = |firewall: &mut Firewall, networks: &Networks| {
+            for _ in 0..4 {
+                mend_for(firewall, &settings, networks);
+            }
+            assert_eq!(wrong_for(firewall, &settings, networks), []);
+        };
+        settle(&mut firewall, &networks);
+        let listed = sh("nft -n -s list ruleset");
+        let rules: Vec<&str> = listed
+            .lines()
+            .map(str::trim)
+            .filter(|l| l.contains("counter") || l.contains("hook") || l.starts_with("table"))
+            .collect();
+        let mark = "counter meta mark set meta mark | 0x00002000";
+        let at = |rule: &str| format!("{rule} {mark}");
+        assert_eq!(
+            rules,
+            [
+                "table ip weft-hostports {",
+                "type filter hook prerouting priority -300; policy accept;",
+                r#"iifname "cni0" ip daddr 127.0.0.0/8 counter drop"#,
+                "type nat hook output priority -99; policy accept;",
+                "fib daddr type 2 counter jump ports",
+                &at("ip saddr 10.5.1.0/24 tcp dport 8080"),
+                &at("ip saddr 127.0.0.0/8 tcp dport 8080"),
+                r#"tcp dport 8080 counter dnat to 10.5.1.2:80 comment "tcp *:8080 10.5.1.2:80""#,
+                &at("ip saddr 10.5.1.0/24 ip daddr 192.0.2.1 udp dport 53"),
+                r#"ip daddr 192.0.2.1 udp dport 53 counter dnat to 10.5.1.2:5353 comment "udp 192.0.2.1:53 10.5.1.2:5353""#,
+                &at("ip saddr 10.5.1.0/24 ip daddr 127.0.0.1 sctp dport 9"),
+                &at("ip saddr 127.0.0.0/8 ip daddr 127.0.0.1 sctp dport 9"),
+                r#"ip daddr 127.0.0.1 sctp dport 9 counter dnat to 10.5.1.2:9 comment "sctp 127.0.0.1:9 10.5.1.2:9""#,
+                "type nat hook postrouting priority 99; policy accept;",
+                "meta mark & 0x00002000 == 0x00002000 counter masquerade",
+                "type nat hook prerouting priority -99; policy accept;",
+                "fib daddr type 2 counter jump ports",
+                "table ip6 weft-hostports {",
+                "type nat hook output priority -99; policy accept;",
+                "fib daddr type 2 counter jump ports",
+                r#"tcp dport 8080 counter dnat to [fd00:1::2]:80 comment "tcp *:8080 [fd00:1::2]:80""#,
+                "type nat hook postrouting priority 99; policy accept;",
+                "meta mark & 0x00002000 == 0x00002000 counter masquerade",
+                "type nat hook prerouting priority -99; policy accept;",
+                "fib daddr type 2 counter jump ports",
+            ],
+            "{listed}"
+        );
+        for hand in [
+            "nft flush ruleset",
+            "nft flush chain ip weft-hostports ports",
+            "nft insert rule ip weft-hostports ports tcp dport 8080 dnat to 10.5.1.9:80",
+            "nft add rule ip6 weft-hostports ports accept",
+            "nft delete rule ip weft-hostports guard handle $(nft -a list chain ip weft-hostports guard | sed -n 's/.*drop.*handle //p')",
+        ] {
+            sh(hand);
+            assert_ne!(wrong_for(&mut firewall, &settings, &networks), [], "{hand}");
+            settle(&mut firewall, &networks);
+            // In whatever order they were made.
+            let tables =
+                sh("nft -n -s list table ip weft-hostports; nft -n -s list table ip6 weft-hostports");
+            assert_eq!(tables, listed, "{hand}");
+        }
+        // Another agent finds it right, but for the flows that nobody has told it of.
+        let mut another = Firewall::default();
+        assert_eq!(wrong_for(&mut another, &settings, &networks), [(PartKey::Flows, true)]);
+        networks.host_ports = Default::default();
+        settle(&mut another, &networks);
+        assert_eq!(sh("nft list ruleset"), "");
+        assert_eq!(another.flows, None);
+    });
+}
+
+/// Flows as the kernel has them, not as a rule makes them: what of them goes is for the rules to say.
+#[test]
+fn flows_astray_begin_anew_and_no_others() {
+    in_namespace(|| {
+        sh(
+            "ip link set lo up; ip address add 192.0.2.1/32 dev lo; ip address add 2001:db8::1/128 dev lo nodad",
+        );
+        let wanted = HostPort {
+            protocol: Protocol::Udp,
+            host_ip: None,
+            port: 53,
+            pod: "10.5.1.3:5353".parse().expect("address"),
+        };
+        let wanted_v6 = HostPort { pod: "[fd00:1::3]:5353".parse().expect("address"), ..wanted };
+        // Without a NAT hook nothing is tracked.
+        sh(
+            "nft add table inet track; nft 'add chain inet track out { type filter hook output priority 0; }'; nft add rule inet track out ct state new counter",
+        );
+        for (to, from) in [
+            ("192.0.2.1:53", "192.0.2.1:0"),
+            ("192.0.2.1:54", "192.0.2.1:0"),
+            ("[2001:db8::1]:53", "[2001:db8::1]:0"),
+        ] {
+            let socket = std::net::UdpSocket::bind(from).expect(from);
+            socket.send_to(b"x", to).unwrap_or_else(|e| panic!("{to}: {e}"));
+        }
+        let mut firewall = Firewall::default();
+        let seen = |firewall: &mut Firewall| {
+            let mut all = Vec::new();
+            for family in [Family::Ip, Family::Ip6] {
+                let listed = flows::list(firewall.socket().expect("socket"), family).expect("flows");
+                all.extend(listed.iter().map(|listed| listed.flow.to.to_string()));
+            }
+            all.sort();
+            all
+        };
+        assert_eq!(seen(&mut firewall), ["192.0.2.1:53", "192.0.2.1:54", "[2001:db8::1]:53"]);
+        let set = |firewall: &mut Firewall, ports: &[HostPort], local: &[&str]| {
+            let local = local.iter().map(|ip| ip.parse().expect(ip)).collect();
+            firewall.set(&Part::Flows(ports.iter().copied().collect()), || Ok(local)).expect("set");
+        };
+        set(&mut firewall, &[wanted, wanted_v6], &[]);
+        assert_eq!(seen(&mut firewall).len(), 3, "to somebody else's addresses");
+        set(&mut firewall, &[wanted, wanted_v6], &["192.0.2.1", "2001:db8::1"]);
+        assert_eq!(seen(&mut firewall), ["192.0.2.1:54"]);
     });
 }

@@ -59,9 +59,21 @@ pub(super) const VERDICT_CHAIN: u16 = 2;
 /// `NFT_REG_VERDICT`, `NFT_REG_1`.
 pub(super) const REGISTER_VERDICT: u32 = 0;
 pub(super) const REGISTER: u32 = 1;
+/// `NFT_REG_2`.
+pub(super) const REGISTER_2: u32 = 2;
 pub(super) const META_MARK: u32 = 3;
+pub(super) const META_IIFNAME: u32 = 6;
 pub(super) const META_NFPROTO: u32 = 15;
+pub(super) const META_L4PROTO: u32 = 16;
 pub(super) const BASE_NETWORK: u32 = 1;
+pub(super) const BASE_TRANSPORT: u32 = 2;
+/// `NFT_FIB_RESULT_ADDRTYPE`, `NFTA_FIB_F_DADDR`.
+pub(super) const FIB_TYPE: u32 = 3;
+pub(super) const FIB_DESTINATION: u32 = 2;
+/// `NFT_NAT_DNAT`.
+pub(super) const NAT_DNAT: u32 = 1;
+/// `NF_NAT_RANGE_MAP_IPS` and `NF_NAT_RANGE_PROTO_SPECIFIED` of linux/netfilter/nf_nat.h: what registers imply.
+pub(super) const NAT_IMPLIED: u32 = 3;
 pub(super) const CMP_EQUAL: u32 = 0;
 pub(super) const CMP_NOT_EQUAL: u32 = 1;
 /// `NF_NAT_RANGE_PROTO_RANDOM_FULLY` of linux/netfilter/nf_nat.h.

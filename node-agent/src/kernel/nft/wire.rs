@@ -4,7 +4,7 @@
 pub(super) const HEADER: usize = 16;
 /// `struct nfgenmsg`.
 const GENERIC: usize = 4;
-const NESTED: u16 = 0x8000;
+pub(super) const NESTED: u16 = 0x8000;
 const TYPE_MASK: u16 = 0x3fff;
 
 /// A message under construction.

@@ -2,7 +2,8 @@
 //! services are installed for real, and nothing of it is left when the node goes.
 //!
 //! An overlay (kernel: Documentation/filesystems/overlayfs.rst) over `/`, its upper layer on tmpfs, in a mount
-//! namespace that one sleeping process holds. cgroups, devices and processes stay the host's. There is no systemd:
+//! namespace of the first process of a PID namespace: with that process everything ends that was started there, containers
+//! too. cgroups and devices stay the host's. There is no systemd:
 //! `systemctl` is a stand-in (systemctl.py) that starts what unit files say.
 
 use std::fs;
@@ -21,12 +22,13 @@ mount -t tmpfs -o mode=755 weft-e2e "$1"
 mkdir "$1/upper" "$1/work" "$1/merged"
 mount -t overlay weft-e2e -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$1/merged"
 cd "$1/merged"
-mount --rbind /proc proc
+mount -t proc weft-e2e proc
 mount --rbind /sys sys
 mount --rbind /dev dev
 mount -t tmpfs -o mode=755 weft-e2e run
 mount -t tmpfs -o mode=1777 weft-e2e tmp
-mkdir -p run/lock var/lib/containerd
+# The last one says that systemd runs (sd_booted(3)).
+mkdir -p run/lock var/lib/containerd run/systemd/system
 # An overlay cannot be the upper layer of another.
 mount -t tmpfs -o mode=711 weft-e2e var/lib/containerd
 hostname "$2"
@@ -42,21 +44,26 @@ exec sleep infinity
 pub struct Machine {
     pub name: String,
     pub netns: Netns,
+    /// unshare(1), and its child, which is the machine's first process.
     holder: Child,
+    first: u32,
 }
 
 impl Machine {
     /// `dir` is an empty directory of the bed's.
     pub fn start(netns: &Netns, dir: &Path, name: &str) -> Result<Self> {
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--uts", "--propagation", "private", "sh", "-c", ROOT, "machine"]);
-        command.arg(dir).arg(name).stdin(Stdio::null());
+        command.args(["--mount", "--uts", "--pid", "--fork", "--kill-child", "--propagation", "private"]);
+        command.args(["sh", "-c", ROOT, "machine"]).arg(dir).arg(name).stdin(Stdio::null());
         let holder = netns.spawn(&mut command)?;
-        let mut machine = Self { name: name.to_owned(), netns: netns.clone(), holder };
+        let mut machine = Self { name: name.to_owned(), netns: netns.clone(), holder, first: 0 };
         eventually(&format!("the root of {name}"), SECOND * 20, || {
             if let Some(status) = machine.holder.try_wait()? {
                 bail!("it could not be made: {status}");
             }
+            let id = machine.holder.id();
+            let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children"))?;
+            machine.first = children.trim().parse().context("its first process")?;
             Ok(machine.path("/run/machine-is-up").exists())
         })?;
         machine.put("/usr/local/sbin/systemctl", include_bytes!("systemctl.py"))?;
@@ -66,7 +73,7 @@ impl Machine {
 
     /// Where the machine's file lies, seen from here.
     pub fn path(&self, path: &str) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/root{path}", self.holder.id()))
+        PathBuf::from(format!("/proc/{}/root{path}", self.first))
     }
 
     pub fn put(&self, path: &str, content: &[u8]) -> Result<()> {
@@ -94,15 +101,8 @@ impl Machine {
     /// Whatever becomes of a script, as root in a shell of the machine's; the first command that fails ends it.
     pub fn output(&self, script: &str) -> Result<Output> {
         let mut command = Command::new("nsenter");
-        command.args([
-            "--target",
-            &self.holder.id().to_string(),
-            "--mount",
-            "--uts",
-            "--net",
-            "--wdns=/root",
-        ]);
-        command.args(["bash", "-euo", "pipefail", "-c", script]);
+        command.args(["--target", &self.first.to_string(), "--mount", "--uts", "--pid", "--net"]);
+        command.args(["--wdns=/root", "bash", "-euo", "pipefail", "-c", script]);
         command.env_clear().env("HOME", "/root").env("DEBIAN_FRONTEND", "noninteractive");
         command.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
         command.stdin(Stdio::null()).output().with_context(|| format!("on {}: {script}", self.name))
@@ -130,7 +130,6 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // Its services are in the bed's namespaces and end with the bed.
         let _ = self.holder.kill();
         let _ = self.holder.wait();
     }

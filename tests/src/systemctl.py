@@ -116,15 +116,20 @@ def stop(name):
             time.sleep(0.02)
 
 
+def show(name):
+    print("active" if pid_of(name) else "inactive")
+
+
 def link(name):
     return f"{WANTS}/{name}.service"
 
 
 def main(arguments):
     options = [a for a in arguments if a.startswith("-")]
-    verb, *names = [a for a in arguments if not a.startswith("-")]
-    known = {"--now", "--quiet", "--no-block"}
-    if unknown := [o for o in options if o not in known]:
+    verb, *names = [a for a in arguments if not a.startswith("-")] or [""]
+    if arguments[:4] == ["show", "--property", "ActiveState", "--value"]:
+        return show(arguments[4])
+    if unknown := [o for o in options if o not in {"--now", "--quiet", "--no-block"}]:
         fail(f"option {unknown[0]} is not known here")
     for name in [n.removesuffix(".service") for n in names]:
         if verb == "start":

@@ -35,11 +35,13 @@ fn files(machine: &Machine) -> Result<BTreeMap<String, String>> {
          -path /run/machine-is-up -prune -o -path /run/systemctl -prune -o -path '/var/lib/dpkg' -prune -o \
          -path /var/lib/containerd -prune -o -printf '%p\\t%y %m %l %i %T@ %s\\n' 2>/dev/null || true",
     )?;
-    let directory = |what: &str| what.starts_with('d');
+    // Not of weft's making: what systemctl and mount leave, and a directory that every Debian has and an image may lack.
+    let ignored =
+        |path: &str| path.starts_with("/run/systemd") || path == "/run/mount" || path == "/var/lib/misc";
     let line = |line: &str| {
-        let (path, what) = line.split_once('\t')?;
+        let (path, what) = line.split_once('\t').filter(|(path, _)| !ignored(path))?;
         // A directory's inode and time change with what comes and goes in it, and with its first change in an overlay.
-        Some((path.to_owned(), if directory(what) { "d".to_owned() } else { what.to_owned() }))
+        Some((path.to_owned(), if what.starts_with('d') { "d".to_owned() } else { what.to_owned() }))
     };
     Ok(found.lines().filter_map(line).collect())
 }
@@ -302,6 +304,10 @@ fn the_runtimes_folders_are_found() -> Result<()> {
         let text = host.sh(&format!("{dir}/install"))?;
         ensure!(text.contains("no container runtime found") && host.exists("/opt/cni/bin/weft"), "{text}");
         host.sh(&format!("{dir}/install --remove --purge"))?;
+        host.sh("mv /run/systemd/system /run/systemd/away")?;
+        let text = host.sh(&format!("{dir}/install"))?;
+        ensure!(text.contains("systemd does not run here: start /usr/local/bin/weftd"), "{text}");
+        host.sh(&format!("mv /run/systemd/away /run/systemd/system; {dir}/install --remove --purge"))?;
 
         host.sh("mkdir -p /usr/libexec/cni /srv/k3s/bin && cp /usr/lib/cni/portmap /usr/libexec/cni && cp /usr/lib/cni/portmap /srv/k3s/bin")?;
         host.put("/etc/crio/crio.conf", b"[crio]\nx = 1\n[crio.network]\n# plugin_dirs = [\n# \"/no\",\n# ]\nnetwork_dir = \"/etc/cni/of-crio/\"\n")?;

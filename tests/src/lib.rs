@@ -37,4 +37,5 @@ pub mod report;
 pub mod tangle;
 pub mod traffic;
 pub mod underlay;
+pub mod vm;
 pub mod wait;

@@ -55,7 +55,7 @@ stage1() {
     systemctl is-enabled --quiet weftd || fail "weftd is not enabled"
     [ "$(property ActiveState)" = inactive ] || fail "weftd was started unasked"
     ok "installed"
-    timeout 60 systemctl start weftd || fail "weftd does not start"
+    timeout 120 systemctl start weftd || fail "weftd does not start"
     ready || fail "start came back before weftd was ready"
     grep -q '^CapEff:.*0000000000003000$' "/proc/$(property MainPID)/status" || fail "capabilities: $(grep Cap "/proc/$(property MainPID)/status")"
     ok "started, ready, with CAP_NET_ADMIN and CAP_NET_RAW alone"
@@ -63,12 +63,12 @@ stage1() {
     for number in 1 2 3 4 5; do add_pod "pod$number" || fail "ADD $number"; done
     before=$(pods)
     [ "$(grep -o committed <<<"$before" | wc -l)" = 5 ] || fail "pods: $before"
-    timeout 60 systemctl restart weftd || fail "restart"
+    timeout 120 systemctl restart weftd || fail "restart"
     [ "$(pods)" = "$before" ] || fail "a restart lost reservations: $(pods)"
     systemctl stop weftd
     [ "$(stat -c '%a %U' /run/weft)" = "700 root" ] || fail "/run/weft: $(stat -c '%a %U' /run/weft)"
     [ -n "$(find /run/weft -type f -name '*pod1*' -o -type f -path '/run/weft/*/*')" ] || fail "stop removed the records"
-    timeout 60 systemctl start weftd || fail "start"
+    timeout 120 systemctl start weftd || fail "start"
     [ "$(pods)" = "$before" ] || fail "a stop lost reservations: $(pods)"
     add_pod pod6 || fail "ADD 6"
     before=$(pods)
@@ -76,17 +76,17 @@ stage1() {
 
     pid=$(property MainPID)
     kill -9 "$pid"
-    until_true 10 ready || fail "weftd is not back after a kill"
+    until_true 60 ready || fail "weftd is not back after a kill"
     [ "$(property MainPID)" != "$pid" ] && [ "$(property NRestarts)" = 1 ] && [ "$(pods)" = "$before" ] || fail "kill: $(property NRestarts) restarts, $(pods)"
     ok "killed: back with every reservation"
 
     cp /etc/weft/weftd.env /tmp/weftd.env
     echo FLANNELD_SUBNET_LEASE_RENEW_MARGIN=0 >>/etc/weft/weftd.env
-    ! timeout 30 systemctl restart weftd || fail "a refused setting is accepted"
+    ! timeout 60 systemctl restart weftd || fail "a refused setting is accepted"
     [ "$(property ActiveState)" = failed ] && [ "$(property ExecMainStatus)" = 2 ] || fail "a refused setting: $(property ActiveState), $(property ExecMainStatus)"
     journalctl --no-pager -u weftd | grep -q 'expected minutes from 1 to 1439' || fail "the journal does not name the setting"
     cp /tmp/weftd.env /etc/weft/weftd.env
-    timeout 60 systemctl start weftd || fail "start after a refused setting"
+    timeout 120 systemctl start weftd || fail "start after a refused setting"
     ok "a refused setting is named and not tried over and over"
 
     pid=$(property MainPID) restarts=$(property NRestarts)
@@ -123,7 +123,7 @@ stage2() {
     ok "rebooted: the same lease, no reservation left behind"
 
     ! dpkg -r weft || fail "removed under an attached pod"
-    until_true 30 systemctl is-active --quiet weftd || fail "weftd was not started again"
+    until_true 60 systemctl is-active --quiet weftd || fail "weftd was not started again"
     CNI_COMMAND=DEL CNI_CONTAINERID=again CNI_NETNS=/run/netns/again CNI_IFNAME=eth0 CNI_PATH=/usr/lib/cni \
         /usr/lib/cni/weft <<<'{"cniVersion":"1.0.0","name":"weft","type":"weft"}' || fail "DEL"
     dpkg -P weft || fail "dpkg -P"

@@ -1,6 +1,7 @@
 #!/bin/busybox sh
 # The VM's first process: this machine's file system by virtiofs below, a disk of the VM's own above, then systemd.
 /bin/busybox --install -s /bin
+mkdir -p /proc /sys /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
@@ -18,6 +19,8 @@ for word in $(cat /proc/cmdline); do
     weft.modules=*) mount --bind "/lower${word#*=}" /root/usr/lib/modules || mount --bind "/lower${word#*=}" /root/lib/modules ;;
     esac
 done
+# systemd empties /tmp at boot, and that of a machine at work takes minutes.
+mount -t tmpfs -o mode=1777 tmp /root/tmp
 umount /proc /sys
 mount --move /dev /root/dev
 exec switch_root /root /lib/systemd/systemd

@@ -22,6 +22,7 @@ pub mod firewall;
 pub mod foreign_peer;
 pub mod forge;
 pub mod host;
+pub mod image;
 pub mod kernel;
 pub mod lab;
 pub mod machine;

@@ -1,14 +1,21 @@
-//! `weftctl docker-opts`: Docker's own bridge on the leased subnet, as in flannel's classic set-up. Here a bridge docker0
-//! is made with the options that were written; containers behind it on two nodes exchange HTTP.
+//! `weftctl docker-opts`: Docker's own bridge on the leased subnet, as in flannel's classic set-up: by Debian's dockerd, and
+//! once more without it, by a bridge docker0 that is made with the options that were written.
 
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
+use e2e::bed::Bed;
 use e2e::cluster::{Backend, Spec, scenario};
+use e2e::dist::{CHECKOUT, Dist};
+use e2e::etcd::Etcd;
+use e2e::image::root_fs;
+use e2e::machine::Machine;
 use e2e::netns::Netns;
 use e2e::node::Node;
-use e2e::wait::{SECOND, until_ok};
+use e2e::underlay::{NodeNumber, Underlay};
+use e2e::wait::{SECOND, eventually, until_ok};
 
 /// What `weftctl docker-opts` writes with these arguments, beside `-f` and `-d`.
 fn written(node: &Node, args: &[&str]) -> Result<String> {
@@ -115,4 +122,80 @@ fn a_subnet_that_is_routed_elsewhere_and_a_missing_lease_are_errors() -> Result<
         );
         Ok(())
     })
+}
+
+/// Debian's docker.io and what it depends on, as scripts/test has fetched them: on the test machine itself they are not
+/// installed, for there dockerd might start.
+fn docker_packages() -> Result<Vec<std::path::PathBuf>> {
+    let dir = Path::new(CHECKOUT).join("target/docker");
+    let entries =
+        fs::read_dir(&dir).with_context(|| format!("{}: scripts/test install fetches it", dir.display()))?;
+    let files = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    Ok(files.into_iter().filter(|file| file.extension().is_some_and(|end| end == "deb")).collect())
+}
+
+/// A host with weft from the tarball and Docker, its bridge as docker-opts says.
+fn docker_host(bed: &Bed, underlay: &Underlay, number: u8, etcd: &Etcd) -> Result<Machine> {
+    let net = underlay.attach(bed, NodeNumber(number))?;
+    let host = Machine::start(&net.netns, &bed.dir(&format!("docker{number}"))?, &format!("docker{number}"))?;
+    let dist = Dist::native()?;
+    host.copy(&dist.tarball, "/root/weft.tar.gz")?;
+    host.copy(&bed.root().join("image/rootfs.tar"), "/root/rootfs.tar")?;
+    for package in docker_packages()? {
+        let name = package.file_name().context("a file")?.to_string_lossy().into_owned();
+        host.copy(&package, &format!("/root/{name}"))?;
+    }
+    host.sh("mount -t tmpfs none /tmp; mkdir -p /var/lib/docker; mount -t tmpfs none /var/lib/docker; dpkg -i ./*.deb")?;
+    host.sh(&format!("tar xzf weft.tar.gz; {}/install", dist.name()))?;
+    host.sh(&format!(
+        "echo FLANNELD_ETCD_ENDPOINTS={} >>/etc/weft/weftd.env; systemctl start weftd",
+        etcd.endpoint()
+    ))?;
+    host.sh("weftctl docker-opts -c; systemctl start containerd")?;
+    host.sh(
+        ". /run/docker_opts.env; setsid dockerd -H unix:///run/docker.sock --containerd /run/containerd/containerd.sock \
+         $DOCKER_OPTS >/var/log/dockerd.log 2>&1 </dev/null &",
+    )?;
+    eventually("dockerd", SECOND * 60, || {
+        Ok(host.try_sh("/usr/bin/docker -H unix:///run/docker.sock info")?.0)
+    })
+    .with_context(|| host.read("/var/log/dockerd.log").unwrap_or_default())?;
+    host.sh("/usr/bin/docker -H unix:///run/docker.sock import rootfs.tar weft-e2e/busybox")?;
+    Ok(host)
+}
+
+#[test]
+fn containers_of_debians_docker_exchange_http_between_two_hosts() -> Result<()> {
+    const DOCKER: &str = "/usr/bin/docker -H unix:///run/docker.sock";
+    let bed = Bed::for_test()?;
+    root_fs(&bed.dir("image")?)?;
+    let underlay = Underlay::create(&bed)?;
+    let etcd = Etcd::start(&underlay.netns, Underlay::GATEWAY, &bed.dir("etcd")?)?;
+    etcd.put_config(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#)?;
+    let hosts = [docker_host(&bed, &underlay, 1, &etcd)?, docker_host(&bed, &underlay, 2, &etcd)?];
+    let mut addresses = Vec::new();
+    for host in &hosts {
+        // As Docker leaves it where it comes before weftd: it drops what no rule of its own accepts.
+        host.sh("iptables -P FORWARD DROP")?;
+        let run = format!(
+            "{DOCKER} run --detach --name www weft-e2e/busybox /bin/sh -c 'echo {} >/tmp/who; exec httpd -f -p 80 -h /tmp'",
+            host.name
+        );
+        host.sh(&run)?;
+        let address =
+            host.sh(&format!("{DOCKER} inspect --format '{{{{.NetworkSettings.IPAddress}}}}' www"))?;
+        let lease = host.sh("sed -n 's/^FLANNEL_SUBNET=\\(.*\\)[.]1.24$/\\1/p' /run/flannel/subnet.env")?;
+        ensure!(address.starts_with(lease.trim()), "{address} is not of {lease}");
+        addresses.push(address.trim().to_owned());
+    }
+    for (client, server) in [(0, 1), (1, 0)] {
+        let wget = format!("{DOCKER} exec www wget -q -O - http://{}/who", addresses[server]);
+        let got =
+            until_ok("the answer of the other host's container", SECOND * 20, || hosts[client].sh(&wget))?;
+        ensure!(got.trim() == hosts[server].name, "{got}");
+    }
+    for host in &hosts {
+        host.sh(&format!("{DOCKER} rm --force www"))?;
+    }
+    Ok(())
 }

@@ -8,12 +8,12 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail, ensure};
 use e2e::bed::Bed;
 use e2e::dist::{CHECKOUT, Dist};
+use e2e::image::oci_image;
 use e2e::machine::Machine;
 use e2e::report;
 use e2e::underlay::{NodeNumber, Underlay};
 use e2e::wait::{SECOND, eventually};
-use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
+use serde_json::Value;
 
 /// As the page names it.
 const IMAGE: &str = "docker.io/library/busybox:latest";
@@ -55,48 +55,6 @@ fn blocks(page: &str) -> Result<Vec<Block>> {
         found.push(Block { hosts, note: note.to_owned(), script });
     }
     Ok(found)
-}
-
-/// An image of busybox's static program, as `ctr images import` reads it: image-spec, "OCI Image Layout".
-fn image(dir: &Path) -> Result<()> {
-    let root = dir.join("rootfs");
-    for name in ["bin", "etc", "proc", "sys", "dev", "tmp"] {
-        fs::create_dir_all(root.join(name))?;
-    }
-    fs::copy("/bin/busybox", root.join("bin/busybox")).context("busybox (package busybox-static)")?;
-    for name in ["sh", "sleep", "ping", "wget", "httpd", "cat"] {
-        std::os::unix::fs::symlink("busybox", root.join("bin").join(name))?;
-    }
-    let layout = dir.join("layout");
-    let blobs = layout.join("blobs/sha256");
-    fs::create_dir_all(&blobs)?;
-    let tar = |from: &Path, to: &Path| -> Result<()> {
-        let status = Command::new("tar").arg("-C").arg(from).arg("-cf").arg(to).arg(".").status()?;
-        ensure!(status.success(), "tar of {}", from.display());
-        Ok(())
-    };
-    tar(&root, &dir.join("layer.tar"))?;
-    let blob = |kind: &str, content: &[u8]| -> Result<Value> {
-        let digest: String = Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect();
-        fs::write(blobs.join(&digest), content)?;
-        let media_type = format!("application/vnd.oci.image.{kind}");
-        Ok(json!({ "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": content.len() }))
-    };
-    let layer = blob("layer.v1.tar", &fs::read(dir.join("layer.tar"))?)?;
-    let config = json!({
-        "architecture": "amd64", "os": "linux", "config": { "Env": ["PATH=/bin"] },
-        "rootfs": { "type": "layers", "diff_ids": [layer["digest"]] },
-    });
-    let config = blob("config.v1+json", config.to_string().as_bytes())?;
-    let manifest = json!({
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": config, "layers": [layer],
-    });
-    let mut manifest = blob("manifest.v1+json", manifest.to_string().as_bytes())?;
-    manifest["annotations"] = json!({ "io.containerd.image.name": IMAGE });
-    fs::write(layout.join("index.json"), json!({ "schemaVersion": 2, "manifests": [manifest] }).to_string())?;
-    fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
-    tar(&layout, &dir.join("image.tar"))
 }
 
 /// runc makes cgroups in the host's hierarchies; of containers that are killed they stay.
@@ -198,7 +156,7 @@ fn the_install_page_works_as_written() -> Result<()> {
     let _cgroups = Cgroups;
     let bed = Bed::for_test()?;
     let dist = Dist::native()?;
-    image(&bed.dir("image")?)?;
+    oci_image(&bed.dir("image")?, IMAGE)?;
     let underlay = Underlay::create(&bed)?;
     let mut page = Page { hosts: Vec::new(), address: None };
     for number in 1..=3 {

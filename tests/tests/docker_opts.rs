@@ -189,7 +189,7 @@ fn containers_of_debians_docker_exchange_http_between_two_hosts() -> Result<()> 
         addresses.push(address.trim().to_owned());
     }
     for (client, server) in [(0, 1), (1, 0)] {
-        let wget = format!("{DOCKER} exec www wget -q -O - http://{}/who", addresses[server]);
+        let wget = format!("{DOCKER} exec www wget -q -T 3 -O - http://{}/who", addresses[server]);
         let got =
             until_ok("the answer of the other host's container", SECOND * 20, || hosts[client].sh(&wget))?;
         ensure!(got.trim() == hosts[server].name, "{got}");

@@ -85,6 +85,8 @@ fn docker_bridges_of_two_nodes_exchange_http() -> Result<()> {
                 client.0.run(Command::new("busybox").args([
                     "wget",
                     "-q",
+                    "-T",
+                    "3",
                     "-O",
                     "-",
                     &format!("http://{}/file", server.1),
@@ -122,6 +124,29 @@ fn a_subnet_that_is_routed_elsewhere_and_a_missing_lease_are_errors() -> Result<
         );
         Ok(())
     })
+}
+
+/// Of containers that are killed with their host the cgroups stay, in the hierarchies of the machine that tests run on.
+struct Cgroups;
+
+impl Drop for Cgroups {
+    fn drop(&mut self) {
+        // One that lives cannot be removed.
+        let _ = Command::new("find")
+            .args([
+                "/sys/fs/cgroup",
+                "-depth",
+                "-type",
+                "d",
+                "-path",
+                "*/docker*",
+                "-exec",
+                "rmdir",
+                "{}",
+                ";",
+            ])
+            .output();
+    }
 }
 
 /// Debian's docker.io and what it depends on, as scripts/test has fetched them: on the test machine itself they are not
@@ -167,6 +192,7 @@ fn docker_host(bed: &Bed, underlay: &Underlay, number: u8, etcd: &Etcd) -> Resul
 #[test]
 fn containers_of_debians_docker_exchange_http_between_two_hosts() -> Result<()> {
     const DOCKER: &str = "/usr/bin/docker -H unix:///run/docker.sock";
+    let _cgroups = Cgroups;
     let bed = Bed::for_test()?;
     root_fs(&bed.dir("image")?)?;
     let underlay = Underlay::create(&bed)?;

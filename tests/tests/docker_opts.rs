@@ -83,10 +83,11 @@ fn docker_bridges_of_two_nodes_exchange_http() -> Result<()> {
             let mut httpd = server.0.spawn(&mut httpd)?;
             let got = until_ok("the file", SECOND * 10, || {
                 client.0.run(Command::new("busybox").args([
+                    "timeout",
+                    "5",
+                    "busybox",
                     "wget",
                     "-q",
-                    "-T",
-                    "3",
                     "-O",
                     "-",
                     &format!("http://{}/file", server.1),
@@ -215,7 +216,8 @@ fn containers_of_debians_docker_exchange_http_between_two_hosts() -> Result<()> 
         addresses.push(address.trim().to_owned());
     }
     for (client, server) in [(0, 1), (1, 0)] {
-        let wget = format!("{DOCKER} exec www wget -q -T 3 -O - http://{}/who", addresses[server]);
+        let wget =
+            format!("{DOCKER} exec www busybox timeout 5 wget -q -O - http://{}/who", addresses[server]);
         let got =
             until_ok("the answer of the other host's container", SECOND * 20, || hosts[client].sh(&wget))?;
         ensure!(got.trim() == hosts[server].name, "{got}");

@@ -4,6 +4,7 @@
 //! shows is what the agent knows.
 
 mod client;
+mod docker_opts;
 mod render;
 #[cfg(test)]
 mod tests;
@@ -72,6 +73,11 @@ enum Verb {
     /// What weft found here when it came stays or is put back; the programs stay. Reads the settings that weftd had:
     /// /etc/weft/weftd.env or --env-file, the variables that are set, and the options after `--`.
     Uninstall(uninstall::Uninstall),
+    /// Write dockerd's options for the leased subnet, as flannel's mk-docker-opts.sh does
+    ///
+    /// Variables DOCKER_OPT_* that are set are taken along, and so is what the combined variable holds already. Unlike
+    /// the script it fails, and writes nothing, as long as there is no lease.
+    DockerOpts(docker_opts::DockerOpts),
     /// The versions of weftctl and of the agent
     Version,
 }
@@ -94,6 +100,9 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Verb::Uninstall(uninstall) = &cli.verb {
         return uninstall.run(cli.json, cli.socket.as_deref());
+    }
+    if let Verb::DockerOpts(opts) = &cli.verb {
+        return opts.run(cli.json, cli.socket.as_deref());
     }
     match cli.answer(&cli.socket(std::env::var_os(SOCKET_VARIABLE))) {
         Ok(answer) => {
@@ -147,7 +156,7 @@ impl Cli {
                 let well = reports.iter().all(|report| report.reachable);
                 Ok(Answer { well, text: self.print(&reports, |r| render::ping(r)) })
             }
-            Verb::Uninstall(_) => unreachable!("asks no agent: see main"),
+            Verb::Uninstall(_) | Verb::DockerOpts(_) => unreachable!("asks no agent: see main"),
             Verb::Version => {
                 // The own version is worth printing without an agent.
                 let agent = status(socket).ok().map(|status| status.version);

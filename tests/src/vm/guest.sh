@@ -1,0 +1,139 @@
+#!/bin/bash
+# In the VM, as a service at the end of each boot: what weft promises under systemd. Its last line is read by the test.
+exec >/dev/ttyS0 2>&1
+set -uo pipefail
+export ETCDCTL_API=3
+here=$(dirname "$0")
+stage=$(cat "$here/stage" 2>/dev/null || echo 1)
+# How long etcd stays away.
+. "$here/settings"
+
+finish() {
+    echo "VM stage $stage: $1"
+    sync
+    echo o >/proc/sysrq-trigger
+    sleep 60
+}
+fail() {
+    systemctl --no-pager status weftd
+    journalctl --no-pager -u weftd -u etcd | tail -n 60
+    finish "FAILED: $*"
+}
+ok() { echo "ok $(cut -d' ' -f1 /proc/uptime) $*"; }
+property() { systemctl show --property "$1" --value weftd; }
+pods() { weftctl pods --json | tr -d ' \n'; }
+
+# until_true SECONDS COMMAND...
+until_true() {
+    local end=$((SECONDS + $1))
+    until "${@:2}"; do
+        [ $SECONDS -lt $end ] || return 1
+        sleep 0.2
+    done
+}
+ready() { weftctl status >/dev/null 2>&1; }
+
+underlay() {
+    ip link add dummy0 type dummy
+    ip address add 192.168.77.11/24 dev dummy0
+    ip link set dummy0 up
+    ip route add default via 192.168.77.1
+}
+
+add_pod() {
+    ip netns add "$1"
+    CNI_COMMAND=ADD CNI_CONTAINERID=$1 CNI_NETNS=/run/netns/$1 CNI_IFNAME=eth0 CNI_PATH=/usr/lib/cni \
+        /usr/lib/cni/weft <<<'{"cniVersion":"1.0.0","name":"weft","type":"weft"}' >/dev/null
+}
+
+stage1() {
+    local before pid restarts number
+    underlay
+    systemctl start etcd containerd || fail "etcd or containerd does not start"
+    etcdctl put /coreos.com/network/config '{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}' || fail "etcdctl"
+    dpkg -i "$here/weft.deb" || fail "dpkg -i"
+    systemctl is-enabled --quiet weftd || fail "weftd is not enabled"
+    [ "$(property ActiveState)" = inactive ] || fail "weftd was started unasked"
+    ok "installed"
+    timeout 120 systemctl start weftd || fail "weftd does not start"
+    ready || fail "start came back before weftd was ready"
+    grep -q '^CapEff:.*0000000000003000$' "/proc/$(property MainPID)/status" || fail "capabilities: $(grep Cap "/proc/$(property MainPID)/status")"
+    ok "started, ready, with CAP_NET_ADMIN and CAP_NET_RAW alone"
+
+    for number in 1 2 3 4 5; do add_pod "pod$number" || fail "ADD $number"; done
+    before=$(pods)
+    [ "$(grep -o committed <<<"$before" | wc -l)" = 5 ] || fail "pods: $before"
+    timeout 120 systemctl restart weftd || fail "restart"
+    [ "$(pods)" = "$before" ] || fail "a restart lost reservations: $(pods)"
+    systemctl stop weftd
+    [ "$(stat -c '%a %U' /run/weft)" = "700 root" ] || fail "/run/weft: $(stat -c '%a %U' /run/weft)"
+    [ -n "$(find /run/weft -type f -name '*pod1*' -o -type f -path '/run/weft/*/*')" ] || fail "stop removed the records"
+    timeout 120 systemctl start weftd || fail "start"
+    [ "$(pods)" = "$before" ] || fail "a stop lost reservations: $(pods)"
+    add_pod pod6 || fail "ADD 6"
+    before=$(pods)
+    ok "restart and stop keep every reservation"
+
+    pid=$(property MainPID)
+    kill -9 "$pid"
+    until_true 60 ready || fail "weftd is not back after a kill"
+    [ "$(property MainPID)" != "$pid" ] && [ "$(property NRestarts)" = 1 ] && [ "$(pods)" = "$before" ] || fail "kill: $(property NRestarts) restarts, $(pods)"
+    ok "killed: back with every reservation"
+
+    cp /etc/weft/weftd.env /tmp/weftd.env
+    echo FLANNELD_SUBNET_LEASE_RENEW_MARGIN=0 >>/etc/weft/weftd.env
+    ! timeout 60 systemctl restart weftd || fail "a refused setting is accepted"
+    [ "$(property ActiveState)" = failed ] && [ "$(property ExecMainStatus)" = 2 ] || fail "a refused setting: $(property ActiveState), $(property ExecMainStatus)"
+    journalctl --no-pager -u weftd | grep -q 'expected minutes from 1 to 1439' || fail "the journal does not name the setting"
+    cp /tmp/weftd.env /etc/weft/weftd.env
+    timeout 120 systemctl start weftd || fail "start after a refused setting"
+    ok "a refused setting is named and not tried over and over"
+
+    pid=$(property MainPID) restarts=$(property NRestarts)
+    systemctl stop etcd
+    echo "etcd is away for $away s"
+    sleep "$away"
+    [ "$(property MainPID)" = "$pid" ] && [ "$(property NRestarts)" = "$restarts" ] || fail "weftd restarted while etcd was away"
+    [ "$(pods)" = "$before" ] || fail "pods without etcd: $(pods)"
+    weftctl status
+    systemctl start etcd
+    until_true 60 bash -c 'weftctl status | grep -q "connected"' || fail "etcd is back, and weftd has not noticed"
+    ok "$away s without etcd caused no restart"
+
+    weftctl status | grep '^lease' | cut -d' ' -f1-7 >"$here/lease"
+    # The next boot is without a store, and without an underlay until this script makes one.
+    systemctl disable etcd
+    echo 2 >"$here/stage"
+    finish passed
+}
+
+stage2() {
+    [ "$(systemctl is-active weftd)" = activating ] || fail "weftd is $(systemctl is-active weftd) without an underlay"
+    until_true 60 systemctl is-active --quiet multi-user.target || fail "the boot waits for weftd: $(systemctl list-jobs)"
+    [ "$(systemctl is-active weftd)" = activating ] || fail "weftd is $(systemctl is-active weftd)"
+    ok "the boot is over and weftd waits: nothing waits for it"
+    underlay
+    until_true 60 ready || fail "weftd is not ready with an underlay"
+    systemctl is-active --quiet weftd || fail "weftd is $(systemctl is-active weftd)"
+    weftctl status | grep '^lease' | cut -d' ' -f1-7
+    [ "$(pods)" = "[]" ] || fail "reservations survived the reboot: $(pods)"
+    add_pod again || fail "ADD after the reboot"
+    systemctl start etcd
+    until_true 60 bash -c 'weftctl status | grep -q " held"' || fail "the lease is not confirmed"
+    ok "rebooted: the same lease, no reservation left behind"
+
+    ! dpkg -r weft || fail "removed under an attached pod"
+    until_true 60 systemctl is-active --quiet weftd || fail "weftd was not started again"
+    CNI_COMMAND=DEL CNI_CONTAINERID=again CNI_NETNS=/run/netns/again CNI_IFNAME=eth0 CNI_PATH=/usr/lib/cni \
+        /usr/lib/cni/weft <<<'{"cniVersion":"1.0.0","name":"weft","type":"weft"}' || fail "DEL"
+    dpkg -P weft || fail "dpkg -P"
+    for path in /usr/bin/weftd /usr/lib/cni/weft /etc/weft /var/lib/weft /run/weft /etc/cni/net.d/10-weft.conflist; do
+        [ ! -e "$path" ] || fail "purge left $path"
+    done
+    ! ip link show flannel.1 2>/dev/null && ! ip link show cni0 2>/dev/null || fail "purge left devices"
+    ! systemctl cat weftd >/dev/null 2>&1 || fail "purge left the unit"
+    ok "purged: nothing is left"
+    finish passed
+}
+
+"stage$stage"

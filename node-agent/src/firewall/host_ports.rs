@@ -5,7 +5,8 @@
 //! this node or from the loopback is masqueraded as well, or the answer would go past the translation; the packet is
 //! marked for that with the bit that portmap uses, since after the translation nobody can tell a host port's packet
 //! from a Service's. The loopback needs `route_localnet` on the bridge, which would let pods send to the host's
-//! 127.0.0.0/8 (CVE-2020-8558): a chain before everything else drops that, wherever the setting is on.
+//! 127.0.0.0/8 (CVE-2020-8558), and as if they were there: a chain before everything else drops both, wherever the
+//! setting is on.
 //!
 //! The table is not flannel's: a flanneld that is rolled back to must not take the ports from pods that live on. Its
 //! priority is behind everybody else's: whoever translates a port on purpose, portmap above all, goes before.
@@ -144,12 +145,12 @@ pub fn is_about(key: &PartKey) -> bool {
 
 /// Whether the loopback of this namespace is kept from the pods of a bridge.
 pub fn guards(seen: &Ruleset, bridge: &IfName) -> bool {
-    let rule = guard(bridge);
+    let rules = guard(bridge);
     let chains = seen.own.iter().filter_map(|part| match part {
         Part::Table { id, chains } if *id == table_id(Family::Ip) => Some(chains),
         _ => None,
     });
-    chains.flatten().any(|chain| chain.hook.is_some() && chain.rules.contains(&rule))
+    chains.flatten().any(|chain| chain.hook.is_some() && rules.iter().all(|rule| chain.rules.contains(rule)))
 }
 
 /// The ports that a table leads to pods, by its rules' own account.
@@ -190,7 +191,7 @@ fn chains(
 ) -> Vec<Chain> {
     let mut chains = Vec::new();
     if family == Family::Ip && !guarded.is_empty() {
-        let rules = guarded.iter().map(guard).collect();
+        let rules = guarded.iter().flat_map(guard).collect();
         chains.push(base_chain("guard", "filter", HOOK_PREROUTING, PRIORITY_RAW, rules));
     }
     let of_family = |ip: IpAddr| Family::of(Subnet::host(ip)) == family;
@@ -217,8 +218,10 @@ fn chains(
     chains
 }
 
-fn guard(bridge: &IfName) -> Rule {
-    Rule::new(vec![came_by(bridge), within(Side::Destination, loopback(), true)], Expr::Drop)
+/// Nothing to a loopback address, and nothing from one: the setting lets both pass.
+fn guard(bridge: &IfName) -> [Rule; 2] {
+    [Side::Destination, Side::Source]
+        .map(|side| Rule::new(vec![came_by(bridge), within(side, loopback(), true)], Expr::Drop))
 }
 
 fn loopback() -> Subnet {

@@ -15,9 +15,8 @@ use crate::wait::{SECOND, eventually, until_ok};
 
 /// What the first process needs before there is a root.
 const MODULES: [&str; 5] = ["virtio_pci", "virtio_blk", "virtiofs", "overlay", "ext4"];
-/// Units of the machine that the tests run on, and no matter of theirs.
-const MASKED: [&str; 9] = [
-    "postgresql.service",
+/// Units that a test has no use for; those of the machine that the tests run on come with its root file system.
+const MASKED: [&str; 8] = [
     "e2scrub_reap.service",
     "console-getty.service",
     "getty@tty1.service",

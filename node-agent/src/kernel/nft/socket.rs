@@ -8,6 +8,7 @@ use std::io;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
+use nix::sys::socket::{setsockopt, sockopt};
 
 use super::uapi::*;
 use super::wire::{Message, Received, messages};
@@ -16,7 +17,9 @@ use crate::kernel::{Errno, KernelError};
 
 /// The kernel answers within the system call; a commit may wait for another's.
 const ANSWER_SECONDS: i64 = 10;
-const RECEIVE_BUFFER: u32 = 4 << 20;
+/// Most of a node's 65,536 ports in one commit: some 500 bytes of each rule that is sent, and an acknowledgement of each
+/// (768 bytes as the kernel counts). A limit, not memory that is taken.
+const BUFFER: usize = 64 << 20;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 
@@ -37,7 +40,9 @@ impl NftSocket {
         let mut socket = Socket::new(NETLINK_NETFILTER)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
-        let _ = socket.set_rx_buf_sz(RECEIVE_BUFFER);
+        // Beyond net.core.wmem_max and rmem_max; a kernel or namespace that refuses that leaves what it allows.
+        let _ = setsockopt(&socket, sockopt::SndBufForce, &BUFFER);
+        let _ = setsockopt(&socket, sockopt::RcvBufForce, &BUFFER);
         receive_timeout(&socket, ANSWER_SECONDS)?;
         Ok(Self { socket, sequence: 0 })
     }

@@ -457,6 +457,7 @@ fn host_ports_are_what_nft_would_have_made_and_leave_nothing() {
                 "table ip weft-hostports {",
                 "type filter hook prerouting priority -300; policy accept;",
                 r#"iifname "cni0" ip daddr 127.0.0.0/8 counter drop"#,
+                r#"iifname "cni0" ip saddr 127.0.0.0/8 counter drop"#,
                 "type nat hook output priority -99; policy accept;",
                 "fib daddr type 2 counter jump ports",
                 &at("ip saddr 10.5.1.0/24 tcp dport 8080"),
@@ -487,7 +488,7 @@ fn host_ports_are_what_nft_would_have_made_and_leave_nothing() {
             "nft flush chain ip weft-hostports ports",
             "nft insert rule ip weft-hostports ports tcp dport 8080 dnat to 10.5.1.9:80",
             "nft add rule ip6 weft-hostports ports accept",
-            "nft delete rule ip weft-hostports guard handle $(nft -a list chain ip weft-hostports guard | sed -n 's/.*drop.*handle //p')",
+            "nft delete rule ip weft-hostports guard handle $(nft -a list chain ip weft-hostports guard | sed -n 's/.*daddr.*drop.*handle //p')",
         ] {
             sh(hand);
             assert_ne!(wrong_for(&mut firewall, &settings, &networks), [], "{hand}");
@@ -504,6 +505,29 @@ fn host_ports_are_what_nft_would_have_made_and_leave_nothing() {
         settle(&mut another, &networks);
         assert_eq!(sh("nft list ruleset"), "");
         assert_eq!(another.flows, None);
+    });
+}
+
+/// As many as one pod may publish.
+#[test]
+fn four_thousand_host_ports_are_one_commit() {
+    in_namespace(|| {
+        let mut firewall = Firewall::default();
+        let settings = Settings { forward: false, masquerade: false, ..settings() };
+        let mut networks = networks();
+        networks.host_ports.ports = (1..=4096)
+            .map(|port| HostPort {
+                protocol: Protocol::Tcp,
+                host_ip: None,
+                port,
+                pod: ([10, 5, 1, 2], port).into(),
+            })
+            .collect();
+        for _ in 0..4 {
+            mend_for(&mut firewall, &settings, &networks);
+        }
+        assert_eq!(wrong_for(&mut firewall, &settings, &networks), []);
+        assert_eq!(sh("nft list ruleset").matches("dnat to").count(), 4096);
     });
 }
 

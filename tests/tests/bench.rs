@@ -52,12 +52,13 @@ impl Bench {
     /// Started, and until the namespace of that name is there.
     fn start(&self, arguments: &str, netns: &str) -> Result<(Child, Netns)> {
         let mut bench = self.command(arguments).spawn()?;
-        let path = PathBuf::from(ROOT).join("netns").join(netns);
+        let netns = Netns::at(&PathBuf::from(ROOT).join("netns").join(netns));
         eventually("a namespace of the bench", SECOND * 30, || {
             ensure!(bench.try_wait()?.is_none(), "the bench has ended");
-            Ok(path.exists())
+            // The file is there before what is mounted on it.
+            netns.enter(|| Ok(true))
         })?;
-        Ok((bench, Netns::at(&path)))
+        Ok((bench, netns))
     }
 
     fn file(&self, name: &str) -> Result<String> {

@@ -44,7 +44,7 @@ const fn small(setting: Setting) -> Goal {
     }
 }
 
-/// Measured first, then set: 2.8 to 3.6 times.
+/// Measured first, then set: 2.6 to 3.6 times.
 const fn mixed(setting: Setting) -> Goal {
     Goal {
         what: "64 flows of mixed sizes",

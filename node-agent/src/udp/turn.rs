@@ -1,5 +1,5 @@
-//! Who does what: the first thread serves the device and, as long as little comes, the socket as well; under load the
-//! second one takes the socket over.
+//! Who does what: the first thread serves the device and, as long as little comes, the socket as well; under load, and
+//! before the first one waits for room to send, the second one takes the socket over.
 //!
 //! One thread for both is what a request and its response are fastest with: the response is often there when the
 //! request has been written, and is sent without anybody being woken. Two threads carry more: each keeps to its batches,

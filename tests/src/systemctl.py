@@ -16,7 +16,13 @@ def fail(message, status=1):
     sys.exit((print(f"systemctl: {message}", file=sys.stderr), status)[1])
 
 
+def is_masked(name):
+    return os.path.realpath(f"{UNITS[0]}/{name}.service") == "/dev/null"
+
+
 def path_of(name):
+    if is_masked(name):
+        fail(f"Unit {name}.service is masked.")
     for folder in UNITS:
         if os.path.exists(f"{folder}/{name}.service"):
             return f"{folder}/{name}.service"
@@ -108,7 +114,6 @@ def start(name):
 
 
 def stop(name):
-    path_of(name)
     pid = pid_of(name)
     if pid:
         os.kill(pid, signal.SIGTERM)
@@ -137,6 +142,7 @@ def main(arguments):
         elif verb == "stop":
             stop(name)
         elif verb == "restart":
+            path_of(name)
             stop(name)
             start(name)
         elif verb == "enable":
@@ -153,7 +159,12 @@ def main(arguments):
         elif verb == "is-active":
             sys.exit(0 if pid_of(name) else 3)
         elif verb == "is-enabled":
-            sys.exit(0 if os.path.lexists(link(name)) else 1)
+            state = "masked" if is_masked(name) else "enabled" if os.path.lexists(link(name)) else "disabled"
+            if "--quiet" not in options:
+                print(state)
+            sys.exit(0 if state == "enabled" else 1)
+        elif verb == "mask":
+            os.symlink("/dev/null", f"{UNITS[0]}/{name}.service")
         else:
             fail(f"verb {verb} is not known here")
     if not names and verb != "daemon-reload":

@@ -417,6 +417,10 @@ fn a_debian_package_installs_the_same_and_purge_leaves_nothing() -> Result<()> {
             ensure!(host.exists(path), "{path}: {text}");
         }
         ensure!(host.sh("systemd-analyze verify weftd.service 2>&1")?.is_empty());
+        // Of what is in it, and not of the file system on which it was packed.
+        let listed =
+            "dpkg-deb -c weft.deb | awk '{ kib += /^-/ ? int(($3 + 1023) / 1024) : 1 } END { print kib }'";
+        ensure!(host.sh("dpkg-deb -f weft.deb Installed-Size")? == host.sh(listed)?, "Installed-Size");
         let installed = files(host)?;
         let text = host.sh("dpkg -i weft.deb 2>&1")?;
         ensure!(text.contains("Nothing to do."), "{text}");

@@ -21,6 +21,9 @@ pub(super) struct Uninstall {
     /// Show what would be removed, and remove nothing
     #[arg(long)]
     dry_run: bool,
+    /// With --dry-run: whether it could be removed once weftd has been stopped
+    #[arg(long, requires = "dry_run")]
+    as_if_stopped: bool,
     /// Also while pods are attached: they lose the network
     #[arg(long)]
     force: bool,
@@ -36,6 +39,9 @@ pub(super) struct Uninstall {
     /// Where the runtime's network configurations lie [default: /etc/cni/net.d]
     #[arg(long, value_name = "DIR")]
     cni_conf_dir: Option<PathBuf>,
+    /// Leave those that call weft to whoever installed them
+    #[arg(long, conflicts_with = "cni_conf_dir")]
+    keep_conflists: bool,
     /// Options that weftd was started with, such as --run-dir=DIR
     #[arg(last = true, value_name = "WEFTD OPTIONS")]
     options: Vec<String>,
@@ -116,6 +122,7 @@ impl Uninstall {
         }
         let wishes = Wishes {
             cni_conf_dir: self.conf_dir()?,
+            as_if_stopped: self.as_if_stopped,
             force: self.force,
             release_lease: self.release_lease,
             remove_store: self.remove_store,
@@ -132,13 +139,13 @@ impl Uninstall {
     }
 
     /// One that was named must be there.
-    fn conf_dir(&self) -> Result<PathBuf, Wrong> {
+    fn conf_dir(&self) -> Result<Option<PathBuf>, Wrong> {
         match &self.cni_conf_dir {
             Some(dir) if !dir.is_dir() => {
                 Err(Wrong::Usage(format!("--cni-conf-dir = {}: expected a directory", dir.display())))
             }
-            Some(dir) => Ok(dir.clone()),
-            None => Ok(CNI_CONF_DIR.into()),
+            Some(dir) => Ok(Some(dir.clone())),
+            None => Ok((!self.keep_conflists).then(|| CNI_CONF_DIR.into())),
         }
     }
 
@@ -332,7 +339,11 @@ mod tests {
         let missing = parsed(&["--cni-conf-dir=/nowhere"]).conf_dir().expect_err("missing").to_string();
         assert!(missing.contains("--cni-conf-dir = /nowhere: expected a directory"), "{missing}");
         assert!(refuse_socket(Some(Path::new("/run/x.sock"))).expect_err("meaningless").is_usage());
-        assert!(Cli::try_parse_from(["weftctl", "uninstall", "--releaselease"]).is_err());
+        for wrong in
+            [&["--releaselease"][..], &["--as-if-stopped"], &["--keep-conflists", "--cni-conf-dir=/etc"]]
+        {
+            assert!(Cli::try_parse_from(["weftctl", "uninstall"].iter().chain(wrong)).is_err(), "{wrong:?}");
+        }
     }
 
     #[test]

@@ -41,7 +41,10 @@ const KEPT: &str = "kept for another run, since not everything is gone";
 /// What an operator asks for beyond the list.
 #[derive(Debug, Clone, Default)]
 pub struct Wishes {
-    pub cni_conf_dir: PathBuf,
+    /// Whose network configurations of weft's go; `None`: nobody's.
+    pub cni_conf_dir: Option<PathBuf>,
+    /// The answer is about a time when no agent runs any more. For a look alone: nothing may be carried out.
+    pub as_if_stopped: bool,
     /// Also while pods are attached.
     pub force: bool,
     pub release_lease: bool,

@@ -18,11 +18,12 @@ pub(super) struct Guards {
 }
 
 /// Takes what keeps others out; who is there already is a refusal.
-pub(super) fn keep_out(config: &Config, refusals: &mut Vec<String>) -> Guards {
+pub(super) fn keep_out(config: &Config, as_if_stopped: bool, refusals: &mut Vec<String>) -> Guards {
     let mut guards = Guards::default();
     match take_place() {
         Ok(Some(place)) => guards._agent = Some(place),
         Err(error) => refusals.push(format!("whether weftd runs here cannot be told: {error}")),
+        Ok(None) if as_if_stopped => {}
         Ok(None) => refusals.push(
             "weftd runs in this network namespace and would put everything back: stop it first, for good \
              (systemctl disable --now weftd)"

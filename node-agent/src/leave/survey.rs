@@ -23,7 +23,7 @@ use crate::object::{LinkKind, Object};
 
 pub fn survey(config: &Config, wishes: &Wishes) -> Result<Plan, LeaveError> {
     let mut refusals = Vec::new();
-    let guards = running::keep_out(config, &mut refusals);
+    let guards = running::keep_out(config, wishes.as_if_stopped, &mut refusals);
     let at = |path: &Path| {
         let path = path.to_owned();
         move |error| LeaveError::File { path, error }
@@ -62,7 +62,8 @@ struct Survey<'a> {
 
 impl Survey<'_> {
     fn conflists(&mut self) {
-        for (path, socket) in files::conflists(&self.wishes.cni_conf_dir) {
+        let Some(dir) = &self.wishes.cni_conf_dir else { return };
+        for (path, socket) in files::conflists(dir) {
             if socket == self.config.cni_socket {
                 self.things.push(Thing::Conflist(path));
             } else {

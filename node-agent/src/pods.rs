@@ -24,7 +24,7 @@ pub trait Fabric: Send + Sync + 'static {
     fn delete_veth(&self, name: &IfName) -> impl Future<Output = Result<(), String>> + Send;
 
     /// Makes host ports lead where [`PodPorts::host_ports`] says, and nowhere else (published before the call).
-    fn ensure_host_ports(&self) -> impl Future<Output = Result<(), String>> + Send;
+    fn ensure_host_ports(&self, old_flows: OldFlows) -> impl Future<Output = Result<(), String>> + Send;
 
     /// Puts a limited attachment's limits in place, as [`PodPorts::ports`] names them (published before the call).
     fn ensure_limits(&self, veth: &IfName) -> impl Future<Output = Result<(), String>> + Send;
@@ -32,6 +32,16 @@ pub trait Fabric: Send + Sync + 'static {
     /// Whether a link of this index exists in the node's namespace, whatever its name and mark: asked before an
     /// attachment counts as dead.
     fn link_exists(&self, ifindex: u32) -> impl Future<Output = Result<bool, String>> + Send;
+}
+
+/// UDP flows that began before their host port led where it leads now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OldFlows {
+    /// Or the pod whose port it is would not be reached.
+    MustFollow,
+    /// It is tried, and tried again. A kernel that cannot be asked to (no nf_conntrack_netlink) must not keep an address
+    /// from being freed, nor a TCP port from its pod.
+    MayLag,
 }
 
 /// Why no pod can be added now, in words that name what is awaited.

@@ -18,6 +18,9 @@ pub const FORWARDING: Duration = Duration::from_secs(1);
 pub const TAKE_BACK: Duration = Duration::from_secs(3);
 /// ADD, the agent: Reserve is answered. What takes longer goes on and is settled.
 pub const RESERVE_ANSWER: Duration = Duration::from_secs(8);
+/// ADD and DEL, the agent: the kernel is as a pod needs it. Reserve waits for that twice (bridge, host ports), Commit and
+/// Release once, and each has to say what is not there.
+pub const IN_KERNEL: Duration = Duration::from_secs(3);
 /// ADD, the agent: this long after Reserve a plugin certainly wires no more. The same span for a veth with our mark and
 /// without a record: it may be one that is just being made.
 pub const WIRING: Duration = Duration::from_secs(15);
@@ -53,6 +56,7 @@ const fn before(earlier: Duration, later: Duration) -> bool {
 }
 
 const _: () = assert!(before(RESERVE_ANSWER, ADD) && before(ANSWER, ADD));
+const _: () = assert!(before(IN_KERNEL, ANSWER) && before(IN_KERNEL.saturating_mul(2), RESERVE_ANSWER));
 const _: () = assert!(before(ADD, ADD_ALARM) && before(ADD_ALARM, WIRING));
 const _: () = assert!(before(ADD_CONNECT, ADD) && before(FORWARDING, ADD) && before(TAKE_BACK, ADD));
 const _: () = assert!(before(CHECK_CONNECT, DEL_OR_CHECK) && before(DEL_LOCK, DEL_OR_CHECK));

@@ -1,8 +1,8 @@
 //! `weftctl docker-opts`: dockerd's options for the leased subnet, as flannel's dist/mk-docker-opts.sh writes them; same
 //! options, same file, byte for byte. Asks no weftd: all it needs is in subnet.env.
 //!
-//! It differs where the script goes on with nothing: a missing or broken subnet.env is an error, and then nothing is
-//! written, for dockerd would start on a subnet of its own choice.
+//! It differs where the script goes on with nothing: a subnet.env that is missing, broken or without subnet or MTU is an
+//! error, and then nothing is written, for dockerd would start on a subnet of its own choice.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -19,6 +19,11 @@ const DOCKER_FILE: &str = "/run/docker_opts.env";
 /// A variable of that name is one more option.
 const OPTION_PREFIX: &str = "DOCKER_OPT_";
 const ROUTES: &str = "/proc/net/route";
+
+/// What is read of subnet.env.
+const SUBNET: &str = "FLANNEL_SUBNET";
+const MTU: &str = "FLANNEL_MTU";
+const IP_MASQ: &str = "FLANNEL_IPMASQ";
 
 #[derive(Debug, Args)]
 pub(super) struct DockerOpts {
@@ -48,6 +53,8 @@ enum Wrong {
     Key(String),
     #[error("{0}: {1}; weftd writes it once it has a lease")]
     Unreadable(PathBuf, std::io::Error),
+    #[error("{0}: no {1}: expected what weftd writes once it has a lease")]
+    Missing(PathBuf, String),
     #[error("{file}: {key} = {value:?}: expected {expected}")]
     Value { file: PathBuf, key: &'static str, value: String, expected: &'static str },
     #[error("{0} cannot be written: {1}")]
@@ -79,7 +86,7 @@ impl DockerOpts {
             .map_err(|error| Wrong::Write(self.docker_file.clone(), error))?;
         // Like the script, after the file is written: dockerd would start, and its containers would not be reached.
         let routes = std::fs::read_to_string(ROUTES).unwrap_or_default();
-        match lease.subnet.and_then(|subnet| routed(&routes, subnet)) {
+        match routed(&routes, lease.subnet) {
             Some(route) => Err(Wrong::Routed(route)),
             None => Ok(()),
         }
@@ -99,8 +106,8 @@ impl DockerOpts {
         let mut add = |name: &str, option: Option<String>| {
             options.extend(option.map(|option| (format!("{OPTION_PREFIX}{name}"), option)));
         };
-        add("BIP", lease.subnet.map(|subnet| format!("--bip={subnet}")));
-        add("MTU", lease.mtu.map(|mtu| format!("--mtu={mtu}")));
+        add("BIP", Some(format!("--bip={}", lease.subnet)));
+        add("MTU", Some(format!("--mtu={}", lease.mtu)));
         // One of the two masquerades.
         let masquerade = lease.ip_masq.filter(|_| !self.no_masquerade);
         add("IPMASQ", masquerade.map(|by_weft| format!("--ip-masq={}", !by_weft)));
@@ -132,12 +139,13 @@ fn refuse(json: bool, socket: Option<&Path>) -> Result<(), Wrong> {
     }
 }
 
-/// What subnet.env says; a line that is not there is an option less.
-#[derive(Debug, Default, PartialEq, Eq)]
+/// What subnet.env says.
+#[derive(Debug, PartialEq, Eq)]
 struct Lease {
     /// With the gateway's address, as it stands there.
-    subnet: Option<Ipv4Network>,
-    mtu: Option<u32>,
+    subnet: Ipv4Network,
+    mtu: u32,
+    /// If it is not there, it is an option less.
     ip_masq: Option<bool>,
 }
 
@@ -153,19 +161,24 @@ impl Lease {
             value: value.to_owned(),
             expected,
         };
-        let (subnet, mtu, ip_masq) = ("FLANNEL_SUBNET", "FLANNEL_MTU", "FLANNEL_IPMASQ");
-        Ok(Self {
-            subnet: value(subnet)
-                .map(|v| {
-                    let parsed = v.parse().ok().filter(|_| v.contains('/'));
-                    parsed.ok_or_else(|| wrong(subnet, v, "one address with its prefix length"))
-                })
-                .transpose()?,
-            mtu: value(mtu).map(|v| v.parse().map_err(|_| wrong(mtu, v, "a number of bytes"))).transpose()?,
-            ip_masq: value(ip_masq)
-                .map(|v| v.parse().map_err(|_| wrong(ip_masq, v, "true or false")))
-                .transpose()?,
-        })
+        let subnet = value(SUBNET)
+            .map(|v| {
+                let parsed = v.parse().ok().filter(|_| v.contains('/'));
+                parsed.ok_or_else(|| wrong(SUBNET, v, "one address with its prefix length"))
+            })
+            .transpose()?;
+        let mtu =
+            value(MTU).map(|v| v.parse().map_err(|_| wrong(MTU, v, "a number of bytes"))).transpose()?;
+        let ip_masq =
+            value(IP_MASQ).map(|v| v.parse().map_err(|_| wrong(IP_MASQ, v, "true or false"))).transpose()?;
+        match (subnet, mtu) {
+            (Some(subnet), Some(mtu)) => Ok(Self { subnet, mtu, ip_masq }),
+            (subnet, mtu) => {
+                let missing = [(SUBNET, subnet.is_none()), (MTU, mtu.is_none())];
+                let names = missing.into_iter().filter_map(|(name, is)| is.then_some(name));
+                Err(Wrong::Missing(file.to_owned(), names.collect::<Vec<_>>().join(", no ")))
+            }
+        }
     }
 }
 
@@ -236,7 +249,9 @@ mod tests {
             text(&["-c"], ENV, &variables).as_deref(),
             Ok("DOCKER_OPTS=\"-D  --bip=10.1.74.1/24 --dns=10.1.1.1 --ip-masq=true --mtu=1472\"\n")
         );
-        assert_eq!(text(&["-c", "-k", "OTHER"], "", &[]).as_deref(), Ok("OTHER=\"\"\n"));
+        let short = "FLANNEL_SUBNET=10.1.74.1/24\nFLANNEL_MTU=1472\n";
+        let expected = "OTHER=\" --bip=10.1.74.1/24 --mtu=1472\"\n";
+        assert_eq!(text(&["-c", "-k", "OTHER"], short, &[]).as_deref(), Ok(expected));
     }
 
     #[test]
@@ -250,6 +265,13 @@ mod tests {
         );
         assert!(error(&[], "FLANNEL_SUBNET=10.1.2.1/24,10.1.3.1/24").contains("FLANNEL_SUBNET"));
         assert!(error(&[], "FLANNEL_MTU=big").contains("expected a number of bytes"));
+        for (env, missing) in [
+            ("", "subnet.env: no FLANNEL_SUBNET, no FLANNEL_MTU: expected what weftd writes"),
+            ("FLANNEL_SUBNET=\nFLANNEL_MTU=1450\n", "subnet.env: no FLANNEL_SUBNET: expected"),
+            ("FLANNEL_SUBNET=10.1.2.1/24\nFLANNEL_IPMASQ=true\n", "subnet.env: no FLANNEL_MTU: expected"),
+        ] {
+            assert!(error(&[], env).contains(missing), "{missing}: {}", error(&[], env));
+        }
         for key in ["", "1A", "A B", "A;rm", "Ä"] {
             assert!(error(&["-k", key], ENV).contains("expected the name of a variable"), "{key}");
         }

@@ -12,8 +12,9 @@
 //! priority is behind everybody else's: whoever translates a port on purpose, portmap above all, goes before.
 //!
 //! A UDP flow keeps the translation it began with for as long as it has packets, so flows that do not go where their
-//! port now leads are made to begin anew ([`Part::Flows`]), after the table says so. An emptied table stays until that
-//! is done.
+//! port now leads are made to begin anew ([`Part::Flows`]), after the table says so. A table that nobody needs is
+//! emptied, at once; empty it stays until that is done and things may be removed, which may be long after (a node that
+//! has not heard from its store).
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -105,7 +106,8 @@ impl HostPort {
         address.into_iter().chain([to_port(self.protocol.number(), self.port)]).collect()
     }
 
-    fn is_on_loopback(&self) -> bool {
+    /// Whether a local process reaches it at 127.0.0.1 or another address of the loopback.
+    pub fn is_on_loopback(&self) -> bool {
         self.pod.is_ipv4() && self.host_ip.is_none_or(|ip| ip.is_loopback())
     }
 
@@ -164,15 +166,20 @@ pub fn led(part: &Part) -> BTreeSet<HostPort> {
     }
 }
 
-pub(super) fn desired(networks: &Networks, seen: &Ruleset) -> Vec<Part> {
+pub fn desired(networks: &Networks, seen: &Ruleset) -> Vec<Part> {
     let HostPorts { ports, guarded } = &networks.host_ports;
     let flows: BTreeSet<HostPort> = ports.iter().filter(|p| p.protocol == Protocol::Udp).copied().collect();
     let mut parts = Vec::new();
     for family in [Family::Ip, Family::Ip6] {
         let chains = chains(networks, family, ports, guarded);
         let id = table_id(family);
-        let is_there = seen.own.iter().any(|part| part.key() == PartKey::Table(id.clone()));
-        if !chains.is_empty() || (is_there && seen.flows.as_ref() != Some(&flows)) {
+        let there = seen.own.iter().find_map(|part| match part {
+            Part::Table { id: found, chains } if *found == id => Some(chains),
+            _ => None,
+        });
+        // A full one is emptied before it is removed: that may have to wait.
+        let has_work = |chains: &Vec<Chain>| !chains.is_empty() || seen.flows.as_ref() != Some(&flows);
+        if !chains.is_empty() || there.is_some_and(has_work) {
             parts.push(Part::table(id, chains));
         }
     }

@@ -46,7 +46,7 @@ use self::counters::Counters;
 use self::locks::NameLocks;
 use self::records::Records;
 use self::table::{Entry, Phase, Table};
-use crate::pods::{Fabric, PodPorts, SeenVeths};
+use crate::pods::{Fabric, OldFlows, PodPorts, SeenVeths};
 use crate::status::{AttachmentStatus, PodStatus};
 
 /// Reads the time; the agent passes [`Boottime::now`].
@@ -267,7 +267,7 @@ impl<F: Fabric> Ipam<F> {
         self.fabric.delete_veth(&host_ifname(key)).await?;
         // The next pod that gets the address must not get this one's callers.
         if self.has_host_ports(key) {
-            self.fabric.ensure_host_ports().await?;
+            self.fabric.ensure_host_ports(OldFlows::MayLag).await?;
         }
         let hash = attachment_hash(key);
         let mut state = self.state();

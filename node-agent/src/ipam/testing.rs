@@ -18,7 +18,7 @@ use weft_shared::{IfName, Mac, Subnet};
 
 use super::*;
 use crate::firewall::HostPort;
-use crate::pods::{DeviceFacts, NotReady, PodNetwork, SeenVeth};
+use crate::pods::{DeviceFacts, NotReady, OldFlows, PodNetwork, SeenVeth};
 
 pub(crate) const BOOT: &str = "7d8e9fa0-0000-4000-8000-000000000001";
 pub(super) const OTHER_BOOT: &str = "7d8e9fa0-0000-4000-8000-000000000002";
@@ -43,6 +43,7 @@ pub(crate) struct World {
     /// As the packet filter has them.
     pub(crate) host_ports: BTreeSet<HostPort>,
     pub(crate) host_ports_fail: bool,
+    pub(crate) flows_lag: bool,
     /// As they were asked for.
     pub(crate) limits: BTreeMap<IfName, Bandwidth>,
     pub(crate) limits_fail: bool,
@@ -61,6 +62,7 @@ impl TestFabric {
             bridge_fails: false,
             host_ports: BTreeSet::new(),
             host_ports_fail: false,
+            flows_lag: false,
             limits: BTreeMap::new(),
             limits_fail: false,
             next_ifindex: 10,
@@ -125,7 +127,7 @@ impl Fabric for TestFabric {
         Ok(())
     }
 
-    async fn ensure_host_ports(&self) -> Result<(), String> {
+    async fn ensure_host_ports(&self, old_flows: OldFlows) -> Result<(), String> {
         tokio::task::yield_now().await;
         let published = self.0.ports.borrow().host_ports.clone();
         let mut world = self.world();
@@ -133,7 +135,10 @@ impl Fabric for TestFabric {
             return Err("no packet filter".into());
         }
         world.host_ports = published;
-        Ok(())
+        match old_flows {
+            OldFlows::MustFollow if world.flows_lag => Err("no connection tracking by netlink".into()),
+            _ => Ok(()),
+        }
     }
 
     async fn ensure_limits(&self, veth: &IfName) -> Result<(), String> {

@@ -10,13 +10,15 @@ use tracing::{info, warn};
 use weft_shared::cni::{Code, NetworkName};
 use weft_shared::deadline;
 use weft_shared::names::host_ifname;
-use weft_shared::protocol::{Attachment, Commit, Failure, PodAddress, Reply, Request, Reservation, Reserve};
+use weft_shared::protocol::{
+    Attachment, Commit, Failure, PodAddress, PortMapping, Protocol, Reply, Request, Reservation, Reserve,
+};
 
 use super::locks::NameGuard;
 use super::pool::PoolError;
 use super::table::{CommitRefusal, ConnId, ReserveRefusal, Standing};
 use super::{Ipam, request};
-use crate::pods::{Fabric, NotReady, PodNetwork};
+use crate::pods::{Fabric, NotReady, OldFlows, PodNetwork};
 
 /// Readiness is put together from several places, none of which announces it.
 const READY_EVERY: Duration = Duration::from_millis(10);
@@ -234,7 +236,10 @@ impl<F: Fabric> Ipam<F> {
         }
         if !reserve.ports.is_empty() {
             let unled = |error| try_again("the ports of the host do not lead to the pod yet", error);
-            self.fabric.ensure_host_ports().await.map_err(unled)?;
+            let is_udp = |port: &PortMapping| port.protocol == Protocol::Udp;
+            let flows =
+                if reserve.ports.iter().any(is_udp) { OldFlows::MustFollow } else { OldFlows::MayLag };
+            self.fabric.ensure_host_ports(flows).await.map_err(unled)?;
         }
         let subnet = network.subnet;
         let addresses = addresses.iter().filter_map(|address| {

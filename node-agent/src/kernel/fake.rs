@@ -21,7 +21,7 @@ use crate::reconcile::observe::PROTOCOL_KERNEL;
 #[derive(Debug, Default)]
 pub(crate) struct FakeKernel {
     pub(crate) dump: Dump,
-    sysctls: BTreeMap<String, String>,
+    pub(crate) sysctls: BTreeMap<String, String>,
     pub(crate) ruleset: Ruleset,
     /// Why the packet filter cannot be looked at.
     pub(crate) firewall_fault: Option<KernelError>,
@@ -30,6 +30,8 @@ pub(crate) struct FakeKernel {
     pub(crate) shaping: Vec<Object>,
     /// One answer for each coming operation: `true` refuses it. Empty: everything succeeds.
     pub(crate) faults: VecDeque<bool>,
+    /// What is refused as long as it stands here.
+    pub(crate) refused: BTreeMap<Key, KernelError>,
     /// Stop after so many further operations, as a killed agent does.
     pub(crate) dies_after: Option<usize>,
     pub(crate) applied: Vec<Op>,
@@ -349,6 +351,9 @@ impl Kernel for FakeKernel {
             .map(|op| {
                 if self.dies_after == Some(0) || self.faults.pop_front().unwrap_or(false) {
                     return Err(KernelError::Refused(Errno(nix::libc::EBUSY)));
+                }
+                if let Some(error) = self.refused.get(&op.key()) {
+                    return Err(error.clone());
                 }
                 self.dies_after = self.dies_after.map(|left| left - 1);
                 self.applied.push(op.clone());

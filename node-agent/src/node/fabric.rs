@@ -1,24 +1,20 @@
 //! What address management asks of the node: the answers come from state and reports, the deeds go through the
 //! reconciler or a netlink socket of their own.
 
-use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::task::spawn_blocking;
 use weft_shared::IfName;
 use weft_shared::cni::Code;
+use weft_shared::deadline::IN_KERNEL;
 use weft_shared::protocol::Failure;
 
 use super::Node;
-use crate::firewall::host_ports;
+use crate::firewall::{PartKey, host_ports};
 use crate::kernel::{KernelError, LinuxKernel};
 use crate::object::{Key, LinkKind};
-use crate::pods::{DeviceFacts, Fabric, NotReady, PodNetwork};
-use crate::reconcile::{Report, is_limit_of};
-
-/// What is not there after so long is a failure of the ADD that asked for it.
-const PASS_DEADLINE: Duration = Duration::from_secs(5);
+use crate::pods::{DeviceFacts, Fabric, NotReady, OldFlows, PodNetwork};
+use crate::reconcile::{Handle, Report, is_limit_of};
 
 /// What address management asks of the node.
 #[derive(Debug, Clone)]
@@ -75,7 +71,7 @@ impl Fabric for NodeFabric {
                 }
             }
         };
-        let (facts, why) = match tokio::time::timeout(PASS_DEADLINE, conclusive).await {
+        let (facts, why) = match tokio::time::timeout(IN_KERNEL, conclusive).await {
             Ok(report) => (in_place(&report), trouble(&report, name)),
             Err(_) => (None, silence()),
         };
@@ -89,44 +85,52 @@ impl Fabric for NodeFabric {
         in_kernel(move |kernel| kernel.delete_veth(&name).map(|_| ())).await
     }
 
-    fn ensure_host_ports(&self) -> impl Future<Output = Result<(), String>> + Send {
-        self.settle(|key| matches!(key, Key::Firewall(part) if host_ports::is_about(part)))
+    async fn ensure_host_ports(&self, old_flows: OldFlows) -> Result<(), String> {
+        self.0.pass_on_ports();
+        settle(&self.0.reconcile, |key| is_of_host_ports(key, old_flows)).await.map(drop)
     }
 
-    fn ensure_limits(&self, veth: &IfName) -> impl Future<Output = Result<(), String>> + Send {
-        let veth = veth.clone();
-        self.settle(move |key| is_limit_of(&veth, key))
+    async fn ensure_limits(&self, veth: &IfName) -> Result<(), String> {
+        self.0.pass_on_ports();
+        let report = settle(&self.0.reconcile, |key| is_limit_of(veth, key)).await?;
+        report.at.map(drop).ok_or_else(|| "the node's kernel is not looked at before it has a lease".into())
     }
 
-    fn link_exists(&self, ifindex: u32) -> impl Future<Output = Result<bool, String>> + Send {
-        in_kernel(move |kernel| kernel.link_exists(ifindex))
+    async fn link_exists(&self, ifindex: u32) -> Result<bool, String> {
+        in_kernel(move |kernel| kernel.link_exists(ifindex)).await
     }
 }
 
-impl NodeFabric {
-    /// Brings about what pods need now; fails for what `matters` alone.
-    async fn settle(&self, matters: impl Fn(&Key) -> bool) -> Result<(), String> {
-        self.0.pass_on_ports();
-        let conclusive = async {
-            loop {
-                let report = self.0.reconcile.pass().await;
-                if report.aborted.is_none() {
-                    return report;
-                }
+/// Brings about what pods need now; fails for what `matters` alone.
+async fn settle(reconcile: &Handle, matters: impl Fn(&Key) -> bool) -> Result<Report, String> {
+    let conclusive = async {
+        loop {
+            let report = reconcile.pass().await;
+            if report.aborted.is_none() {
+                return report;
             }
-        };
-        let report = tokio::time::timeout(PASS_DEADLINE, conclusive).await;
-        let report = report.map_err(|_| silence())?;
-        if report.at.is_none() {
-            return Err("the node's kernel is not looked at before it has a lease".into());
         }
-        let wrong = report.pending.iter().find(|pending| matters(&pending.key));
-        wrong.map_or(Ok(()), |pending| Err(format!("{}: {}", pending.key, pending.error)))
+    };
+    let report = tokio::time::timeout(IN_KERNEL, conclusive).await;
+    let report = report.map_err(|_| silence())?;
+    let wrong = report.pending.iter().find(|pending| matters(&pending.key));
+    match wrong.map(|pending| format!("{}: {}", pending.key, pending.error)) {
+        Some(wrong) => Err(wrong),
+        None => Ok(report),
+    }
+}
+
+/// Whether host ports are not as they must be without this.
+fn is_of_host_ports(key: &Key, old_flows: OldFlows) -> bool {
+    match key {
+        Key::Firewall(PartKey::Flows) => old_flows == OldFlows::MustFollow,
+        Key::Firewall(part) => host_ports::is_about(part),
+        _ => false,
     }
 }
 
 fn silence() -> String {
-    format!("the kernel did not answer in {} s", PASS_DEADLINE.as_secs())
+    format!("the kernel did not answer in {} s", IN_KERNEL.as_secs())
 }
 
 /// What a report has against a bridge.
@@ -146,5 +150,33 @@ async fn in_kernel<T: Send + 'static>(
     match spawn_blocking(move || call(&mut LinuxKernel::open()?)).await {
         Ok(result) => result.map_err(|e| e.to_string()),
         Err(panic) => Err(panic.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::firewall::HostPort;
+    use crate::kernel::fake::FakeKernel;
+    use crate::reconcile::Inputs;
+    use weft_shared::protocol::{PortMapping, Protocol};
+
+    /// On a node without a lease, where pods may be deleted as well.
+    #[tokio::test]
+    async fn flows_that_lag_are_waited_for_by_whom_they_concern() {
+        let mut kernel = FakeKernel::with_underlay("eth0");
+        kernel.refused.insert(Key::Firewall(PartKey::Flows), KernelError::NoConntrack);
+        let mut inputs = Inputs::default();
+        let mapping =
+            PortMapping { protocol: Protocol::Udp, host_ip: None, host_port: 53, container_port: 53 };
+        inputs.pods.host_ports = HostPort::of(&[mapping], &["10.5.1.2".parse().expect("ip")]).collect();
+        let reconcile = Handle::start(kernel, inputs, Duration::from_secs(60)).expect("a thread");
+        let lags = settle(&reconcile, |key| is_of_host_ports(key, OldFlows::MustFollow)).await;
+        assert!(lags.expect_err("lags").starts_with("UDP flows to host ports: "));
+        let report = settle(&reconcile, |key| is_of_host_ports(key, OldFlows::MayLag)).await;
+        assert!(report.expect("the table is there").at.is_none(), "the rest is not looked at");
+        reconcile.stop();
     }
 }

@@ -30,6 +30,7 @@ use crate::pods::{DeviceFacts, PodPorts, SeenVeths};
 use crate::underlay::Underlay;
 
 pub use pass::Memory;
+use pass::Outcome;
 pub(crate) use pods::is_limit_of;
 
 /// Announcements come in bursts: this long after the first a pass begins.
@@ -266,9 +267,9 @@ fn run(mut kernel: impl Kernel, shared: &Shared, publish: &watch::Sender<Report>
         };
         let last = publish.borrow().clone();
         let mut report = match pass::pass(&mut kernel, &mut memory, &inputs, revision, Instant::now()) {
-            Ok(Some(look)) => look.after(&last),
-            // Nothing was looked at, which is not the same as seeing that nothing is there: the last look stands.
-            Ok(None) => last.clone(),
+            Ok(Outcome::Node(look)) => look.after(&last),
+            // The rest was not looked at, which is not the same as seeing that nothing is there: the last look stands.
+            Ok(Outcome::HostPorts(pending)) => Report { pending, aborted: None, ..last.clone() },
             Err(aborted) => Report { aborted: Some(aborted), ..last.clone() },
         };
         report.generation = generation;

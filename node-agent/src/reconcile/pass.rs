@@ -12,13 +12,14 @@ use weft_shared::{IfName, Subnet};
 
 use super::observe::{Ownership, observe};
 use super::plan::plan;
+use super::pods::{self, WayToLoopback};
 use super::restless::Restless;
-use super::{Aborted, Inputs, NodeInputs, PeerReport, Pending, Report, pods};
+use super::{Aborted, Inputs, NodeInputs, PeerReport, Pending, Report};
 use crate::dataplane::{LocalNode, PeerPlan};
 use crate::firewall::legacy::LegacyFilter;
-use crate::firewall::{self, HostPorts, PartKey, Ruleset, advice};
+use crate::firewall::{self, Family, HostPorts, Networks, Part, PartKey, Ruleset, advice, host_ports};
 use crate::kernel::{Dump, Kernel, KernelError};
-use crate::object::{Desired, Found, Key, Object, Obstacle, Op};
+use crate::object::{Desired, Found, Key, Object, Observed, Obstacle, Op};
 use crate::pods::{DeviceFacts, PodPorts, SeenVeth};
 use crate::underlay::Underlay;
 
@@ -73,6 +74,17 @@ impl Memory {
     }
 }
 
+impl Memory {
+    /// What is neither wanted nor there is forgotten: pods come and go with devices of their own.
+    fn keep_in_mind(&mut self, report: &Report, desired: &Desired, dump: &Dump) {
+        let there: BTreeSet<u32> = dump.links.values().map(|found| found.index).collect();
+        self.known.extend(report.devices.iter().map(|(name, facts)| (name.clone(), *facts)));
+        self.known.retain(|name, facts| {
+            desired.get(&Key::Link(name.clone())).is_some() || there.contains(&facts.ifindex)
+        });
+    }
+}
+
 /// Doubles from a tenth of a second to ten.
 fn backoff(attempts: u32) -> Duration {
     Duration::from_millis(100)
@@ -80,26 +92,35 @@ fn backoff(attempts: u32) -> Duration {
         .min(Duration::from_secs(10))
 }
 
-/// `None`: the node is not known yet, and nothing was touched.
+/// What a pass was about.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    Node(Box<Report>),
+    /// The node is not known yet: nothing was touched but where host ports lead, for pods come and go meanwhile.
+    HostPorts(Vec<Pending>),
+}
+
 pub(super) fn pass(
     kernel: &mut impl Kernel,
     memory: &mut Memory,
     inputs: &Inputs,
     revision: u64,
     now: Instant,
-) -> Result<Option<Report>, Aborted> {
-    let Some(node) = &inputs.node else {
-        return Ok(None);
-    };
+) -> Result<Outcome, Aborted> {
     if memory.revision != revision {
         memory.failed.clear();
         memory.restless.clear();
         memory.revision = revision;
     }
-    match look_and_mend(kernel, memory, inputs, node, revision, now) {
-        Ok(report) => {
+    let outcome = match &inputs.node {
+        Some(node) => look_and_mend(kernel, memory, inputs, node, revision, now)
+            .map(|report| Outcome::Node(Box::new(report))),
+        None => keep_host_ports(kernel, memory, inputs, revision, now).map(Outcome::HostPorts),
+    };
+    match outcome {
+        Ok(outcome) => {
             (memory.aborted, memory.resume_at) = (0, None);
-            Ok(Some(report))
+            Ok(outcome)
         }
         Err(aborted) => {
             memory.aborted += 1;
@@ -137,7 +158,8 @@ fn look_and_mend(
         let mut desired = pods::desired(&inputs.pods, node.underlay.public_ip, &dump);
         desired.extend(wanted.desired);
         desired.extend(forwarding(node, inputs));
-        let networks = firewall_networks(node, inputs, kernel)?;
+        let way = pods::way_to_loopback(&inputs.pods, kernel)?;
+        let networks = firewall_networks(node, inputs, &way);
         let (firewall, unseen) = look_at_firewall(kernel, inputs, &networks);
         for (key, error) in &unseen {
             failed.entry(key.clone()).or_insert_with(|| error.clone());
@@ -145,7 +167,7 @@ fn look_and_mend(
         for part in firewall::desired(&inputs.firewall, &networks, &firewall) {
             desired.insert(Object::Firewall(part));
         }
-        desired.extend(pods::loopback(&inputs.pods, &firewall));
+        desired.extend(pods::loopback(&inputs.pods, &way, &firewall));
         let mut paths = desired.sysctl_paths();
         paths.extend(advice::SYSCTLS);
         let sysctls = kernel.sysctls(&paths)?;
@@ -185,6 +207,7 @@ fn look_and_mend(
                 matters && failed.contains_key(key)
             });
             look_at_underlay(&mut report, &dump, node, local);
+            memory.keep_in_mind(&report, &desired, &dump);
             break;
         }
         for (op, result) in ops.iter().zip(kernel.apply(&ops)) {
@@ -204,11 +227,54 @@ fn look_and_mend(
     if let Some(more) = told.checked_sub(TOLD).filter(|more| *more > 0) {
         info!(more, "further objects were set, repaired or removed in this pass");
     }
-    memory.known.extend(report.devices.iter().map(|(name, facts)| (name.clone(), *facts)));
     remember(memory, failed, &mut report, revision, now);
     memory.adopted |= inputs.has_snapshot;
     report.after_snapshot = inputs.has_snapshot;
     Ok(report)
+}
+
+/// What is left to do of a node that is not known yet: its pods' host ports follow from records, and a DEL takes one
+/// away. What else is in the packet filter, and settings, wait.
+fn keep_host_ports(
+    kernel: &mut impl Kernel,
+    memory: &mut Memory,
+    inputs: &Inputs,
+    revision: u64,
+    now: Instant,
+) -> Result<Vec<Pending>, Aborted> {
+    let mut failed = memory.deferred(now);
+    let is_about = |key: &Key| matches!(key, Key::Firewall(part) if host_ports::is_about(part));
+    for round in 0..ROUNDS {
+        let way = pods::way_to_loopback(&inputs.pods, kernel)?;
+        let networks = networks_of_pods(inputs.pods.subnets().collect(), inputs, &way);
+        let (seen, mut unseen) = look_at_firewall(kernel, inputs, &networks);
+        unseen.retain(|key, _| is_about(key));
+        let mut desired = Desired::default();
+        host_ports::desired(&networks, &seen)
+            .into_iter()
+            .for_each(|part| desired.insert(Object::Firewall(part)));
+        let found = firewall::found(&seen).map(Object::Firewall).filter(|object| is_about(&object.key()));
+        let found = found.map(|object| (object.key(), Found { object, ours: true, overruled: false }));
+        let observed = Observed { objects: found.collect(), ..Observed::default() };
+        failed.extend(unseen.iter().map(|(key, error)| (key.clone(), error.clone())));
+        let ops = plan(&desired, &observed, false);
+        failed.retain(|key, _| unseen.contains_key(key) || ops.iter().any(|op| op.key() == *key));
+        let ops: Vec<Op> = ops.into_iter().filter(|op| !failed.contains_key(&op.key())).collect();
+        if ops.is_empty() || round == ROUNDS - 1 {
+            failed.extend(ops.iter().map(|op| (op.key(), KernelError::Contested)));
+            break;
+        }
+        for (op, result) in ops.iter().zip(kernel.apply(&ops)) {
+            match result {
+                Ok(()) => log(op, false, false),
+                Err(error) => drop(failed.insert(op.key(), error)),
+            }
+        }
+    }
+    let mut report = Report::default();
+    remember(memory, failed, &mut report, revision, now);
+    memory.settled = None;
+    Ok(report.pending)
 }
 
 /// Peers to serve, and those whose subnet pods of this node still live in: after another node has taken it, a route
@@ -235,20 +301,17 @@ fn forwarding(node: &NodeInputs, inputs: &Inputs) -> Desired {
     desired
 }
 
-fn firewall_networks(
-    node: &NodeInputs,
-    inputs: &Inputs,
-    kernel: &mut impl Kernel,
-) -> Result<firewall::Networks, KernelError> {
-    let mut local: Vec<Subnet> = node.lease.subnets().collect();
-    local.extend(inputs.pods.subnets());
+fn firewall_networks(node: &NodeInputs, inputs: &Inputs, way: &WayToLoopback) -> Networks {
+    let local = node.lease.subnets().chain(inputs.pods.subnets()).collect();
+    let overlay = node.config.networks().collect();
+    Networks { overlay, ..networks_of_pods(local, inputs, way) }
+}
+
+fn networks_of_pods(mut local: Vec<Subnet>, inputs: &Inputs, way: &WayToLoopback) -> Networks {
     local.sort_unstable();
     local.dedup();
-    let host_ports = HostPorts {
-        ports: inputs.pods.host_ports.clone(),
-        guarded: pods::open_to_loopback(&inputs.pods, kernel)?,
-    };
-    Ok(firewall::Networks { overlay: node.config.networks().collect(), local, host_ports })
+    let host_ports = HostPorts { ports: inputs.pods.host_ports.clone(), guarded: way.open.clone() };
+    Networks { overlay: Vec::new(), local, host_ports }
 }
 
 /// A packet filter that cannot be looked at leaves the rest of the node to be kept: what should be in it, or might have
@@ -256,7 +319,7 @@ fn firewall_networks(
 fn look_at_firewall(
     kernel: &mut impl Kernel,
     inputs: &Inputs,
-    networks: &firewall::Networks,
+    networks: &Networks,
 ) -> (Ruleset, BTreeMap<Key, KernelError>) {
     match kernel.firewall(inputs.firewall.legacy_period) {
         Ok(seen) => {
@@ -270,9 +333,13 @@ fn look_at_firewall(
         }
         Err(error) => {
             let nothing = Ruleset::default();
-            let wanted = firewall::desired(&inputs.firewall, networks, &nothing);
-            let unseen = wanted.iter().map(|part| (Key::Firewall(part.key()), error.clone())).collect();
-            (nothing, unseen)
+            let mut keys: BTreeSet<PartKey> =
+                firewall::desired(&inputs.firewall, networks, &nothing).iter().map(Part::key).collect();
+            // A table that is to be emptied is not wanted by anybody, and may be there all the same.
+            if error != KernelError::NoNftables {
+                keys.extend([Family::Ip, Family::Ip6].map(|f| PartKey::Table(host_ports::table_id(f))));
+            }
+            (nothing, keys.into_iter().map(|key| (Key::Firewall(key), error.clone())).collect())
         }
     }
 }

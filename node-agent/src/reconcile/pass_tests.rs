@@ -51,8 +51,11 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(60 * MINUTES.fetch_add(1, Ordering::Relaxed))
 }
 
-fn looked(outcome: Result<Option<Report>, Aborted>) -> Report {
-    outcome.expect("the kernel answers").expect("the node is known")
+fn looked(outcome: Result<Outcome, Aborted>) -> Report {
+    match outcome.expect("the kernel answers") {
+        Outcome::Node(report) => *report,
+        Outcome::HostPorts(_) => panic!("the node is known"),
+    }
 }
 
 const VXLAN: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#;
@@ -691,6 +694,145 @@ fn a_pods_limits_are_kept_and_go_with_its_veth() {
     looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     kernel.delete_link(&veth);
     inputs.pods.ports.clear();
+    assert!(memory.known.contains_key(&ifb));
     looked(pass(&mut kernel, &mut memory, &inputs, 2, soon()));
     assert!(!kernel.dump.links.contains_key(&ifb) && kernel.shaping.is_empty());
+    looked(pass(&mut kernel, &mut memory, &inputs, 2, soon()));
+    assert_eq!(memory.known.keys().map(IfName::as_str).collect::<Vec<_>>(), ["cni0", "flannel.1"]);
+}
+
+fn host_ports(mappings: &[(&str, &str)]) -> BTreeSet<firewall::HostPort> {
+    let mapping = |(protocol, host_ip): &(&str, &str)| weft_shared::protocol::PortMapping {
+        protocol: protocol.parse().expect("protocol"),
+        host_ip: (!host_ip.is_empty()).then(|| host_ip.parse().expect("address")),
+        host_port: 53,
+        container_port: 53,
+    };
+    let mappings: Vec<_> = mappings.iter().map(mapping).collect();
+    firewall::HostPort::of(&mappings, &["10.5.1.2".parse().expect("ip")]).collect()
+}
+
+/// What the table of host ports in the kernel leads where; `None`: there is no such table.
+fn led(kernel: &FakeKernel) -> Option<Vec<String>> {
+    let id = firewall::host_ports::table_id(Family::Ip);
+    let table = kernel.ruleset.own.iter().find(|part| part.key() == PartKey::Table(id.clone()))?;
+    Some(firewall::host_ports::led(table).iter().map(ToString::to_string).collect())
+}
+
+#[test]
+fn the_loopback_is_opened_where_a_port_needs_it_and_nobody_else_has() {
+    const ALL: &str = "net/ipv4/conf/all/route_localnet";
+    let bridge: IfName = "cni0".parse().expect("name");
+    let need = BridgeNeed { subnets: vec!["10.5.1.0/24".parse().expect("net")], mtu: 1450, mac: None };
+    for (host_ip, all, opened, guarded) in [
+        ("", "0", true, true),
+        ("127.0.0.1", "0", true, true),
+        ("192.0.2.1", "0", false, false),
+        ("", "1", false, true),
+        ("192.0.2.1", "1", false, true),
+    ] {
+        let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+        kernel.sysctls.insert(ALL.into(), all.into());
+        let mut inputs = inputs(VXLAN, &[]);
+        inputs.pods.bridges.insert(bridge.clone(), need.clone());
+        inputs.pods.host_ports = host_ports(&[("tcp", host_ip)]);
+        let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+        assert_eq!(report.pending, []);
+        let is_opened = kernel.sysctls.get("net/ipv4/conf/cni0/route_localnet").is_some_and(|v| v == "1");
+        let is_guarded = firewall::host_ports::guards(&kernel.ruleset, &bridge);
+        assert_eq!((is_opened, is_guarded), (opened, guarded), "{host_ip:?}, {all} for all");
+        assert_eq!(led(&kernel).expect("a table").len(), 1);
+    }
+}
+
+#[test]
+fn a_port_leads_nowhere_once_its_pod_is_gone_whatever_may_be_removed() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    let mut inputs = inputs(VXLAN, &[]);
+    // Not before the first snapshot of leases.
+    inputs.has_snapshot = false;
+    inputs.pods.host_ports = host_ports(&[("tcp", "192.0.2.1")]);
+    looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    assert_eq!(led(&kernel), Some(vec!["tcp 192.0.2.1:53 10.5.1.2:53".into()]));
+    let full = kernel.ruleset.clone();
+    inputs.pods.host_ports.clear();
+    // What cannot be looked at may be anything.
+    kernel.firewall_fault = Some(KernelError::Interrupted(10));
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 2, soon()));
+    let named =
+        |report: &Report| report.pending.iter().any(|p| p.key.to_string().ends_with("ip weft-hostports"));
+    assert!(named(&report), "{:?}", report.pending);
+    kernel.firewall_fault = None;
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 2, soon()));
+    assert_eq!((report.pending.as_slice(), led(&kernel)), (&[][..], Some(vec![])));
+    kernel.applied.clear();
+    looked(pass(&mut kernel, &mut memory, &inputs, 2, soon()));
+    assert_eq!(kernel.applied, []);
+    inputs.has_snapshot = true;
+    looked(pass(&mut kernel, &mut memory, &inputs, 3, soon()));
+    assert_eq!(led(&kernel), None);
+    // One that cannot be emptied is told.
+    kernel.ruleset = full;
+    inputs.has_snapshot = false;
+    let key = Key::Firewall(PartKey::Table(firewall::host_ports::table_id(Family::Ip)));
+    kernel.refused.insert(key.clone(), KernelError::Interrupted(10));
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 4, soon()));
+    assert!(named(&report), "{:?}", report.pending);
+}
+
+#[test]
+fn host_ports_are_kept_before_the_node_is_known_and_nothing_else_is() {
+    let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+    // An earlier agent's.
+    let mut known = inputs(VXLAN, &[PEER]);
+    let need = BridgeNeed { subnets: vec!["10.5.1.0/24".parse().expect("net")], mtu: 1450, mac: None };
+    known.pods.bridges.insert("cni0".parse().expect("name"), need);
+    known.pods.host_ports = host_ports(&[("tcp", ""), ("udp", "192.0.2.1")]);
+    known.firewall.masquerade = true;
+    looked(pass(&mut kernel, &mut Memory::default(), &known, 1, soon()));
+    let before = kernel.ruleset.clone();
+    kernel.ruleset.flows = None;
+    kernel.applied.clear();
+
+    let mut unknown = Inputs { node: None, ..known };
+    let mut look = |kernel: &mut FakeKernel, inputs: &Inputs, revision| -> Vec<String> {
+        match pass(kernel, &mut memory, inputs, revision, soon()).expect("the kernel answers") {
+            Outcome::HostPorts(pending) => pending.iter().map(|p| p.key.to_string()).collect(),
+            Outcome::Node(_) => panic!("the node is not known"),
+        }
+    };
+    let applied = |kernel: &mut FakeKernel| -> Vec<String> {
+        std::mem::take(&mut kernel.applied).iter().map(|op| op.key().to_string()).collect()
+    };
+    let (table, flows) = ("nftables table ip weft-hostports", "UDP flows to host ports");
+    assert_eq!(look(&mut kernel, &unknown, 1), [""; 0]);
+    assert_eq!((applied(&mut kernel), &kernel.ruleset), (vec![flows.into()], &before));
+    // A DEL.
+    unknown.pods.host_ports = host_ports(&[("tcp", "")]);
+    assert_eq!(look(&mut kernel, &unknown, 2), [""; 0]);
+    assert_eq!(applied(&mut kernel), [table, flows]);
+    assert_eq!(led(&kernel), Some(vec!["tcp *:53 10.5.1.2:53".into()]));
+    // What is in the way is told, and tried again.
+    unknown.pods.host_ports.clear();
+    let key = Key::Firewall(PartKey::Flows);
+    kernel.refused.insert(key, KernelError::NoConntrack);
+    for _ in 0..2 {
+        assert_eq!(look(&mut kernel, &unknown, 3), [flows]);
+        assert_eq!(led(&kernel), Some(vec![]));
+    }
+    kernel.refused.clear();
+    assert_eq!(look(&mut kernel, &unknown, 3), [""; 0]);
+    kernel.firewall_fault = Some(KernelError::NoNftables);
+    assert_eq!(
+        look(&mut kernel, &unknown, 3),
+        [""; 0],
+        "where there is no packet filter no port leads anywhere"
+    );
+    // The node is known: the same rules, and the rest.
+    kernel.firewall_fault = None;
+    kernel.applied.clear();
+    let mut again = inputs(VXLAN, &[PEER]);
+    (again.pods, again.firewall) = (unknown.pods, unknown.firewall);
+    looked(pass(&mut kernel, &mut memory, &again, 4, soon()));
+    assert!(!applied(&mut kernel).contains(&table.to_owned()));
 }

@@ -8,7 +8,7 @@ use weft_shared::IfName;
 use weft_shared::names::{LINK_GROUP, bridge_mac, egress_ifname};
 
 use super::observe::PROTOCOL_KERNEL;
-use crate::firewall::{Ruleset, host_ports};
+use crate::firewall::{HostPort, Ruleset, host_ports};
 use crate::kernel::{Dump, Kernel, KernelError};
 use crate::object::{
     AddrForm, AddrScope, Alterations, BridgePort, Desired, Key, Link, LinkKind, LinkMac, Object, Route,
@@ -95,6 +95,8 @@ pub(crate) fn is_limit_of(veth: &IfName, key: &Key) -> bool {
 
 /// Packets with a loopback address may come and go by a bridge.
 const ROUTE_LOCALNET: &str = "route_localnet";
+/// By each of them, whatever its own setting says (linux/inetdevice.h, `IN_DEV_NET_ROUTE_LOCALNET`).
+const ROUTE_LOCALNET_OF_ALL: &str = "net/ipv4/conf/all/route_localnet";
 
 fn route_localnet(bridge: &IfName) -> String {
     format!("net/ipv4/conf/{bridge}/{ROUTE_LOCALNET}")
@@ -105,32 +107,47 @@ pub(super) fn is_of_loopback(path: &str) -> bool {
     path.ends_with(ROUTE_LOCALNET)
 }
 
-/// Bridges by which pods could send to the host's loopback, or will: whoever has opened them, portmap does it too.
-pub(super) fn open_to_loopback(
+/// The way between the host's loopback and pods.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct WayToLoopback {
+    /// Bridges by which pods could send there, or will: whoever has opened them, portmap does it too.
+    pub(super) open: BTreeSet<IfName>,
+    /// By the setting of all, which is somebody else's: none is needed of a bridge's own.
+    open_for_all: bool,
+}
+
+pub(super) fn way_to_loopback(
     pods: &PodPorts,
     kernel: &mut impl Kernel,
-) -> Result<BTreeSet<IfName>, KernelError> {
-    let mut open = BTreeSet::new();
+) -> Result<WayToLoopback, KernelError> {
+    let mut is_on = |path: &str| {
+        let read = kernel.sysctls(&[path])?;
+        Ok::<_, KernelError>(read.get(path).is_some_and(|value| value == "1"))
+    };
+    let mut way = WayToLoopback::default();
+    if pods.bridges.is_empty() {
+        return Ok(way);
+    }
+    way.open_for_all = is_on(ROUTE_LOCALNET_OF_ALL)?;
     for bridge in pods.bridges.keys() {
-        let path = route_localnet(bridge);
-        let is_open = kernel.sysctls(&[&path])?.get(&path).is_some_and(|value| value == "1");
-        if is_open || has_ports(pods) {
-            open.insert(bridge.clone());
+        if way.open_for_all || needs_loopback(pods) || is_on(&route_localnet(bridge))? {
+            way.open.insert(bridge.clone());
         }
     }
-    Ok(open)
+    Ok(way)
 }
 
 /// The way from 127.0.0.1 to pods, once they are kept from it themselves. It stays: a setting tells nobody who else
 /// lives by it.
-pub(super) fn loopback(pods: &PodPorts, seen: &Ruleset) -> Desired {
+pub(super) fn loopback(pods: &PodPorts, way: &WayToLoopback, seen: &Ruleset) -> Desired {
     let mut desired = Desired::default();
-    for bridge in pods.bridges.keys().filter(|bridge| has_ports(pods) && host_ports::guards(seen, bridge)) {
+    let wanted = needs_loopback(pods) && !way.open_for_all;
+    for bridge in pods.bridges.keys().filter(|bridge| wanted && host_ports::guards(seen, bridge)) {
         desired.insert(Object::Sysctl { path: route_localnet(bridge), value: "1".into() });
     }
     desired
 }
 
-fn has_ports(pods: &PodPorts) -> bool {
-    pods.host_ports.iter().any(|port| port.pod.is_ipv4())
+fn needs_loopback(pods: &PodPorts) -> bool {
+    pods.host_ports.iter().any(HostPort::is_on_loopback)
 }

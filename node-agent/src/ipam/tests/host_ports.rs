@@ -12,6 +12,10 @@ fn mapping(host_ip: Option<&str>, host_port: u16) -> PortMapping {
     PortMapping { protocol: Protocol::Tcp, host_ip, host_port, container_port: 80 }
 }
 
+fn udp(host_port: u16) -> PortMapping {
+    PortMapping { protocol: Protocol::Udp, ..mapping(None, host_port) }
+}
+
 fn with(id: &str, ports: Vec<PortMapping>) -> Reserve {
     Reserve { ports, ..reserve(id) }
 }
@@ -76,6 +80,23 @@ async fn an_add_whose_ports_cannot_lead_to_it_leaves_nothing() {
     node.assert_consistent();
     assert_eq!(node.states().len(), 1);
     attach(&node, "c", 8080).await;
+}
+
+#[tokio::test]
+async fn flows_that_cannot_be_made_to_follow_keep_no_address_and_no_port_but_udps() {
+    let node = Node::new();
+    let (connection, _) = node.add_with(with("a", vec![udp(53)])).await.expect("reserve");
+    node.commit(&connection, "a").await.expect("commit");
+    connection.closed(true).await;
+    node.fabric.world().flows_lag = true;
+    node.ipam().release(&key("a")).await.expect("DEL");
+    node.assert_empty();
+    let refused = node.add_with(with("b", vec![mapping(None, 80), udp(53)])).await.expect_err("lags");
+    assert!(refused.is(Code::TryAgainLater) && refused.details.contains("connection tracking"), "{refused}");
+    node.ipam().tend().await;
+    node.assert_empty();
+    attach(&node, "c", 8080).await;
+    assert_eq!(led(&node).len(), 1);
 }
 
 #[tokio::test]

@@ -118,6 +118,16 @@ fn names_with_blanks_are_names_also_where_there_is_only_busybox() -> Result<()> 
             ensure!(host.exists(&format!("{CONF_DIR}/{name}")), "{name}");
         }
         ensure!(!host.exists(CONFLIST) && !host.exists("/usr/local/bin/weftd"));
+        // Nobody has edited it, so a newer one takes its place.
+        let odd = "/etc/cni/a\\nb";
+        host.sh(&busybox(&format!("--cni-conf-dir '{odd}'")))?;
+        host.sh(&format!(
+            "cp -r {dir} newer && cd newer && echo >>conf/10-weft.conflist && sed -i /conflist$/d SHA256SUMS && \
+             sha256sum conf/10-weft.conflist >>SHA256SUMS"
+        ))?;
+        let text = host.sh(&format!("PATH=/bb:/nowhere newer/install --cni-conf-dir '{odd}'"))?;
+        contains(&text, &[&format!("replaced   {odd}/10-weft.conflist")])?;
+
         host.sh(&format!("echo x >>{dir}/bin/weft"))?;
         let text = host.refused(&busybox(""))?;
         contains(&text, &["bin/weft: FAILED", "is not as it was packed"])?;

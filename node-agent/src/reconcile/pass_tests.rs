@@ -822,6 +822,7 @@ fn host_ports_are_kept_before_the_node_is_known_and_nothing_else_is() {
     }
     kernel.refused.clear();
     assert_eq!(look(&mut kernel, &unknown, 3), [""; 0]);
+    kernel.sysctls.clear();
     kernel.firewall_fault = Some(KernelError::NoNftables);
     assert_eq!(
         look(&mut kernel, &unknown, 3),

@@ -229,7 +229,7 @@ mod tests {
             bridge_ifindex: 9,
             bridge_mac: Mac([2, 0, 0, 0, 0, 1]),
             host_ifname: "vethabc".parse().expect("name"),
-            ports: vec![],
+            host_ports: vec![],
             bandwidth: Default::default(),
         }
     }
@@ -243,7 +243,7 @@ mod tests {
             dns: Default::default(),
             requested: vec![],
             mac: None,
-            ports: vec![],
+            host_ports: vec![],
             bandwidth: Default::default(),
         }
     }

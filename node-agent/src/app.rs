@@ -25,7 +25,7 @@ use crate::lease::{EmbeddedStore, EtcdStore, LeaseStore, Store, StoreError, Stor
 use crate::metrics::Metrics;
 use crate::node::{Node, NodeFabric};
 use crate::packet_path::{PacketPath, keep_packet_path};
-use crate::pods::{PodPorts, SeenVeths};
+use crate::pods::{PodNeeds, SeenVeths};
 use crate::reconcile::{Handle, Inputs};
 use crate::server::admin::{Admin, AdminState};
 use crate::server::cni::{Limits, Server};
@@ -49,7 +49,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let memory = Memory::load(&config)?;
     let path = PacketPath::new(config.udp_offloads.clone());
     let ipam_config = ipam::Config::new(&config.run_dir, &config.cni_socket).context("this boot's id")?;
-    if let Some(inputs) = memory.inputs(&config, || ipam::recorded_ports(&ipam_config, Boottime::now())).await
+    if let Some(inputs) = memory.inputs(&config, || ipam::recorded_needs(&ipam_config, Boottime::now())).await
     {
         path.follow(&inputs);
     }
@@ -65,14 +65,14 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         .context("the reconcile thread")?;
     let monitor = config.netlink_monitor.then(|| start_monitor(&reconcile)).flatten();
 
-    let (ports_sender, ports) = watch::channel(PodPorts::default());
+    let (needs_sender, pod_needs) = watch::channel(PodNeeds::default());
     let (seen_sender, seen) = watch::channel(SeenVeths::default());
     let (health_sender, health) = watch::channel(StoreHealth::default());
     let name = config.node_name.clone();
-    let node = Arc::new(Node::new(name, store, health, reconcile.clone(), ports, monitor, path));
+    let node = Arc::new(Node::new(name, store, health, reconcile.clone(), pod_needs, monitor, path));
 
     let clock = Box::new(Boottime::now);
-    let ipam = Ipam::open(ipam_config, clock, NodeFabric(node.clone()), ports_sender, seen)?;
+    let ipam = Ipam::open(ipam_config, clock, NodeFabric(node.clone()), needs_sender, seen)?;
     let status_source = {
         let (node, ipam) = (node.clone(), ipam.clone());
         Arc::new(move || node.status(ipam.status()))
@@ -86,7 +86,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     tasks.spawn(ended("admin", admin.serve(admin_state, stop.clone())));
     tasks.spawn(ended("cni socket", server.run(stop.clone())));
     tasks.spawn(ended("address management", ipam.run(stop.clone())));
-    tasks.spawn(ended("pods' ports", pass_on_ports(node.clone(), stop.clone())));
+    tasks.spawn(ended("what pods need", pass_on_pod_needs(node.clone(), stop.clone())));
     tasks.spawn(ended("seen veths", pass_on_seen(reconcile.clone(), seen_sender, stop.clone())));
     tasks.spawn(ended("packet path", keep_packet_path(node.clone(), stop.clone())));
     let (file, store) = snapshot_file(&config);
@@ -171,12 +171,12 @@ fn start_monitor(reconcile: &Handle) -> Option<Monitor> {
 }
 
 /// What pods need becomes desired state.
-async fn pass_on_ports(node: Arc<Node>, stop: CancellationToken) {
-    let mut ports = node.ports.clone();
+async fn pass_on_pod_needs(node: Arc<Node>, stop: CancellationToken) {
+    let mut needs = node.pod_needs.clone();
     loop {
-        node.pass_on_ports();
+        node.pass_on_pod_needs();
         tokio::select! {
-            changed = ports.changed() => if changed.is_err() { return },
+            changed = needs.changed() => if changed.is_err() { return },
             () = stop.cancelled() => return,
         }
     }

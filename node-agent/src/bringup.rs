@@ -29,7 +29,7 @@ use crate::lease::{AcquireRequest, Keeper, LeaseStore, LeaseTable, StoreHealth, 
 use crate::netconf::needs_restart;
 use crate::node::{Node, Serving};
 use crate::object::LinkKind;
-use crate::pods::PodPorts;
+use crate::pods::PodNeeds;
 use crate::reconcile::{Inputs, NodeInputs};
 use crate::underlay::{Underlay, UnderlayChoice, find_underlay, fits};
 use crate::upkeep::{Files, Upkeep};
@@ -144,7 +144,7 @@ impl Memory {
     /// udp backend to go on at once. Nothing for other backends, whose packets the kernel carries meanwhile.
     ///
     /// `pods` are those of the records: also what is left of an earlier lease's is to be carried.
-    pub async fn inputs(&self, config: &Config, pods: impl FnOnce() -> PodPorts) -> Option<Inputs> {
+    pub async fn inputs(&self, config: &Config, pods: impl FnOnce() -> PodNeeds) -> Option<Inputs> {
         let saved = self.saved.as_ref()?;
         let network = &saved.snapshot.network;
         let BackendConfig::Udp(_) = &network.backend else { return None };

@@ -21,7 +21,7 @@ use crate::host::Host;
 use crate::kernel::Monitor;
 use crate::lease::{Store, StoreHealth};
 use crate::packet_path::PacketPath;
-use crate::pods::{NotReady, PodNetwork, PodPorts};
+use crate::pods::{NotReady, PodNeeds, PodNetwork};
 use crate::reconcile::{Handle, Report};
 
 pub use fabric::NodeFabric;
@@ -34,7 +34,7 @@ pub struct Node {
     pub health: watch::Receiver<StoreHealth>,
     pub reconcile: Handle,
     /// Written by address management.
-    pub ports: watch::Receiver<PodPorts>,
+    pub pod_needs: watch::Receiver<PodNeeds>,
     /// `None`: switched off, or refused by the kernel.
     pub monitor: Option<Monitor>,
     /// Of the udp backend.
@@ -50,12 +50,12 @@ impl Node {
         store: Arc<Store>,
         health: watch::Receiver<StoreHealth>,
         reconcile: Handle,
-        ports: watch::Receiver<PodPorts>,
+        pod_needs: watch::Receiver<PodNeeds>,
         monitor: Option<Monitor>,
         path: PacketPath,
     ) -> Self {
         let (host, stage, changes) = (Mutex::new(Host::new()), Mutex::default(), watch::Sender::new(()));
-        Self { name, store, health, reconcile, ports, monitor, path, host, stage, changes }
+        Self { name, store, health, reconcile, pod_needs, monitor, path, host, stage, changes }
     }
 
     /// `what` stands in the way of going on.
@@ -91,11 +91,11 @@ impl Node {
     }
 
     /// Hands the newest needs of pods to the reconciler, if it does not have them.
-    pub fn pass_on_ports(&self) {
-        let ports = self.ports.borrow().clone();
+    pub fn pass_on_pod_needs(&self) {
+        let needs = self.pod_needs.borrow().clone();
         self.reconcile.update_if(|inputs| {
-            let changed = inputs.pods != ports;
-            inputs.pods = ports;
+            let changed = inputs.pods != needs || !inputs.pods_recorded;
+            (inputs.pods, inputs.pods_recorded) = (needs, true);
             changed
         });
     }

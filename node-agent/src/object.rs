@@ -23,7 +23,7 @@ pub enum Key {
     Sysctl(String),
     /// Before anything that lets packets through: a connection keeps the translation it began with.
     Firewall(PartKey),
-    Port(IfName),
+    BridgePort(IfName),
     /// What leaves by a device.
     Shaper(IfName),
     /// What comes in by a device.
@@ -52,7 +52,7 @@ pub enum Object {
         value: String,
     },
     Firewall(Part),
-    Port {
+    BridgePort {
         veth: IfName,
         port: BridgePort,
     },
@@ -276,6 +276,8 @@ pub enum LinkMac {
     AtCreation(Mac),
     /// It has none: packets, not frames.
     None,
+    /// Whatever the kernel gives it: no frame is addressed to it.
+    Any,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -364,7 +366,7 @@ impl LinkMac {
     pub fn value(self) -> Mac {
         match self {
             Self::Exactly(mac) | Self::AtCreation(mac) => mac,
-            Self::None => Mac([0; 6]),
+            Self::None | Self::Any => Mac([0; 6]),
         }
     }
 }
@@ -376,7 +378,7 @@ impl Object {
             Self::Link { name, .. } => Key::Link(name.clone()),
             Self::Sysctl { path, .. } => Key::Sysctl(path.clone()),
             Self::Firewall(part) => Key::Firewall(part.key()),
-            Self::Port { veth, .. } => Key::Port(veth.clone()),
+            Self::BridgePort { veth, .. } => Key::BridgePort(veth.clone()),
             Self::Shaper { dev, .. } => Key::Shaper(dev.clone()),
             Self::Redirect { dev, .. } => Key::Redirect(dev.clone()),
             Self::Addr { dev, addr, .. } => Key::Addr(dev.clone(), *addr),
@@ -430,7 +432,7 @@ impl Object {
             | Self::Link { .. }
             | Self::Sysctl { .. }
             | Self::Firewall(_)
-            | Self::Port { .. } => None,
+            | Self::BridgePort { .. } => None,
             Self::Shaper { dev, .. }
             | Self::Redirect { dev, .. }
             | Self::Addr { dev, .. }
@@ -575,7 +577,7 @@ impl fmt::Display for Key {
             Self::Link(name) => write!(f, "link {name}"),
             Self::Sysctl(path) => write!(f, "sysctl {}", path.replace('/', ".")),
             Self::Firewall(part) => write!(f, "{part}"),
-            Self::Port(veth) => write!(f, "bridge port {veth}"),
+            Self::BridgePort(veth) => write!(f, "bridge port {veth}"),
             Self::Shaper(dev) => write!(f, "token bucket on {dev}"),
             Self::Redirect(dev) => write!(f, "redirection of what comes in by {dev}"),
             Self::Addr(dev, addr) => write!(f, "address {addr} dev {dev}"),

@@ -281,7 +281,7 @@ mod tests {
 
     use super::*;
     use crate::dataplane::Backend;
-    use crate::pods::{BridgeNeed, PodPorts};
+    use crate::pods::{BridgeNeed, PodNeeds};
     use crate::reconcile::NodeInputs;
     use crate::udp::{Local, Peer, SourcePolicy};
     use crate::underlay::Underlay;
@@ -325,7 +325,7 @@ mod tests {
         let mut inputs = inputs(r#"{"Type":"udp","Port":9000,"StrictSource":true}"#, &[PEER]);
         let former = BridgeNeed { subnets: vec!["10.5.7.0/24".parse().expect("net")], mtu: 1472, mac: None };
         inputs.pods =
-            PodPorts { bridges: [("cni0".parse().expect("name"), former)].into(), ..PodPorts::default() };
+            PodNeeds { bridges: [("cni0".parse().expect("name"), former)].into(), ..PodNeeds::default() };
         let off = Offloads::default().without(Offload::UdpGro);
         let want = want(&inputs, &off).expect("udp");
         let settings = Settings {

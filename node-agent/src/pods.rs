@@ -17,16 +17,16 @@ pub trait Fabric: Send + Sync + 'static {
     /// Whether pods may hang on a bridge of this name; asked before anything is recorded.
     fn may_be_bridge(&self, name: &IfName) -> impl Future<Output = Result<(), Failure>> + Send;
 
-    /// Makes the bridge real, with the gateways that [`PodPorts::bridges`] names for it (published before the call).
+    /// Makes the bridge real, with the gateways that [`PodNeeds::bridges`] names for it (published before the call).
     fn ensure_bridge(&self, name: &IfName) -> impl Future<Output = Result<DeviceFacts, Failure>> + Send;
 
     /// Deletes a host-side veth if, and only if, it carries our mark; `Ok` when nothing of ours has that name any more.
     fn delete_veth(&self, name: &IfName) -> impl Future<Output = Result<(), String>> + Send;
 
-    /// Makes host ports lead where [`PodPorts::host_ports`] says, and nowhere else (published before the call).
+    /// Makes host ports lead where [`PodNeeds::host_ports`] says, and nowhere else (published before the call).
     fn ensure_host_ports(&self, old_flows: OldFlows) -> impl Future<Output = Result<(), String>> + Send;
 
-    /// Puts a limited attachment's limits in place, as [`PodPorts::ports`] names them (published before the call).
+    /// Puts a limited attachment's limits in place, as [`PodNeeds::bridge_ports`] names them (published before the call).
     fn ensure_limits(&self, veth: &IfName) -> impl Future<Output = Result<(), String>> + Send;
 
     /// Whether a link of this index exists in the node's namespace, whatever its name and mark: asked before an
@@ -75,9 +75,9 @@ pub struct DeviceFacts {
 
 /// What the attachments in the records need from the kernel: their ports, and the bridges they hang on.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct PodPorts {
+pub struct PodNeeds {
     /// Committed attachments, by host-side veth.
-    pub ports: BTreeMap<IfName, Port>,
+    pub bridge_ports: BTreeMap<IfName, BridgePortNeed>,
     /// Bridges that Reserve has named since boot, and the leased subnets whose gateway each carries: the one that new
     /// pods get, and those of pods that are still there.
     pub bridges: BTreeMap<IfName, BridgeNeed>,
@@ -85,7 +85,7 @@ pub struct PodPorts {
     pub host_ports: BTreeSet<HostPort>,
 }
 
-impl PodPorts {
+impl PodNeeds {
     /// In which pods live, or will.
     pub fn subnets(&self) -> impl Iterator<Item = Subnet> {
         self.bridges.values().flat_map(|need| need.subnets.iter().copied())
@@ -93,7 +93,7 @@ impl PodPorts {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Port {
+pub struct BridgePortNeed {
     pub ifindex: u32,
     pub options: BridgeOptions,
     pub mtu: u32,

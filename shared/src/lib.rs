@@ -15,10 +15,10 @@ pub mod subnet_env;
 pub mod tombstone;
 
 mod bandwidth;
+mod host_ports;
 mod ifname;
 mod json;
 mod mac;
-mod ports;
 mod subnet;
 
 pub use ifname::{BadIfName, IfName};

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 pub use crate::bandwidth::{Bandwidth, Limit};
 pub use crate::cni::Failure;
 use crate::cni::{ContainerId, NetworkName};
-pub use crate::ports::{PortMapping, Protocol};
+pub use crate::host_ports::{PortMapping, Protocol, WrongMapping};
 use crate::{IfName, Mac, Subnet};
 
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -64,7 +64,7 @@ pub struct Reserve {
     pub pod: Option<String>,
     /// Ports of the host that lead to the pod.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub ports: Vec<PortMapping>,
+    pub host_ports: Vec<PortMapping>,
     #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
     pub bandwidth: Bandwidth,
 }
@@ -112,7 +112,7 @@ pub struct Reservation {
     pub host_ifname: IfName,
     /// Those of the request, in place. An agent that knows nothing of them answers none, and is found out by that.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub ports: Vec<PortMapping>,
+    pub host_ports: Vec<PortMapping>,
     /// In the same way; in place from Commit on.
     #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
     pub bandwidth: Bandwidth,

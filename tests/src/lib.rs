@@ -15,6 +15,7 @@ pub mod bench;
 pub mod binaries;
 pub mod books;
 pub mod capture;
+pub mod cgroups;
 pub mod cluster;
 pub mod dist;
 pub mod etcd;

@@ -3,10 +3,10 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use e2e::bed::Bed;
+use e2e::cgroups::Cgroups;
 use e2e::dist::{CHECKOUT, Dist};
 use e2e::image::oci_image;
 use e2e::machine::Machine;
@@ -55,30 +55,6 @@ fn blocks(page: &str) -> Result<Vec<Block>> {
         found.push(Block { hosts, note: note.to_owned(), script });
     }
     Ok(found)
-}
-
-/// runc makes cgroups in the host's hierarchies; of containers that are killed they stay.
-struct Cgroups;
-
-impl Drop for Cgroups {
-    fn drop(&mut self) {
-        for name in CONTAINERS {
-            let _ = Command::new("find")
-                .args([
-                    "/sys/fs/cgroup",
-                    "-depth",
-                    "-type",
-                    "d",
-                    "-path",
-                    &format!("*/default/{name}"),
-                    "-exec",
-                    "rmdir",
-                    "{}",
-                    ";",
-                ])
-                .output();
-        }
-    }
 }
 
 struct Page {
@@ -153,7 +129,7 @@ fn the_install_page_works_as_written() -> Result<()> {
     let page = fs::read_to_string(Path::new(CHECKOUT).join("docs/install.md"))?;
     let blocks = blocks(&page)?;
     ensure!(blocks.iter().filter(|block| !block.hosts.is_empty()).count() >= 12, "{blocks:?}");
-    let _cgroups = Cgroups;
+    let _cgroups = Cgroups::own(CONTAINERS.map(|name| format!("default/{name}")));
     let bed = Bed::for_test()?;
     let dist = Dist::native()?;
     oci_image(&bed.dir("image")?, IMAGE)?;

@@ -227,6 +227,43 @@ fn ports_are_kept_against_every_hand_and_go_with_their_pod() -> Result<()> {
     })
 }
 
+/// An agent that knows neither its store nor what it said last: pods live on, and may be deleted.
+#[test]
+fn without_a_lease_ports_stay_and_a_del_takes_them_away() -> Result<()> {
+    scenario(Spec::etcd(1, Backend::Vxlan), |cluster| {
+        let external = external_host(&cluster.bed, &cluster.underlay, &[OUTSIDE])?;
+        let to = at(cluster.nodes[0].net.address, 8080);
+        let (pod, server) = served(&cluster.nodes[0], "kept", &everywhere())?;
+        let (other, _other_server) = served(&cluster.nodes[0], "other", &[mapping("tcp", 8090, "")])?;
+        cluster.etcd()?.kill()?;
+        let node = &mut cluster.nodes[0];
+        node.agent.kill()?;
+        std::fs::remove_dir_all(node.agent.state_dir())?;
+        node.agent.start()?;
+        let node = &cluster.nodes[0];
+        eventually("the agent to listen", SECOND * 20, || {
+            Ok(std::os::unix::net::UnixStream::connect(node.agent.cni_socket()).is_ok())
+        })?;
+        ensure!(node.status()?.lease.is_none(), "it has a lease");
+        ensure!(answers(&external, to, "kept")?, "without a lease");
+        drop(server);
+        pod.unwire()?;
+        let rules = ruleset(node)?;
+        ensure!(!rules.contains("dport 8080") && rules.contains("dport 8090"), "{rules}");
+        let left: Vec<String> = node.status()?.pods.list.into_iter().map(|pod| pod.container_id).collect();
+        ensure!(left == ["other"], "{left:?}");
+        // As any table of ours, against every hand.
+        sh(node.netns(), &format!("nft flush table ip {TABLE}"))?;
+        eventually("the other's port to be back", SECOND * 20, || {
+            answers(&external, at(node.net.address, 8090), "other")
+        })?;
+        cluster.etcd()?.resume()?;
+        cluster.nodes[0].agent.wait_ready(READY)?;
+        ensure!(answers(&external, at(cluster.nodes[0].net.address, 8090), "other")?, "with a lease again");
+        invariant(&cluster.nodes[0], &[other])
+    })
+}
+
 /// A flow of datagrams that never pauses: conntrack would keep its translation for ever.
 #[test]
 fn a_udp_flow_follows_its_port_from_pod_to_pod() -> Result<()> {

@@ -48,11 +48,11 @@ pub(crate) fn add(
             requested: interface.requested.clone(),
             bridge: interface.bridge.clone(),
             pod: args.pod,
-            ports: interface.ports.clone(),
+            host_ports: interface.host_ports.clone(),
             bandwidth: interface.bandwidth,
         })
         .map_err(unavailable)?;
-    if (&reserved.ports, reserved.bandwidth) != (&interface.ports, interface.bandwidth) {
+    if (&reserved.host_ports, reserved.bandwidth) != (&interface.host_ports, interface.bandwidth) {
         let msg = "this weftd does not know of host ports or of bandwidth: expected one of the plugin's version, upgrade it";
         return Err(Failure::new(Code::ProtocolMismatch, msg));
     }

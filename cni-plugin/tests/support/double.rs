@@ -174,7 +174,7 @@ fn answer(books: &mut Books, host: &Host, request: Request) -> Option<Reply> {
                 bridge_ifindex: host.bridge_ifindex,
                 bridge_mac: host.bridge_mac.parse().expect("mac"),
                 host_ifname: host_ifname(&reserve.attachment),
-                ports: if behaviour.is_old { vec![] } else { reserve.ports },
+                host_ports: if behaviour.is_old { vec![] } else { reserve.host_ports },
                 bandwidth: if behaviour.is_old { Default::default() } else { reserve.bandwidth },
             })
         }

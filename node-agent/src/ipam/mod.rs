@@ -7,9 +7,9 @@
 
 mod boottime;
 mod counters;
+mod host_ports;
 mod locks;
 mod pool;
-mod ports;
 pub(crate) mod records;
 mod request;
 mod table;
@@ -46,7 +46,7 @@ use self::counters::Counters;
 use self::locks::NameLocks;
 use self::records::Records;
 use self::table::{Entry, Phase, Table};
-use crate::pods::{Fabric, OldFlows, PodPorts, SeenVeths};
+use crate::pods::{Fabric, OldFlows, PodNeeds, SeenVeths};
 use crate::status::{AttachmentStatus, PodStatus};
 
 /// Reads the time; the agent passes [`Boottime::now`].
@@ -75,7 +75,7 @@ impl Config {
 }
 
 /// What [`Ipam::open`] will publish at once, for whoever must know before: read only, whoever else has the records open.
-pub fn recorded_ports(config: &Config, now: Boottime) -> PodPorts {
+pub fn recorded_needs(config: &Config, now: Boottime) -> PodNeeds {
     Table::new(records::peek(&config.run_dir, &config.boot_id), now).needs(None)
 }
 
@@ -85,7 +85,7 @@ pub struct Ipam<F> {
     fabric: F,
     state: Mutex<State>,
     locks: NameLocks,
-    ports: watch::Sender<PodPorts>,
+    needs: watch::Sender<PodNeeds>,
     seen: watch::Receiver<SeenVeths>,
     /// Some attachment went on to another phase.
     changed: watch::Sender<()>,
@@ -120,7 +120,7 @@ impl<F: Fabric> Ipam<F> {
         config: Config,
         clock: Clock,
         fabric: F,
-        ports: watch::Sender<PodPorts>,
+        needs: watch::Sender<PodNeeds>,
         seen: watch::Receiver<SeenVeths>,
     ) -> Result<Arc<Self>, RecordsError> {
         let (records, loaded) = Records::open(&config.run_dir, &config.boot_id)?;
@@ -132,7 +132,7 @@ impl<F: Fabric> Ipam<F> {
             fabric,
             state: Mutex::new(State { table, records }),
             locks: NameLocks::default(),
-            ports,
+            needs,
             seen,
             changed: watch::Sender::new(()),
             wake: Notify::new(),
@@ -222,7 +222,7 @@ impl<F: Fabric> Ipam<F> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn needs(&self, state: &State) -> PodPorts {
+    fn needs(&self, state: &State) -> PodNeeds {
         state.table.needs(self.fabric.pod_network().ok().map(|network| network.mtu))
     }
 
@@ -230,7 +230,7 @@ impl<F: Fabric> Ipam<F> {
     /// the last state.
     fn publish(&self, state: &State) {
         let needs = self.needs(state);
-        self.ports.send_if_modified(|published| {
+        self.needs.send_if_modified(|published| {
             let differs = *published != needs;
             *published = needs;
             differs
@@ -294,7 +294,7 @@ impl<F: Fabric> Ipam<F> {
     /// What is asked for next follows from what is published.
     fn has_host_ports(&self, key: &Attachment) -> bool {
         let state = self.state();
-        let has = state.table.get(key).is_some_and(|entry| !entry.record.ports.is_empty());
+        let has = state.table.get(key).is_some_and(|entry| !entry.record.host_ports.is_empty());
         if has {
             self.publish(&state);
         }
@@ -415,7 +415,7 @@ fn attachment_status(key: &Attachment, entry: &Entry) -> AttachmentStatus {
 }
 
 fn host_ports_status(entry: &Entry) -> Vec<String> {
-    entry.record.ports.iter().map(|port| format!("{port} -> {}", port.container_port)).collect()
+    entry.record.host_ports.iter().map(|port| format!("{port} -> {}", port.container_port)).collect()
 }
 
 impl<F> fmt::Debug for Ipam<F> {

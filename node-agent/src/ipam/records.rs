@@ -42,7 +42,7 @@ pub(super) struct Record {
     pub(super) netns_cookie: Option<u64>,
     pub(super) pod: Option<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub(super) ports: Vec<PortMapping>,
+    pub(super) host_ports: Vec<PortMapping>,
     #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
     pub(super) bandwidth: Bandwidth,
 }
@@ -359,7 +359,7 @@ mod tests {
             netns: "/run/netns/10.5.1.77".into(),
             netns_cookie: Some(4),
             pod: None,
-            ports: vec![],
+            host_ports: vec![],
             bandwidth: Bandwidth::default(),
         }
     }

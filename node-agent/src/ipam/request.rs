@@ -4,13 +4,12 @@
 use std::collections::BTreeSet;
 
 use weft_shared::cni::Code;
-use weft_shared::protocol::{Failure, Limit, PortMapping, Reserve};
+use weft_shared::protocol::{Failure, Limit, PortMapping, Reserve, WrongMapping};
 
 use crate::pods::PodNetwork;
 
 const MAX_TEXT: usize = 4096;
 const MAX_REQUESTED: usize = 16;
-const MAX_PORTS: usize = 4096;
 /// Every IPv4 host must take datagrams of this size (RFC 791, section 3.2).
 const MIN_MTU: u32 = 68;
 
@@ -45,17 +44,18 @@ pub(super) fn mtu(reserve: &Reserve, network: &PodNetwork) -> Result<u32, Failur
 
 /// What the pod's address and its ports on the host must have in common.
 pub(super) fn check_ports(reserve: &Reserve, network: &PodNetwork) -> Result<(), Failure> {
-    let ports = &reserve.ports;
-    if ports.len() > MAX_PORTS {
-        return Err(invalid(format!("{} ports of the host: expected at most {MAX_PORTS}", ports.len())));
-    }
-    if let Some(none) = ports.iter().find(|port| port.host_port == 0 || port.container_port == 0) {
-        let ends = format!("{none} to {}", none.container_port);
-        return Err(invalid(format!("port of the host = {ends}: expected ports from 1 to 65535")));
-    }
-    if let Some(at) = PortMapping::first_overlap(ports) {
-        return Err(invalid(format!("port {} of the host is asked for twice", ports[at])));
-    }
+    let ports = &reserve.host_ports;
+    PortMapping::check(ports).map_err(|wrong| {
+        let what = match wrong {
+            WrongMapping::TooMany => format!("{} ports of the host", ports.len()),
+            WrongMapping::NoHostPort { at }
+            | WrongMapping::NoContainerPort { at }
+            | WrongMapping::Twice { at } => {
+                format!("port of the host = {} to {}", ports[at], ports[at].container_port)
+            }
+        };
+        invalid(format!("{what}: {wrong}"))
+    })?;
     let ipv4 = network.subnet.is_ipv4();
     let out_of_reach =
         |port: &&PortMapping| port.host_ip.is_some_and(|ip| !ip.is_unspecified() && ip.is_ipv4() != ipv4);

@@ -18,11 +18,11 @@ use weft_shared::protocol::{Attachment, Commit, Reserve};
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::boottime::Boottime;
+use super::host_ports::PortTaken;
 use super::pool::{Pool, PoolError};
-use super::ports::PortTaken;
 use super::records::{BridgeUse, Continuity, Damaged, Held, Loaded, Record, Wired};
 use crate::firewall::HostPort;
-use crate::pods::{BridgeNeed, PodNetwork, PodPorts, Port, SeenVeth, SeenVeths};
+use crate::pods::{BridgeNeed, BridgePortNeed, PodNeeds, PodNetwork, SeenVeth, SeenVeths};
 use crate::status::StrandedStatus;
 
 /// One connection of the socket server.
@@ -197,7 +197,7 @@ impl Table {
             netns: request.netns.clone(),
             netns_cookie: request.netns_cookie,
             pod: request.pod.clone(),
-            ports: request.ports.clone(),
+            host_ports: request.host_ports.clone(),
             bandwidth: request.bandwidth,
         };
         let replaced = self.insert(Entry { record: record.clone(), phase: Phase::Reserved { conn } });
@@ -393,8 +393,8 @@ impl Table {
     }
 
     /// What the kernel must hold for the attachments there are.
-    pub(super) fn needs(&self, network_mtu: Option<u32>) -> PodPorts {
-        let mut needs = PodPorts::default();
+    pub(super) fn needs(&self, network_mtu: Option<u32>) -> PodNeeds {
+        let mut needs = PodNeeds::default();
         for (name, used) in &self.continuity.bridges {
             let need = BridgeNeed { subnets: vec![used.subnet], mtu: used.mtu, mac: used.mac };
             needs.bridges.insert(name.clone(), need);
@@ -409,11 +409,11 @@ impl Table {
             if !need.subnets.contains(&record.subnet) {
                 need.subnets.push(record.subnet);
             }
-            needs.host_ports.extend(HostPort::of(&record.ports, &record.addresses));
+            needs.host_ports.extend(HostPort::of(&record.host_ports, &record.addresses));
             if let Some(wired) = record.committed {
                 let (options, mtu) = (record.bridge.clone(), record.mtu);
                 let (ifindex, limits) = (wired.host_ifindex, record.bandwidth);
-                needs.ports.insert(host_ifname(key), Port { ifindex, options, mtu, limits });
+                needs.bridge_ports.insert(host_ifname(key), BridgePortNeed { ifindex, options, mtu, limits });
             }
         }
         needs

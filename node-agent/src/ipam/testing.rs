@@ -31,7 +31,7 @@ struct Inner {
     world: Mutex<World>,
     /// `ensure_bridge` takes one permit each while this is set.
     gate: Mutex<Option<Arc<Semaphore>>>,
-    ports: watch::Receiver<PodPorts>,
+    needs: watch::Receiver<PodNeeds>,
 }
 
 pub(crate) struct World {
@@ -51,7 +51,7 @@ pub(crate) struct World {
 }
 
 impl TestFabric {
-    fn new(ports: watch::Receiver<PodPorts>) -> Self {
+    fn new(needs: watch::Receiver<PodNeeds>) -> Self {
         let network =
             PodNetwork { subnet: subnet("10.5.1.0/24"), overlay: vec![subnet("10.5.0.0/16")], mtu: 1450 };
         let world = World {
@@ -67,7 +67,7 @@ impl TestFabric {
             limits_fail: false,
             next_ifindex: 10,
         };
-        Self(Arc::new(Inner { world: Mutex::new(world), gate: Mutex::new(None), ports }))
+        Self(Arc::new(Inner { world: Mutex::new(world), gate: Mutex::new(None), needs }))
     }
 
     pub(crate) fn world(&self) -> MutexGuard<'_, World> {
@@ -101,7 +101,7 @@ impl Fabric for TestFabric {
 
     async fn ensure_bridge(&self, name: &IfName) -> Result<DeviceFacts, Failure> {
         // The seam's promise: the need is published before the call.
-        let need = self.0.ports.borrow().bridges.get(name).cloned();
+        let need = self.0.needs.borrow().bridges.get(name).cloned();
         let subnet = self.pod_network().expect("network").subnet;
         assert!(need.is_some_and(|need| need.subnets.contains(&subnet) && need.mtu == 1450));
         let gate = self.0.gate.lock().expect("gate").clone();
@@ -129,7 +129,7 @@ impl Fabric for TestFabric {
 
     async fn ensure_host_ports(&self, old_flows: OldFlows) -> Result<(), String> {
         tokio::task::yield_now().await;
-        let published = self.0.ports.borrow().host_ports.clone();
+        let published = self.0.needs.borrow().host_ports.clone();
         let mut world = self.world();
         if world.host_ports_fail {
             return Err("no packet filter".into());
@@ -142,7 +142,7 @@ impl Fabric for TestFabric {
     }
 
     async fn ensure_limits(&self, veth: &IfName) -> Result<(), String> {
-        let published = self.0.ports.borrow().ports.get(veth).map(|port| port.limits);
+        let published = self.0.needs.borrow().bridge_ports.get(veth).map(|port| port.limits);
         let mut world = self.world();
         if world.limits_fail {
             return Err("no token bucket".into());
@@ -160,7 +160,7 @@ impl Fabric for TestFabric {
 pub(crate) struct Node {
     dir: TempDir,
     pub(crate) fabric: TestFabric,
-    pub(super) ports: watch::Sender<PodPorts>,
+    pub(super) needs: watch::Sender<PodNeeds>,
     seen: watch::Sender<SeenVeths>,
     pub(super) now: Arc<AtomicU64>,
     pub(super) patience: Duration,
@@ -169,12 +169,12 @@ pub(crate) struct Node {
 
 impl Node {
     pub(crate) fn new() -> Self {
-        let ports = watch::Sender::new(PodPorts::default());
-        let fabric = TestFabric::new(ports.subscribe());
+        let needs = watch::Sender::new(PodNeeds::default());
+        let fabric = TestFabric::new(needs.subscribe());
         let mut node = Self {
             dir: tempfile::tempdir().expect("tempdir"),
             fabric,
-            ports,
+            needs,
             seen: watch::Sender::new(SeenVeths::default()),
             now: Arc::new(AtomicU64::new(Duration::from_secs(1000).as_nanos() as u64)),
             patience: Duration::from_millis(100),
@@ -205,7 +205,7 @@ impl Node {
             let left = fs::read_dir(self.dir.path().join("attachments")).expect("dir").count();
             assert_eq!(freeze, left);
         }
-        self.ports.send_replace(PodPorts::default());
+        self.needs.send_replace(PodNeeds::default());
         self.seen.send_replace(SeenVeths::default());
         let config = Config {
             run_dir: self.dir.path().to_owned(),
@@ -227,7 +227,7 @@ impl Node {
     fn open(&self, config: Config) -> Result<Arc<Ipam<TestFabric>>, RecordsError> {
         let now = self.now.clone();
         let clock = Box::new(move || Boottime::from_nanos(now.load(Ordering::Relaxed)));
-        Ipam::open(config, clock, self.fabric.clone(), self.ports.clone(), self.seen.subscribe())
+        Ipam::open(config, clock, self.fabric.clone(), self.needs.clone(), self.seen.subscribe())
     }
 
     pub(super) fn tombstones(&self) -> std::path::PathBuf {
@@ -317,7 +317,7 @@ impl Node {
         let recorded: BTreeSet<IfName> = attachments.iter().map(|a| a.host_veth.clone()).collect();
         assert_eq!(veths, recorded);
         assert_eq!(self.record_files(), attachments.len());
-        let ports: BTreeSet<IfName> = self.ports.borrow().ports.keys().cloned().collect();
+        let ports: BTreeSet<IfName> = self.needs.borrow().bridge_ports.keys().cloned().collect();
         assert_eq!(ports, recorded);
     }
 
@@ -353,7 +353,7 @@ pub(crate) fn reserve(id: &str) -> Reserve {
             mtu: None,
         },
         pod: Some(format!("default/{id}")),
-        ports: vec![],
+        host_ports: vec![],
         bandwidth: Default::default(),
     }
 }

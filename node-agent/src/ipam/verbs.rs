@@ -234,11 +234,11 @@ impl<F: Fabric> Ipam<F> {
                 self.publish(&state);
             }
         }
-        if !reserve.ports.is_empty() {
+        if !reserve.host_ports.is_empty() {
             let unled = |error| try_again("the ports of the host do not lead to the pod yet", error);
             let is_udp = |port: &PortMapping| port.protocol == Protocol::Udp;
             let flows =
-                if reserve.ports.iter().any(is_udp) { OldFlows::MustFollow } else { OldFlows::MayLag };
+                if reserve.host_ports.iter().any(is_udp) { OldFlows::MustFollow } else { OldFlows::MayLag };
             self.fabric.ensure_host_ports(flows).await.map_err(unled)?;
         }
         let subnet = network.subnet;
@@ -253,7 +253,7 @@ impl<F: Fabric> Ipam<F> {
             bridge_ifindex: bridge.ifindex,
             bridge_mac: bridge.mac,
             host_ifname: host_ifname(&reserve.attachment),
-            ports: reserve.ports.clone(),
+            host_ports: reserve.host_ports.clone(),
             bandwidth: reserve.bandwidth,
         })
     }

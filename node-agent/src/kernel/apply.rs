@@ -207,7 +207,7 @@ fn requests(indices: &Indices, object: &Object, found: Option<&Found>) -> Result
     let replace = NLM_F_CREATE | NLM_F_REPLACE;
     Ok(match object {
         Object::Name { .. } | Object::Link { .. } | Object::Sysctl { .. } | Object::Firewall(_) => Vec::new(),
-        Object::Port { veth, port } => {
+        Object::BridgePort { veth, port } => {
             let index = index_of(indices, veth)?;
             let mut steps = Vec::new();
             if let Some(bridge) = &port.bridge {
@@ -215,7 +215,7 @@ fn requests(indices: &Indices, object: &Object, found: Option<&Found>) -> Result
                 steps.push(Step::new(Message::SetLink(encode::enslave(index, bridge, port)), 0));
             }
             let altered =
-                matches!(found, Some(Found { object: Object::Port { port, .. }, .. }) if port.altered);
+                matches!(found, Some(Found { object: Object::BridgePort { port, .. }, .. }) if port.altered);
             steps.push(Step::new(Message::NewLink(encode::port_options(index, port, altered)), 0));
             steps
         }
@@ -285,7 +285,7 @@ fn removal(indices: &Indices, object: &Object) -> Option<Step> {
         Object::Name { .. }
         | Object::Sysctl { .. }
         | Object::Firewall(_)
-        | Object::Port { .. }
+        | Object::BridgePort { .. }
         | Object::Shaper { .. }
         | Object::Redirect { .. } => return None,
         Object::Addr { dev, addr, form, .. } => {

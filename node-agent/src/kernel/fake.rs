@@ -172,7 +172,7 @@ impl FakeKernel {
                 self.sysctls.insert(path.clone(), value.clone());
             }
             Object::Firewall(part) => self.set_firewall(part),
-            Object::Port { veth, port } => {
+            Object::BridgePort { veth, port } => {
                 let found =
                     self.dump.links.get_mut(veth).ok_or_else(|| KernelError::NoDevice(veth.clone()))?;
                 found.port = port.clone();
@@ -238,7 +238,7 @@ impl FakeKernel {
             Object::Firewall(part) => self.remove_firewall(part),
             Object::Name { .. }
             | Object::Sysctl { .. }
-            | Object::Port { .. }
+            | Object::BridgePort { .. }
             | Object::Shaper { .. }
             | Object::Redirect { .. } => {}
             Object::Addr { dev, addr, form, .. } => {

@@ -115,7 +115,7 @@ pub(super) fn desired(underlay: u32) -> Desired {
         Object::Link { name: name("cni0"), link: cni0 },
         Object::Sysctl { path: "net/ipv4/ip_forward".into(), value: "1".into() },
         Object::Sysctl { path: "net/ipv6/conf/flannel.1/accept_ra".into(), value: "0".into() },
-        Object::Port { veth: veth_name(), port },
+        Object::BridgePort { veth: veth_name(), port },
         Object::Addr {
             dev: dev.clone(),
             addr: "10.5.1.0/32".parse().expect("net"),

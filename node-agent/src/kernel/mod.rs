@@ -1,6 +1,7 @@
 //! The border to the Linux kernel: one look at it, and operations on it. Nothing of netlink crosses this border.
 
 mod apply;
+mod attributes;
 mod decode;
 mod encode;
 mod iptables;

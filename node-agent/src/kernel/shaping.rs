@@ -12,6 +12,7 @@ use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
 use weft_shared::IfName;
 
 use super::KernelError;
+use super::attributes::{Attributes, NESTED, Parsed, field};
 use super::socket::RouteSocket;
 use crate::object::{Object, Tbf};
 
@@ -39,9 +40,10 @@ const TICK_SHIFT: u32 = 6;
 
 const U32_SELECTOR: u16 = 5;
 const U32_ACTIONS: u16 = 7;
-const NESTED: u16 = 1 << 15;
 /// `TC_U32_TERMINAL`.
 const TERMINAL: u8 = 1;
+/// The place in the order of actions.
+const FIRST_ACTION: u16 = 1;
 const ACTION_KIND: u16 = 1;
 const ACTION_OPTIONS: u16 = 2;
 const MIRRED_PARMS: u16 = 2;
@@ -115,10 +117,10 @@ pub(super) fn add_filter(index: u32, to: u32) -> (Message, u16) {
     // `struct tc_mirred`: index, capabilities, action, two counts, what to do, where.
     let mirred: Vec<u8> =
         [0, 0, STOLEN, 0, 0, EGRESS_REDIRECT, to].iter().flat_map(|field| field.to_ne_bytes()).collect();
-    let options = attribute(MIRRED_PARMS, &mirred);
-    let action = [attribute(ACTION_KIND, b"mirred\0"), attribute(ACTION_OPTIONS | NESTED, &options)].concat();
-    let actions = attribute(1 | NESTED, &action);
-    let options = vec![(U32_SELECTOR, selector), (U32_ACTIONS | NESTED, actions)];
+    let options = Attributes::default().attribute(MIRRED_PARMS, &mirred);
+    let action = Attributes::default().text(ACTION_KIND, "mirred").nested(ACTION_OPTIONS, &options);
+    let actions = Attributes::default().nested(FIRST_ACTION, &action);
+    let options = vec![(U32_SELECTOR, selector), (U32_ACTIONS | NESTED, actions.0)];
     let mut message = message(index, INGRESS_QUEUE, "u32", options);
     message.header.info = (PRIORITY << 16) | ALL_PROTOCOLS;
     (Message::NewTrafficFilter(message), NLM_F_CREATE | NLM_F_EXCL)
@@ -130,14 +132,6 @@ fn message(index: u32, parent: TcHandle, kind: &str, options: Vec<(u16, Vec<u8>)
     let options = options.into_iter().map(|(kind, value)| TcOption::Other(DefaultNla::new(kind, value)));
     message.attributes = vec![TcAttribute::Kind(kind.into()), TcAttribute::Options(options.collect())];
     message
-}
-
-fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-    let mut bytes = ((4 + value.len()) as u16).to_ne_bytes().to_vec();
-    bytes.extend(kind.to_ne_bytes());
-    bytes.extend(value);
-    bytes.resize(bytes.len().next_multiple_of(4), 0);
-    bytes
 }
 
 /// The token buckets at devices' roots, by their index.
@@ -158,13 +152,13 @@ struct Bucket {
 }
 
 impl Bucket {
-    fn parse(options: &[u8]) -> Option<Self> {
-        let parms = field(options, TBF_PARMS)?;
-        let rate = match field(options, TBF_RATE64) {
+    fn parse(options: Parsed<'_>) -> Option<Self> {
+        let parms = options.get(TBF_PARMS)?;
+        let rate = match options.get(TBF_RATE64) {
             Some(rate) => u64::from_ne_bytes(rate.try_into().ok()?),
-            None => number(parms, 8)?.into(),
+            None => field(parms, 8)?.into(),
         };
-        Some(Self { rate, limit: number(parms, 24)?, buffer: number(parms, 28)? })
+        Some(Self { rate, limit: field(parms, 24)?, buffer: field(parms, 28)? })
     }
 
     fn against(&self, wanted: &Tbf) -> Tbf {
@@ -179,41 +173,22 @@ struct Listed<'a> {
     index: u32,
     parent: u32,
     info: u32,
-    attributes: &'a [u8],
+    attributes: Parsed<'a>,
 }
 
 impl<'a> Listed<'a> {
     fn parse(bytes: &'a [u8]) -> Option<Self> {
-        let (index, parent, info) = (number(bytes, 4)?, number(bytes, 12)?, number(bytes, 16)?);
-        Some(Self { index, parent, info, attributes: bytes.get(20..)? })
+        let (index, parent, info) = (field(bytes, 4)?, field(bytes, 12)?, field(bytes, 16)?);
+        Some(Self { index, parent, info, attributes: Parsed(bytes.get(20..)?) })
     }
 
     fn is(&self, kind: &str) -> bool {
-        field(self.attributes, KIND).is_some_and(|found| found.strip_suffix(&[0]) == Some(kind.as_bytes()))
+        self.attributes.text(KIND) == Some(kind)
     }
 
-    fn options(&self) -> &'a [u8] {
-        field(self.attributes, OPTIONS).unwrap_or_default()
+    fn options(&self) -> Parsed<'a> {
+        self.attributes.nested(OPTIONS).unwrap_or(Parsed(&[]))
     }
-}
-
-fn field(attributes: &[u8], kind: u16) -> Option<&[u8]> {
-    fields(attributes).find(|(found, _)| *found == kind).map(|(_, value)| value)
-}
-
-fn fields(attributes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    let mut rest = attributes;
-    std::iter::from_fn(move || {
-        let length = usize::from(u16::from_ne_bytes(rest.get(..2)?.try_into().ok()?));
-        let kind = u16::from_ne_bytes(rest.get(2..4)?.try_into().ok()?) & !NESTED;
-        let value = rest.get(4..length)?;
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, value))
-    })
-}
-
-fn number(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
 /// Whether the wanted bucket takes as long to fill as the kernel shows, in ticks and cut to 32 bits; it rounds.
@@ -240,14 +215,14 @@ fn redirects(socket: &mut RouteSocket, index: u32, to: u32) -> Result<bool, Kern
 }
 
 /// `None`: not a filter, but the table that it is in.
-fn leads_to(options: &[u8], to: u32) -> Option<bool> {
-    let selector = field(options, U32_SELECTOR)?;
+fn leads_to(options: Parsed<'_>, to: u32) -> Option<bool> {
+    let selector = options.get(U32_SELECTOR)?;
     // The mask of its one key.
-    let takes_all = selector.get(2) == Some(&1) && number(selector, 16) == Some(0);
-    let actions: Vec<_> = fields(field(options, U32_ACTIONS).unwrap_or_default()).collect();
+    let takes_all = selector.get(2) == Some(&1) && field(selector, 16) == Some(0);
+    let actions: Vec<_> = options.nested(U32_ACTIONS).into_iter().flat_map(Parsed::iter).collect();
     let [(_, action)] = actions[..] else { return Some(false) };
-    let mirred = field(action, ACTION_OPTIONS).and_then(|options| field(options, MIRRED_PARMS));
-    let leads = |parms: &[u8]| (number(parms, 20), number(parms, 24)) == (Some(EGRESS_REDIRECT), Some(to));
+    let mirred = Parsed(action).nested(ACTION_OPTIONS).and_then(|options| options.get(MIRRED_PARMS));
+    let leads = |parms: &[u8]| (field(parms, 20), field(parms, 24)) == (Some(EGRESS_REDIRECT), Some(to));
     Some(takes_all && mirred.is_some_and(leads))
 }
 

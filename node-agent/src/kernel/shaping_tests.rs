@@ -48,7 +48,7 @@ fn limits_are_made_and_every_alteration_is_seen_and_mended() {
         ip(&format!("link add {veth} group {LINK_GROUP} type veth peer name pod0"));
         let link = Link {
             kind: LinkKind::Ifb,
-            mac: LinkMac::None,
+            mac: LinkMac::Any,
             mtu: 1400,
             up: true,
             altered: Alterations::default(),

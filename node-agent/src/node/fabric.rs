@@ -31,7 +31,7 @@ impl Fabric for NodeFabric {
             let details = format!("bridge = \"{name}\": expected {expected}");
             Err(Failure::new(Code::BadConfiguration, "invalid network configuration").with_details(details))
         };
-        if let Some(used) = self.0.ports.borrow().bridges.keys().find(|used| *used != name) {
+        if let Some(used) = self.0.pod_needs.borrow().bridges.keys().find(|used| *used != name) {
             return refuse(format!("\"{used}\", which this node's pods use since boot"));
         }
         let reserved = self.0.serving(|serving| {
@@ -51,8 +51,8 @@ impl Fabric for NodeFabric {
     }
 
     async fn ensure_bridge(&self, name: &IfName) -> Result<DeviceFacts, Failure> {
-        self.0.pass_on_ports();
-        let need = self.0.ports.borrow().bridges.get(name).map(|n| n.subnets.clone()).unwrap_or_default();
+        self.0.pass_on_pod_needs();
+        let need = self.0.pod_needs.borrow().bridges.get(name).map(|n| n.subnets.clone()).unwrap_or_default();
         let in_place = |report: &Report| {
             let carried = report.gateways.get(name);
             let complete = need.iter().all(|subnet| carried.is_some_and(|c| c.contains(subnet)));
@@ -86,12 +86,12 @@ impl Fabric for NodeFabric {
     }
 
     async fn ensure_host_ports(&self, old_flows: OldFlows) -> Result<(), String> {
-        self.0.pass_on_ports();
+        self.0.pass_on_pod_needs();
         settle(&self.0.reconcile, |key| is_of_host_ports(key, old_flows)).await.map(drop)
     }
 
     async fn ensure_limits(&self, veth: &IfName) -> Result<(), String> {
-        self.0.pass_on_ports();
+        self.0.pass_on_pod_needs();
         let report = settle(&self.0.reconcile, |key| is_limit_of(veth, key)).await?;
         report.at.map(drop).ok_or_else(|| "the node's kernel is not looked at before it has a lease".into())
     }
@@ -168,7 +168,7 @@ mod tests {
     async fn flows_that_lag_are_waited_for_by_whom_they_concern() {
         let mut kernel = FakeKernel::with_underlay("eth0");
         kernel.refused.insert(Key::Firewall(PartKey::Flows), KernelError::NoConntrack);
-        let mut inputs = Inputs::default();
+        let mut inputs = Inputs { pods_recorded: true, ..Inputs::default() };
         let mapping =
             PortMapping { protocol: Protocol::Udp, host_ip: None, host_port: 53, container_port: 53 };
         inputs.pods.host_ports = HostPort::of(&[mapping], &["10.5.1.2".parse().expect("ip")]).collect();

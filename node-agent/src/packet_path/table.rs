@@ -7,7 +7,7 @@ use weft_shared::lease::{Lease, LeaseKey};
 use weft_shared::netconf::{BackendConfig, NetworkConfig};
 
 use crate::dataplane::public_addr;
-use crate::pods::PodPorts;
+use crate::pods::PodNeeds;
 use crate::udp::{Local, Peer, PeerTable, SourcePolicy};
 
 /// What the packet path is to know; `None`: the network's backend has none. `lease` is this node's, `pods` those that
@@ -18,7 +18,7 @@ use crate::udp::{Local, Peer, PeerTable, SourcePolicy};
 pub(super) fn peer_table(
     config: &NetworkConfig,
     lease: LeaseKey,
-    pods: &PodPorts,
+    pods: &PodNeeds,
     peers: &[Lease],
 ) -> Option<PeerTable> {
     let BackendConfig::Udp(udp) = &config.backend else { return None };
@@ -59,7 +59,7 @@ mod tests {
     #[test]
     fn the_table_holds_who_is_served_at_our_own_port_and_whatever_is_ours() {
         let net = |text: &str| text.parse::<Subnet>().expect(text);
-        let mut pods = PodPorts::default();
+        let mut pods = PodNeeds::default();
         let need = BridgeNeed { subnets: vec![net("10.5.9.0/24"), net("10.5.1.0/24")], mtu: 1472, mac: None };
         pods.bridges.insert("cni0".parse().expect("name"), need);
         let peers = [

@@ -26,7 +26,7 @@ use crate::dataplane::Backend;
 use crate::firewall::{self, advice::Advice};
 use crate::kernel::{Kernel, KernelError};
 use crate::object::Key;
-use crate::pods::{DeviceFacts, PodPorts, SeenVeths};
+use crate::pods::{DeviceFacts, PodNeeds, SeenVeths};
 use crate::underlay::Underlay;
 
 pub use pass::Memory;
@@ -46,7 +46,9 @@ pub struct Inputs {
     pub peers: Vec<Lease>,
     /// The first full snapshot is in: what nobody wants may now be removed.
     pub has_snapshot: bool,
-    pub pods: PodPorts,
+    pub pods: PodNeeds,
+    /// `pods` is what the records say. Before they are read nobody knows whether there are any.
+    pub pods_recorded: bool,
     pub firewall: firewall::Settings,
 }
 

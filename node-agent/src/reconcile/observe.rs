@@ -151,9 +151,9 @@ pub fn observe(
         }
         see(object, ownership.owns_link(name, found));
         // Its mark may be what somebody took away: a name of ours for which a port is on record tells as well.
-        let on_record = is_veth(found) && desired.get(&Key::Port(name.clone())).is_some();
+        let on_record = is_veth(found) && desired.get(&Key::BridgePort(name.clone())).is_some();
         if found.is_our_veth(name) || on_record {
-            see(Object::Port { veth: name.clone(), port: found.port.clone() }, false);
+            see(Object::BridgePort { veth: name.clone(), port: found.port.clone() }, false);
         }
     }
     for (path, value) in sysctls {
@@ -179,7 +179,7 @@ pub fn observe(
         observed.obstacles.insert(Key::Link(name.clone()), Obstacle::InUse(name));
     }
     for (key, object) in desired.objects() {
-        if let Key::Link(name) | Key::Port(name) = key
+        if let Key::Link(name) | Key::BridgePort(name) = key
             && let Some(now) = ownership.renamed(dump, name, object)
         {
             observed.renamed.insert(name.clone(), now.clone());

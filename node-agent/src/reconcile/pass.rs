@@ -20,7 +20,7 @@ use crate::firewall::legacy::LegacyFilter;
 use crate::firewall::{self, Family, HostPorts, Networks, Part, PartKey, Ruleset, advice, host_ports};
 use crate::kernel::{Dump, Kernel, KernelError};
 use crate::object::{Desired, Found, Key, Object, Observed, Obstacle, Op};
-use crate::pods::{DeviceFacts, PodPorts, SeenVeth};
+use crate::pods::{DeviceFacts, PodNeeds, SeenVeth};
 use crate::underlay::Underlay;
 
 /// Looks in one pass: a recreated device takes its entries with it, and those come back in the next.
@@ -242,6 +242,9 @@ fn keep_host_ports(
     revision: u64,
     now: Instant,
 ) -> Result<Vec<Pending>, Aborted> {
+    if !inputs.pods_recorded {
+        return Ok(Vec::new());
+    }
     let mut failed = memory.deferred(now);
     let is_about = |key: &Key| matches!(key, Key::Firewall(part) if host_ports::is_about(part));
     for round in 0..ROUNDS {
@@ -346,7 +349,7 @@ fn look_at_firewall(
 
 fn ownership(node: &NodeInputs, inputs: &Inputs, memory: &Memory) -> Ownership {
     let devices = memory.known.iter().map(|(name, facts)| (name.clone(), facts.ifindex));
-    let ports = inputs.pods.ports.iter().map(|(veth, port)| (veth.clone(), port.ifindex));
+    let ports = inputs.pods.bridge_ports.iter().map(|(veth, port)| (veth.clone(), port.ifindex));
     Ownership {
         networks: node.config.networks().collect(),
         subnet_len: node.config.v4.subnet_len,
@@ -406,7 +409,7 @@ fn finish(
     desired: &Desired,
     peers: &BTreeMap<LeaseKey, PeerPlan>,
     failed: &BTreeMap<Key, KernelError>,
-    pods: &PodPorts,
+    pods: &PodNeeds,
 ) {
     report.objects = desired.objects().filter(|(key, _)| !failed.contains_key(key)).count();
     for (key, plan) in peers {

@@ -644,8 +644,8 @@ fn a_pods_limits_are_kept_and_go_with_its_veth() {
         weft_shared::protocol::BridgeOptions { name: bridge, hairpin: true, isolated: false, mtu: None };
     let limit = Some(weft_shared::protocol::Limit { rate: 1000, burst: 3000 });
     let limits = weft_shared::protocol::Bandwidth { ingress: limit, egress: limit };
-    let port = crate::pods::Port { ifindex: 0, options, mtu: 1450, limits };
-    inputs.pods.ports.insert(veth.clone(), port);
+    let port = crate::pods::BridgePortNeed { ifindex: 0, options, mtu: 1450, limits };
+    inputs.pods.bridge_ports.insert(veth.clone(), port);
     // Between the end of a pair and that of its attachment there is nothing to be limited.
     let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     assert_eq!(
@@ -693,7 +693,7 @@ fn a_pods_limits_are_kept_and_go_with_its_veth() {
 
     looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     kernel.delete_link(&veth);
-    inputs.pods.ports.clear();
+    inputs.pods.bridge_ports.clear();
     assert!(memory.known.contains_key(&ifb));
     looked(pass(&mut kernel, &mut memory, &inputs, 2, soon()));
     assert!(!kernel.dump.links.contains_key(&ifb) && kernel.shaping.is_empty());
@@ -805,6 +805,10 @@ fn host_ports_are_kept_before_the_node_is_known_and_nothing_else_is() {
         std::mem::take(&mut kernel.applied).iter().map(|op| op.key().to_string()).collect()
     };
     let (table, flows) = ("nftables table ip weft-hostports", "UDP flows to host ports");
+    // Nor while it is not known which pods there are.
+    let unread = Inputs { pods: PodNeeds::default(), ..unknown.clone() };
+    assert_eq!((look(&mut kernel, &unread, 1), applied(&mut kernel)), (vec![], vec![]));
+    unknown.pods_recorded = true;
     assert_eq!(look(&mut kernel, &unknown, 1), [""; 0]);
     assert_eq!((applied(&mut kernel), &kernel.ruleset), (vec![flows.into()], &before));
     // A DEL.

@@ -35,7 +35,7 @@ pub fn plan(desired: &Desired, observed: &Observed, may_remove: bool) -> Vec<Op>
                 }
             }
             // A port is altered, never made: the pair comes from the plugin and goes with the container.
-            None if matches!(key, Key::Port(_)) => continue,
+            None if matches!(key, Key::BridgePort(_)) => continue,
             _ => {}
         }
         ops.push(Op::Set { object: object.clone(), found: found.cloned() });

@@ -136,7 +136,7 @@ fn desired(peers: &Peers, mtu: u32, port: u16) -> Desired {
             marked: true,
             altered: false,
         };
-        desired.insert(Object::Port { veth, port });
+        desired.insert(Object::BridgePort { veth, port });
     }
     for ((n, v6), way) in peers {
         entries(*n, *v6, *way).into_iter().for_each(|object| desired.insert(object));

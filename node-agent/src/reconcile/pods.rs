@@ -14,10 +14,10 @@ use crate::object::{
     AddrForm, AddrScope, Alterations, BridgePort, Desired, Key, Link, LinkKind, LinkMac, Object, Route,
     RouteForm, Tbf,
 };
-use crate::pods::{PodPorts, Port};
+use crate::pods::{BridgePortNeed, PodNeeds};
 
 /// `node` gives a new bridge of this node its own MAC, the same at every start.
-pub(super) fn desired(pods: &PodPorts, node: Ipv4Addr, dump: &Dump) -> Desired {
+pub(super) fn desired(pods: &PodNeeds, node: Ipv4Addr, dump: &Dump) -> Desired {
     let mut desired = Desired::default();
     for (name, need) in &pods.bridges {
         let mac = need.mac.map_or(LinkMac::AtCreation(bridge_mac(node, name)), LinkMac::Exactly);
@@ -47,7 +47,7 @@ pub(super) fn desired(pods: &PodPorts, node: Ipv4Addr, dump: &Dump) -> Desired {
             desired.insert(Object::Route { dst: *subnet, route: connected });
         }
     }
-    for (veth, port) in &pods.ports {
+    for (veth, port) in &pods.bridge_ports {
         // Nothing stands on a pair that is gone: its attachment is about to be.
         if dump.links.contains_key(veth) {
             desired.extend(limits(veth, port));
@@ -61,21 +61,21 @@ pub(super) fn desired(pods: &PodPorts, node: Ipv4Addr, dump: &Dump) -> Desired {
             marked: true,
             altered: false,
         };
-        desired.insert(Object::Port { veth: veth.clone(), port });
+        desired.insert(Object::BridgePort { veth: veth.clone(), port });
     }
     desired
 }
 
 /// What goes to a pod leaves by its veth's host end; what it sends comes in there, where nothing can wait, and is
 /// led through a device of its own.
-fn limits(veth: &IfName, port: &Port) -> Desired {
+fn limits(veth: &IfName, port: &BridgePortNeed) -> Desired {
     let mut desired = Desired::default();
     if let Some(limit) = port.limits.ingress {
         desired.insert(Object::Shaper { dev: veth.clone(), tbf: Tbf::of(limit) });
     }
     if let Some((limit, ifb)) = port.limits.egress.zip(egress_ifname(veth)) {
         let altered = Alterations::default();
-        let link = Link { kind: LinkKind::Ifb, mac: LinkMac::None, mtu: port.mtu, up: true, altered };
+        let link = Link { kind: LinkKind::Ifb, mac: LinkMac::Any, mtu: port.mtu, up: true, altered };
         desired.insert(Object::Link { name: ifb.clone(), link });
         desired.insert(Object::Shaper { dev: ifb.clone(), tbf: Tbf::of(limit) });
         desired.insert(Object::Redirect { dev: veth.clone(), to: ifb });
@@ -117,7 +117,7 @@ pub(super) struct WayToLoopback {
 }
 
 pub(super) fn way_to_loopback(
-    pods: &PodPorts,
+    pods: &PodNeeds,
     kernel: &mut impl Kernel,
 ) -> Result<WayToLoopback, KernelError> {
     let mut is_on = |path: &str| {
@@ -139,7 +139,7 @@ pub(super) fn way_to_loopback(
 
 /// The way from 127.0.0.1 to pods, once they are kept from it themselves. It stays: a setting tells nobody who else
 /// lives by it.
-pub(super) fn loopback(pods: &PodPorts, way: &WayToLoopback, seen: &Ruleset) -> Desired {
+pub(super) fn loopback(pods: &PodNeeds, way: &WayToLoopback, seen: &Ruleset) -> Desired {
     let mut desired = Desired::default();
     let wanted = needs_loopback(pods) && !way.open_for_all;
     for bridge in pods.bridges.keys().filter(|bridge| wanted && host_ports::guards(seen, bridge)) {
@@ -148,6 +148,6 @@ pub(super) fn loopback(pods: &PodPorts, way: &WayToLoopback, seen: &Ruleset) -> 
     desired
 }
 
-fn needs_loopback(pods: &PodPorts) -> bool {
+fn needs_loopback(pods: &PodNeeds) -> bool {
     pods.host_ports.iter().any(HostPort::is_on_loopback)
 }

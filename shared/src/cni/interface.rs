@@ -23,7 +23,7 @@ pub struct InterfaceConf {
     pub requested: Vec<IpAddr>,
     pub mac: Option<Mac>,
     /// Ports of the host that lead here; no two of them would have the same packet.
-    pub ports: Vec<PortMapping>,
+    pub host_ports: Vec<PortMapping>,
     pub bandwidth: Bandwidth,
 }
 
@@ -49,7 +49,7 @@ impl InterfaceConf {
                 (Some(mac), _) | (None, Some(mac)) => Some(mac),
                 (None, None) => args.mac,
             },
-            ports: port_mappings::parse(&runtime)?,
+            host_ports: port_mappings::parse(&runtime)?,
             bandwidth: bandwidth::parse(&runtime)?,
         })
     }

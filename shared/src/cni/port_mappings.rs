@@ -3,36 +3,36 @@
 
 use super::{Code, Failure};
 use crate::BadValue;
+use crate::host_ports::{PortMapping, Protocol, WrongMapping};
 use crate::json::{Case, Keys};
-use crate::ports::{PortMapping, Protocol};
 
 const KEY: &str = "portMappings";
-const MAX_MAPPINGS: usize = 4096;
+const HOST_PORT: &str = "hostPort";
+const CONTAINER_PORT: &str = "containerPort";
 
 pub(super) fn parse(runtime: &Keys<'_>) -> Result<Vec<PortMapping>, Failure> {
     let expected = "a list of {\"hostPort\": …, \"containerPort\": …, \"protocol\": …, \"hostIP\": …}";
     let items = runtime.objects(KEY, Case::Ignored, expected)?;
-    if items.len() > MAX_MAPPINGS {
-        let msg =
-            format!("{} of {} ports: expected at most {MAX_MAPPINGS}", runtime.path_of(KEY), items.len());
-        return Err(Failure::new(Code::BadConfiguration, msg));
-    }
     let ports = items.iter().map(mapping).collect::<Result<Vec<_>, _>>()?;
-    match PortMapping::first_overlap(&ports) {
-        None => Ok(ports),
-        Some(at) => {
-            let expected = format!("another port: {} is in the list already", ports[at]);
-            Err(items[at].bad("hostPort", &expected).into())
+    let Err(wrong) = PortMapping::check(&ports) else { return Ok(ports) };
+    Err(match wrong {
+        WrongMapping::TooMany => {
+            let msg = format!("{} of {} ports: {wrong}", runtime.path_of(KEY), items.len());
+            Failure::new(Code::BadConfiguration, msg)
         }
-    }
+        WrongMapping::NoHostPort { at } => items[at].bad(HOST_PORT, A_PORT).into(),
+        WrongMapping::NoContainerPort { at } => items[at].bad(CONTAINER_PORT, A_PORT).into(),
+        WrongMapping::Twice { at } => {
+            let expected = format!("another port: {} is in the list already", ports[at]);
+            items[at].bad(HOST_PORT, &expected).into()
+        }
+    })
 }
 
+const A_PORT: &str = "a port from 1 to 65535";
+
 fn mapping(keys: &Keys<'_>) -> Result<PortMapping, BadValue> {
-    let port = |key: &str| {
-        let expected = "a port from 1 to 65535";
-        let port = keys.integer::<u16>(key, expected)?.filter(|port| *port != 0);
-        port.ok_or_else(|| keys.bad(key, expected))
-    };
+    let port = |key| keys.integer::<u16>(key, A_PORT)?.ok_or_else(|| keys.bad(key, A_PORT));
     let protocol = match keys.str("protocol", "tcp, udp or sctp")? {
         None | Some("") => Protocol::Tcp,
         Some(text) => text.parse().map_err(|_| keys.bad("protocol", "tcp, udp or sctp"))?,
@@ -41,12 +41,8 @@ fn mapping(keys: &Keys<'_>) -> Result<PortMapping, BadValue> {
         None | Some("") => None,
         Some(text) => Some(text.parse().map_err(|_| keys.bad("hostIP", "an address of the host"))?),
     };
-    Ok(PortMapping {
-        protocol,
-        host_ip,
-        host_port: port("hostPort")?,
-        container_port: port("containerPort")?,
-    })
+    let (host_port, container_port) = (port(HOST_PORT)?, port(CONTAINER_PORT)?);
+    Ok(PortMapping { protocol, host_ip, host_port, container_port })
 }
 
 #[cfg(test)]

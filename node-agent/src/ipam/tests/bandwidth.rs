@@ -26,9 +26,9 @@ async fn limits_are_in_place_when_the_plugin_is_told_and_outlive_the_agent() {
     node.fabric.world().limits_fail = true;
     node.attach("b").await;
     node.restart();
-    assert_eq!(node.ports.borrow().ports[&veth].limits, asked.bandwidth);
+    assert_eq!(node.needs.borrow().bridge_ports[&veth].limits, asked.bandwidth);
     node.ipam().release(&key("a")).await.expect("DEL");
-    assert!(!node.ports.borrow().ports.contains_key(&veth));
+    assert!(!node.needs.borrow().bridge_ports.contains_key(&veth));
 }
 
 #[tokio::test]

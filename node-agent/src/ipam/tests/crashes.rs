@@ -34,7 +34,7 @@ async fn a_crash_at_every_step() {
     node.restart();
     node.look().await;
     node.assert_consistent();
-    assert_eq!(node.ports.borrow().bridges[&"cni0".parse().expect("name")].mtu, 1450);
+    assert_eq!(node.needs.borrow().bridges[&"cni0".parse().expect("name")].mtu, 1450);
     node.ipam().release(&key("b")).await.expect("DEL");
 
     // After DEL: the address is not the next one again.

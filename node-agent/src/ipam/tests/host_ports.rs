@@ -17,7 +17,7 @@ fn udp(host_port: u16) -> PortMapping {
 }
 
 fn with(id: &str, ports: Vec<PortMapping>) -> Reserve {
-    Reserve { ports, ..reserve(id) }
+    Reserve { host_ports: ports, ..reserve(id) }
 }
 
 /// As the packet filter has them.
@@ -38,7 +38,7 @@ async fn a_port_leads_before_the_plugin_is_told_and_no_more_when_a_del_is_answer
         .add_with(with("a", vec![mapping(None, 8080), mapping(Some("192.0.2.1"), 8081)]))
         .await
         .expect("reserve");
-    assert_eq!(reservation.ports.len(), 2);
+    assert_eq!(reservation.host_ports.len(), 2);
     let both = ["tcp *:8080 10.5.1.2:80", "tcp 192.0.2.1:8081 10.5.1.2:80"];
     assert_eq!(led(&node), both);
     node.commit(&connection, "a").await.expect("commit");
@@ -46,7 +46,7 @@ async fn a_port_leads_before_the_plugin_is_told_and_no_more_when_a_del_is_answer
     assert_eq!(node.ipam().status().list[0].host_ports, ["8080/tcp -> 80", "192.0.2.1:8081/tcp -> 80"]);
     // The next agent knows them from the record.
     node.restart();
-    assert_eq!(node.ports.borrow().host_ports.iter().map(ToString::to_string).collect::<Vec<_>>(), both);
+    assert_eq!(node.needs.borrow().host_ports.iter().map(ToString::to_string).collect::<Vec<_>>(), both);
     node.ipam().release(&key("a")).await.expect("DEL");
     assert_eq!(led(&node), [""; 0]);
     node.assert_empty();
@@ -134,9 +134,9 @@ async fn what_no_pod_here_can_have_is_named() {
     for (ports, part) in [
         (
             vec![mapping(None, 80), mapping(Some("0.0.0.0"), 80)],
-            "port 0.0.0.0:80/tcp of the host is asked for twice",
+            "port of the host = 0.0.0.0:80/tcp to 80: expected another port",
         ),
-        (vec![mapping(None, 0)], "0/tcp to 80: expected ports from 1"),
+        (vec![mapping(None, 0)], "0/tcp to 80: expected a port from 1"),
         (vec![mapping(Some("2001:db8::1"), 80)], "hostIP of port [2001:db8::1]:80/tcp: expected an IPv4"),
         ((1..=4097).map(|port| mapping(None, port)).collect(), "4097 ports"),
     ] {
@@ -145,5 +145,9 @@ async fn what_no_pod_here_can_have_is_named() {
     }
     let (_connection, reservation) =
         node.add_with(with("a", vec![mapping(Some("::"), 80)])).await.expect("all of IPv6");
-    assert_eq!((reservation.ports.len(), led(&node).len()), (1, 0), "a pod without IPv6 has nothing there");
+    assert_eq!(
+        (reservation.host_ports.len(), led(&node).len()),
+        (1, 0),
+        "a pod without IPv6 has nothing there"
+    );
 }

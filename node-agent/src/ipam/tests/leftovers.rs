@@ -110,7 +110,7 @@ async fn pods_of_an_old_subnet_keep_their_addresses_and_gateway() {
     assert_eq!(address(&node.attach("b").await), addr("10.5.9.2"));
     let bridge: IfName = "cni0".parse().expect("name");
     for _ in 0..2 {
-        let subnets = node.ports.borrow().bridges[&bridge].subnets.clone();
+        let subnets = node.needs.borrow().bridges[&bridge].subnets.clone();
         assert_eq!(subnets, [subnet("10.5.9.0/24"), subnet("10.5.1.0/24")]);
         node.ipam().check(&key("a"), &[addr("10.5.1.2")]).expect("held");
         node.restart();
@@ -121,13 +121,13 @@ async fn pods_of_an_old_subnet_keep_their_addresses_and_gateway() {
     assert_eq!(node.ipam().status().stranded, [stranded]);
     node.ipam().release(&key("a")).await.expect("DEL");
     assert_eq!(node.ipam().status().stranded, []);
-    assert_eq!(node.ports.borrow().bridges[&bridge].subnets, [subnet("10.5.9.0/24")]);
+    assert_eq!(node.needs.borrow().bridges[&bridge].subnets, [subnet("10.5.9.0/24")]);
     // Changed without any ADD: the next round notices.
     if let Ok(network) = &mut node.fabric.world().network {
         network.subnet = subnet("10.5.3.0/24");
     }
     node.ipam().tend().await;
-    assert_eq!(node.ports.borrow().bridges[&bridge].subnets, [subnet("10.5.3.0/24"), subnet("10.5.9.0/24")]);
+    assert_eq!(node.needs.borrow().bridges[&bridge].subnets, [subnet("10.5.3.0/24"), subnet("10.5.9.0/24")]);
 }
 
 #[tokio::test]
@@ -136,8 +136,8 @@ async fn a_bridge_is_remembered_as_it_was_last() {
     node.attach("a").await;
     let bridge: IfName = "cni0".parse().expect("name");
     let remembered = |node: &Node| {
-        let ports = node.ports.borrow();
-        (ports.bridges[&bridge].mtu, ports.bridges[&bridge].mac.expect("told").to_string())
+        let needs = node.needs.borrow();
+        (needs.bridges[&bridge].mtu, needs.bridges[&bridge].mac.expect("told").to_string())
     };
     // The MAC that its pods know, whoever gave it.
     assert_eq!(remembered(&node), (1450, "02:00:00:00:00:05".into()));

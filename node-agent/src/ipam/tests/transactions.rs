@@ -26,8 +26,8 @@ async fn an_add_and_its_del() {
     let ifindex = node.commit(&connection, "a").await.expect("commit");
     assert!(!connection.is_open());
     connection.closed(true).await;
-    let ports = node.ports.borrow().clone();
-    assert_eq!(ports.ports[&host_ifname(&key("a"))].ifindex, ifindex);
+    let needs = node.needs.borrow().clone();
+    assert_eq!(needs.bridge_ports[&host_ifname(&key("a"))].ifindex, ifindex);
     node.assert_consistent();
     node.ipam().check(&key("a"), &[addr("10.5.1.2")]).expect("held");
     let wrong = node.ipam().check(&key("a"), &[addr("10.5.1.3")]).expect_err("not held");
@@ -38,7 +38,7 @@ async fn an_add_and_its_del() {
     }
     assert!(node.ipam().check(&key("a"), &[]).expect_err("gone").is(Code::NotAsAdded));
     // The bridge stays wanted with the gateway that new pods get.
-    assert_eq!(node.ports.borrow().bridges[&"cni0".parse().expect("name")].subnets, [subnet("10.5.1.0/24")]);
+    assert_eq!(node.needs.borrow().bridges[&"cni0".parse().expect("name")].subnets, [subnet("10.5.1.0/24")]);
     let counters = node.ipam().status().counters;
     assert_eq!((counters.adds, counters.dels, counters.rolled_back), (1, 3, 0));
 }
@@ -165,7 +165,7 @@ async fn a_bridge_that_cannot_be_made_leaves_nothing() {
     let failure = node.add("a").await.expect_err("no bridge");
     assert!(failure.is(Code::BadConfiguration), "{failure:?}");
     node.assert_empty();
-    assert!(node.ports.borrow().bridges.is_empty(), "nor is it wanted");
+    assert!(node.needs.borrow().bridges.is_empty(), "nor is it wanted");
 }
 
 #[tokio::test]

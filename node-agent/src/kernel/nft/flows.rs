@@ -4,11 +4,13 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use nix::libc::{EINVAL, ENOENT, EOPNOTSUPP};
+use weft_shared::protocol::Protocol;
 
 use super::socket::{CHANGE, NftSocket};
 use super::wire::{Message, NESTED, Parsed, Received};
 use crate::firewall::Family;
 use crate::firewall::host_ports::Flow;
+use crate::firewall::rule::Side;
 use crate::kernel::{Errno, KernelError};
 
 /// `NFNL_SUBSYS_CTNETLINK`, `IPCTNL_MSG_CT_GET`, `IPCTNL_MSG_CT_DELETE`.
@@ -27,7 +29,6 @@ const PROTOCOL: u16 = 1;
 const SOURCE_PORT: u16 = 2;
 const DESTINATION_PORT: u16 = 3;
 
-const UDP: u8 = 17;
 /// A table that changes all the time is listed anew so often; what such a list lacks has just begun.
 const TRIES: u32 = 3;
 
@@ -77,16 +78,10 @@ fn listed(message: &Received<'_>, family: Family) -> Option<ListedFlow> {
     Some(ListedFlow { flow, family, key })
 }
 
-#[derive(Clone, Copy)]
-enum Side {
-    Source,
-    Destination,
-}
-
 /// One end of a UDP flow's direction; `None` for another protocol.
 fn end(tuple: Parsed<'_>, side: Side) -> Option<SocketAddr> {
     let (protocol, addresses) = (tuple.nested(TUPLE_PROTOCOL)?, tuple.nested(TUPLE_ADDRESSES)?);
-    if protocol.get(PROTOCOL)? != [UDP] {
+    if protocol.get(PROTOCOL)? != [Protocol::Udp.number()] {
         return None;
     }
     // `CTA_IP_V4_SRC` to `CTA_IP_V6_DST`.

@@ -1,11 +1,10 @@
-//! Netlink messages of nf_tables, byte by byte (linux/netlink.h, linux/netfilter/nfnetlink.h): numbers are big-endian,
-//! attributes nest.
+//! Netlink messages of nf_tables and conntrack, byte by byte (linux/netlink.h, linux/netfilter/nfnetlink.h).
+
+pub(super) use crate::kernel::attributes::{Attributes, NESTED, Parsed};
 
 pub(super) const HEADER: usize = 16;
 /// `struct nfgenmsg`.
 const GENERIC: usize = 4;
-pub(super) const NESTED: u16 = 0x8000;
-const TYPE_MASK: u16 = 0x3fff;
 
 /// A message under construction.
 #[derive(Debug)]
@@ -32,58 +31,29 @@ impl Message {
         self.bytes
     }
 
-    pub(super) fn attribute(mut self, kind: u16, value: &[u8]) -> Self {
-        attribute(&mut self.bytes, kind, value);
-        self
+    fn with(self, attributes: impl FnOnce(Attributes) -> Attributes) -> Self {
+        Self { bytes: attributes(Attributes(self.bytes)).0 }
+    }
+
+    pub(super) fn attribute(self, kind: u16, value: &[u8]) -> Self {
+        self.with(|attributes| attributes.attribute(kind, value))
     }
 
     pub(super) fn text(self, kind: u16, text: &str) -> Self {
-        let terminated = [text.as_bytes(), &[0]].concat();
-        self.attribute(kind, &terminated)
+        self.with(|attributes| attributes.text(kind, text))
     }
 
     pub(super) fn number(self, kind: u16, number: u32) -> Self {
-        self.attribute(kind, &number.to_be_bytes())
+        self.with(|attributes| attributes.number(kind, number))
     }
 
     pub(super) fn long(self, kind: u16, number: u64) -> Self {
-        self.attribute(kind, &number.to_be_bytes())
+        self.with(|attributes| attributes.long(kind, number))
     }
 
     pub(super) fn nested(self, kind: u16, attributes: &Attributes) -> Self {
-        self.attribute(kind | NESTED, &attributes.0)
+        self.with(|all| all.nested(kind, attributes))
     }
-}
-
-/// Attributes to be nested.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Attributes(Vec<u8>);
-
-impl Attributes {
-    pub(super) fn attribute(mut self, kind: u16, value: &[u8]) -> Self {
-        attribute(&mut self.0, kind, value);
-        self
-    }
-
-    pub(super) fn text(self, kind: u16, text: &str) -> Self {
-        let terminated = [text.as_bytes(), &[0]].concat();
-        self.attribute(kind, &terminated)
-    }
-
-    pub(super) fn number(self, kind: u16, number: u32) -> Self {
-        self.attribute(kind, &number.to_be_bytes())
-    }
-
-    pub(super) fn nested(self, kind: u16, attributes: &Attributes) -> Self {
-        self.attribute(kind | NESTED, &attributes.0)
-    }
-}
-
-fn attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    bytes.extend(((4 + value.len()) as u16).to_ne_bytes());
-    bytes.extend(kind.to_ne_bytes());
-    bytes.extend(value);
-    bytes.resize(bytes.len().next_multiple_of(4), 0);
 }
 
 /// One message of a datagram.
@@ -122,44 +92,6 @@ pub(super) fn messages(datagram: &[u8]) -> impl Iterator<Item = Received<'_>> {
     })
 }
 
-/// Attributes as they came.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Parsed<'a>(pub(super) &'a [u8]);
-
-impl<'a> Parsed<'a> {
-    pub(super) fn iter(self) -> impl Iterator<Item = (u16, &'a [u8])> {
-        let mut rest = self.0;
-        std::iter::from_fn(move || {
-            let length = usize::from(u16::from_ne_bytes(rest.get(..2)?.try_into().ok()?));
-            let kind = u16::from_ne_bytes(rest.get(2..4)?.try_into().ok()?) & TYPE_MASK;
-            let value = rest.get(4..length)?;
-            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-            Some((kind, value))
-        })
-    }
-
-    pub(super) fn get(self, kind: u16) -> Option<&'a [u8]> {
-        self.iter().find(|(k, _)| *k == kind).map(|(_, value)| value)
-    }
-
-    pub(super) fn text(self, kind: u16) -> Option<&'a str> {
-        let value = self.get(kind)?;
-        std::str::from_utf8(value.strip_suffix(&[0]).unwrap_or(value)).ok()
-    }
-
-    pub(super) fn number(self, kind: u16) -> Option<u32> {
-        Some(u32::from_be_bytes(self.get(kind)?.try_into().ok()?))
-    }
-
-    pub(super) fn long(self, kind: u16) -> Option<u64> {
-        Some(u64::from_be_bytes(self.get(kind)?.try_into().ok()?))
-    }
-
-    pub(super) fn nested(self, kind: u16) -> Option<Parsed<'a>> {
-        self.get(kind).map(Parsed)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,11 +106,9 @@ mod tests {
         assert_eq!((all[0].kind, all[0].flags, all[0].sequence, all[0].family()), (0x0a06, 5, 42, 2));
         let attributes = all[0].attributes();
         assert_eq!((attributes.text(1), attributes.long(3)), (Some("filter"), Some(9)));
-        let nested = attributes.nested(4).expect("nested");
-        assert_eq!((nested.text(1), nested.number(2), nested.number(3)), (Some("ab"), Some(7), None));
+        assert_eq!(attributes.nested(4).and_then(|nested| nested.number(2)), Some(7));
         for cut in 0..bytes.len() {
             assert_eq!(messages(&bytes[..cut]).count(), 0, "{cut}");
-            let _ = Parsed(&bytes[HEADER + 4..].to_vec()[..cut.saturating_sub(HEADER + 4)]).iter().count();
         }
     }
 }

@@ -18,10 +18,10 @@ pub(super) struct PortTaken {
 impl Table {
     /// Refuses what asks for another attachment's port.
     pub(super) fn free_of_others(&self, request: &Reserve) -> Result<(), PortTaken> {
-        for asked in &request.ports {
+        for asked in &request.host_ports {
             let holder = self.holders(request, asked).next();
             if let Some((key, entry)) = holder
-                && let Some(held) = entry.record.ports.iter().find(|held| held.overlaps(asked))
+                && let Some(held) = entry.record.host_ports.iter().find(|held| held.overlaps(asked))
             {
                 return Err(PortTaken {
                     asked: *asked,
@@ -36,7 +36,7 @@ impl Table {
 
     /// Committed attachments that have such a port, each with the index of its veth: they may be dead.
     pub(super) fn committed_holders(&self, request: &Reserve) -> Vec<(Attachment, u32)> {
-        let holders = request.ports.iter().flat_map(|asked| self.holders(request, asked));
+        let holders = request.host_ports.iter().flat_map(|asked| self.holders(request, asked));
         let wired =
             |(key, entry): (&Attachment, &Entry)| Some((key.clone(), entry.record.committed?.host_ifindex));
         holders.filter_map(wired).collect()
@@ -50,7 +50,7 @@ impl Table {
         self.entries().filter(move |(key, entry)| {
             **key != request.attachment
                 && !matches!(entry.phase, Phase::Aborted { .. })
-                && entry.record.ports.iter().any(|held| held.overlaps(asked))
+                && entry.record.host_ports.iter().any(|held| held.overlaps(asked))
         })
     }
 }

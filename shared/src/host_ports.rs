@@ -54,10 +54,39 @@ impl PortMapping {
         self.host_ip.is_none_or(|ip| ip.is_ipv4() == ipv4)
     }
 
-    /// The place of the first of them that another before it overlaps.
-    pub fn first_overlap(ports: &[Self]) -> Option<usize> {
-        (0..ports.len()).find(|at| ports[..*at].iter().any(|earlier| earlier.overlaps(&ports[*at])))
+    /// What all mappings of a pod have to be: what is wrong with the first that is not.
+    pub fn check(all: &[Self]) -> Result<(), WrongMapping> {
+        if all.len() > MAX_MAPPINGS {
+            return Err(WrongMapping::TooMany);
+        }
+        for (at, mapping) in all.iter().enumerate() {
+            if mapping.host_port == 0 {
+                return Err(WrongMapping::NoHostPort { at });
+            }
+            if mapping.container_port == 0 {
+                return Err(WrongMapping::NoContainerPort { at });
+            }
+            if all[..at].iter().any(|earlier| earlier.overlaps(mapping)) {
+                return Err(WrongMapping::Twice { at });
+            }
+        }
+        Ok(())
     }
+}
+
+const MAX_MAPPINGS: usize = 4096;
+
+/// `at` is the place in the list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum WrongMapping {
+    #[error("expected at most {MAX_MAPPINGS}")]
+    TooMany,
+    #[error("expected a port from 1 to 65535")]
+    NoHostPort { at: usize },
+    #[error("expected a port from 1 to 65535")]
+    NoContainerPort { at: usize },
+    #[error("expected another port: it is in the list already")]
+    Twice { at: usize },
 }
 
 impl fmt::Display for Protocol {
@@ -120,8 +149,17 @@ mod tests {
             assert_eq!((a.overlaps(&b), b.overlaps(&a)), (overlap, overlap), "{a} and {b}");
         }
         let all = [mapping("tcp", "", 80), mapping("udp", "", 80), mapping("tcp", "192.0.2.1", 80)];
-        assert_eq!(PortMapping::first_overlap(&all), Some(2));
-        assert_eq!(PortMapping::first_overlap(&all[..2]), None);
+        assert_eq!(PortMapping::check(&all), Err(WrongMapping::Twice { at: 2 }));
+        assert_eq!(PortMapping::check(&all[..2]), Ok(()));
+        assert_eq!(
+            PortMapping::check(&[all[0], mapping("udp", "", 0)]),
+            Err(WrongMapping::NoHostPort { at: 1 })
+        );
+        let none = PortMapping { container_port: 0, ..all[0] };
+        assert_eq!(PortMapping::check(&[none]), Err(WrongMapping::NoContainerPort { at: 0 }));
+        let many = |count: u16| (1..=count).map(|port| mapping("tcp", "", port)).collect::<Vec<_>>();
+        assert_eq!(PortMapping::check(&many(4096)), Ok(()));
+        assert_eq!(PortMapping::check(&many(4097)), Err(WrongMapping::TooMany));
     }
 
     #[test]

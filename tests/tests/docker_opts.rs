@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::bed::Bed;
+use e2e::cgroups::Cgroups;
 use e2e::cluster::{Backend, Spec, scenario};
 use e2e::dist::{CHECKOUT, Dist};
 use e2e::etcd::Etcd;
@@ -127,29 +128,6 @@ fn a_subnet_that_is_routed_elsewhere_and_a_missing_lease_are_errors() -> Result<
     })
 }
 
-/// Of containers that are killed with their host the cgroups stay, in the hierarchies of the machine that tests run on.
-struct Cgroups;
-
-impl Drop for Cgroups {
-    fn drop(&mut self) {
-        // One that lives cannot be removed.
-        let _ = Command::new("find")
-            .args([
-                "/sys/fs/cgroup",
-                "-depth",
-                "-type",
-                "d",
-                "-path",
-                "*/docker*",
-                "-exec",
-                "rmdir",
-                "{}",
-                ";",
-            ])
-            .output();
-    }
-}
-
 /// Debian's docker.io and what it depends on, as scripts/test has fetched them: on the test machine itself they are not
 /// installed, for there dockerd might start.
 fn docker_packages() -> Result<Vec<std::path::PathBuf>> {
@@ -193,7 +171,7 @@ fn docker_host(bed: &Bed, underlay: &Underlay, number: u8, etcd: &Etcd) -> Resul
 #[test]
 fn containers_of_debians_docker_exchange_http_between_two_hosts() -> Result<()> {
     const DOCKER: &str = "/usr/bin/docker -H unix:///run/docker.sock";
-    let _cgroups = Cgroups;
+    let _cgroups = Cgroups::of(["docker*"]);
     let bed = Bed::for_test()?;
     root_fs(&bed.dir("image")?)?;
     let underlay = Underlay::create(&bed)?;

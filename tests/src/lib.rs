@@ -36,6 +36,7 @@ pub mod node;
 pub mod packet;
 pub mod plugin;
 pub mod pod;
+pub mod podman;
 pub mod random;
 pub mod relay;
 pub mod report;

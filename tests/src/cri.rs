@@ -28,6 +28,7 @@ use crate::wait::{SECOND, eventually, until_ok};
 
 /// As long as a kubelet waits for a sandbox.
 const PATIENCE: Duration = Duration::from_secs(240);
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 const EXEC_SECONDS: i64 = 30;
 
 #[derive(Debug)]
@@ -43,8 +44,6 @@ pub struct PodSpec {
     pub name: String,
     /// Ports of the host, and where in the pod they lead.
     pub host_ports: Vec<(u16, u16)>,
-    /// The client gives up after it, and so does the runtime.
-    pub patience: Duration,
 }
 
 /// A pod as the runtime knows it.
@@ -56,7 +55,7 @@ pub struct Sandbox {
 
 impl PodSpec {
     pub fn named(name: &str) -> Self {
-        Self { name: name.to_owned(), host_ports: Vec::new(), patience: PATIENCE }
+        Self { name: name.to_owned(), host_ports: Vec::new() }
     }
 
     pub fn host_port(mut self, host: u16, pod: u16) -> Self {
@@ -135,14 +134,34 @@ impl Cri {
     /// RunPodSandbox.
     pub fn run_pod(&self, spec: &PodSpec) -> Result<Sandbox> {
         let config = spec.config();
-        let asked = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: String::new() };
-        let mut request = Request::new(asked);
-        request.set_timeout(spec.patience);
+        let request = run_request(&config);
         let id = self
             .call("RunPodSandbox", async |mut client| client.run_pod_sandbox(request).await)?
             .pod_sandbox_id;
         self.leaves_cgroup(&id);
         Ok(Sandbox { id, config })
+    }
+
+    /// RunPodSandbox that is called off once `seen` holds, before its answer: as by a kubelet that has run out of patience.
+    pub fn run_pod_until(&self, spec: &PodSpec, mut seen: impl FnMut() -> Result<bool>) -> Result<()> {
+        let request = run_request(&spec.config());
+        let mut client = self.client.clone();
+        let what = format!("{} to be called off", spec.name);
+        self.runtime.block_on(async {
+            let asked = client.run_pod_sandbox(request);
+            let looks = async {
+                while !seen()? {
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                }
+                Ok(())
+            };
+            tokio::select! {
+                answer = asked => bail!("{what}: it has ended already: {answer:?}"),
+                looked = tokio::time::timeout(PATIENCE, looks) => looked.context(what)?,
+            }
+        })?;
+        // What is dropped above is told to the server by whatever drives the connection next.
+        self.call("Version", async |mut client| client.version(VersionRequest::default()).await).map(drop)
     }
 
     /// The pod's address, as a kubelet learns it.
@@ -204,6 +223,13 @@ impl Cri {
     fn leaves_cgroup(&self, id: &str) {
         self.cgroups.add(format!("k8s.io/{id}"));
     }
+}
+
+fn run_request(config: &PodSandboxConfig) -> Request<RunPodSandboxRequest> {
+    let asked = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: String::new() };
+    let mut request = Request::new(asked);
+    request.set_timeout(PATIENCE);
+    request
 }
 
 async fn channel(socket: PathBuf) -> Result<Channel> {

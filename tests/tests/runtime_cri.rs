@@ -4,10 +4,18 @@
 use std::net::Ipv4Addr;
 use std::process::Command;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use e2e::cri::{Cri, PodSpec, Sandbox};
-use e2e::fleet::{fleet, fleet_prepared};
+use e2e::fleet::{Host, fleet, fleet_prepared};
 use e2e::wait::{SECOND, eventually, until_ok};
+
+const LIST: &str = "/etc/cni/net.d/10-weft.conflist";
+
+/// Another list, whole at once.
+fn put_list(host: &Host, text: &str) -> Result<()> {
+    host.machine.put(&format!("{LIST}.new"), text.as_bytes())?;
+    host.machine.sh(&format!("mv {LIST}.new {LIST}")).map(drop)
+}
 
 /// A pod that says its name by HTTP.
 fn server(cri: &Cri, spec: &PodSpec) -> Result<(Sandbox, String, Ipv4Addr)> {
@@ -124,13 +132,13 @@ fn an_add_that_containerd_kills_leaves_nothing() -> Result<()> {
         let cri = host.containerd()?;
         cri.wait_network_ready()?;
         host.machine.sh("kill -STOP $(cat /run/systemctl/weftd)")?;
-        let hasty = PodSpec { patience: SECOND * 2, ..PodSpec::named("hasty") };
-        let error = format!("{:#}", cri.run_pod(&hasty).expect_err("the agent hangs"));
-        eventually("the ADD and its DEL", SECOND * 30, || {
-            let calls = host.calls()?;
-            Ok(calls.iter().map(|call| call.verb.as_str()).eq(["ADD", "DEL"]))
-        })
-        .with_context(|| error.clone())?;
+        let verbs =
+            || -> Result<Vec<String>> { Ok(host.calls()?.into_iter().map(|call| call.verb).collect()) };
+        cri.run_pod_until(&PodSpec::named("hasty"), || Ok(verbs().unwrap_or_default() == ["ADD"]))?;
+        eventually("the DEL", SECOND * 60, || Ok(verbs()? == ["ADD", "DEL"]))?;
+        eventually("containerd to tell why", SECOND * 60, || {
+            Ok(host.machine.read("/var/log/containerd.log")?.contains("signal: killed"))
+        })?;
         // Killed by now: no plugin of that ADD is left to wire.
         eventually("no plugin to run", SECOND * 30, || {
             Ok(host
@@ -163,16 +171,15 @@ fn a_running_containerd_loads_the_installed_list() -> Result<()> {
         let pod = cri.run_pod(&PodSpec::named("loaded"))?;
 
         // Without a list there is no way to delete a pod either: weftd never takes it away.
-        let list = "/etc/cni/net.d/10-weft.conflist";
         host.machine.sh("systemctl stop weftd")?;
-        ensure!(host.machine.exists(list) && cri.network_ready()?.0);
-        host.machine.sh(&format!("mv {list} /root/list"))?;
+        ensure!(host.machine.exists(LIST) && cri.network_ready()?.0);
+        host.machine.sh(&format!("mv {LIST} /root/list"))?;
         eventually("containerd to notice", SECOND * 20, || Ok(!cri.network_ready()?.0))?;
         let error = format!("{:#}", cri.stop_pod(&pod).expect_err("no list"));
         ensure!(error.contains("cni plugin not initialized"), "{error}");
         // As install does it, from a copy.
         host.machine.sh(&format!(
-            "cp /root/list {list}.weft-new; mv {list}.weft-new {list}; systemctl start weftd"
+            "cp /root/list {LIST}.weft-new; mv {LIST}.weft-new {LIST}; systemctl start weftd"
         ))?;
         cri.wait_network_ready()?;
         cri.stop_pod(&pod)?;
@@ -188,15 +195,14 @@ fn a_list_newer_than_the_runtime_fails_in_words_and_the_installed_one_works() ->
         let host = &fleet.hosts[0];
         let cri = host.containerd()?;
         cri.wait_network_ready()?;
-        let list = "/etc/cni/net.d/10-weft.conflist";
-        let installed = host.machine.read(list)?;
+        let installed = host.machine.read(LIST)?;
         let newer = installed.replace("\"1.0.0\"", "\"1.1.0\"");
         ensure!(newer != installed, "{installed}");
-        host.machine.put(list, newer.as_bytes())?;
+        put_list(host, &newer)?;
         let error = until_refused(&cri)?;
         ensure!(error.contains("unsupported CNI result version \"1.1.0\""), "{error}");
         host.wait_without_pods()?;
-        host.machine.put(list, installed.as_bytes())?;
+        put_list(host, &installed)?;
         let pod =
             until_ok("a pod by the installed list", SECOND * 20, || cri.run_pod(&PodSpec::named("old")))?;
         cri.stop_pod(&pod)?;

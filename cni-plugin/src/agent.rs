@@ -23,6 +23,9 @@ pub(crate) enum AgentError {
     Absent(Errno),
     #[error("{0}")]
     Untrusted(String),
+    /// No agent for this caller, now or later; what was found instead.
+    #[error("{0}")]
+    Rootless(String),
     #[error(transparent)]
     Frame(#[from] FrameError),
     #[error("an answer to another question")]
@@ -38,6 +41,11 @@ impl AgentError {
         match &self {
             Self::Absent(e) => Failure::new(down, format!("weftd does not answer on {path}: {}", e.desc()))
                 .with_details("is weftd running? see: systemctl status weftd"),
+            Self::Rootless(found) => {
+                let code = if down == Code::NotAvailable { down } else { Code::Rootless };
+                let msg = "weft serves runtimes of the host's root: this one runs rootless, expected one that root has started";
+                Failure::new(code, msg).with_details(format!("weftd on {path}: {found}"))
+            }
             Self::Frame(FrameError::Closed) => Failure::new(down, format!("weftd on {path}: {self}"))
                 .with_details("it may be restarting; see: journalctl -u weftd"),
             Self::Frame(FrameError::Io(e)) if e.kind() == io::ErrorKind::TimedOut => {
@@ -71,7 +79,7 @@ impl Agent {
             let passing =
                 matches!(error, AgentError::Absent(Errno::ENOENT | Errno::ECONNREFUSED | Errno::EAGAIN));
             if !passing || Instant::now() >= give_up {
-                return Err(error);
+                return Err(if is_rootless(path) { AgentError::Rootless(error.to_string()) } else { error });
             }
             #[expect(
                 clippy::disallowed_methods,
@@ -147,6 +155,15 @@ fn trusted_dir(socket: &Path) -> Result<(), AgentError> {
         "directory {} is {found}: expected a directory of root that others cannot write",
         dir.display()
     )))
+}
+
+/// Whether this process is not the host's root, nor that of a namespace with a file system of its own: in a user namespace
+/// of somebody's without rights (user_namespaces(7)) `/` belongs to nobody, and an agent of root's is out of reach. One that
+/// runs in there too has a directory that belongs to the namespace's root.
+fn is_rootless(socket: &Path) -> bool {
+    let of_root = |path: &Path| fs::symlink_metadata(path).is_ok_and(|meta| meta.uid() == 0);
+    let dir = socket.parent().unwrap_or(Path::new("/"));
+    !nix::unistd::geteuid().is_root() || !of_root(Path::new("/")) && !of_root(dir)
 }
 
 /// Makes the directory of the socket as the agent would, for a DEL that comes before the agent's first start.

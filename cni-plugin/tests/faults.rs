@@ -5,6 +5,7 @@ mod support;
 use std::fs::{self, OpenOptions, Permissions};
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -289,6 +290,43 @@ fn a_listener_of_another_user_is_not_trusted() {
     assert!(text.contains("uid 65534"), "{text}");
     let _ = listener.kill();
     let _ = listener.wait();
+}
+
+/// As podman calls it for a user: root of a namespace of its own, in which root's directory is nobody's or is not there.
+#[test]
+fn a_rootless_runtime_is_refused_in_one_sentence() {
+    const SCRIPT: &str =
+        "mount -t tmpfs none /run && ip netns add pod && \"$0\"; code=$?; ls -A /run >&2; exit $code";
+    let node = Node::new();
+    let agent = node.agent();
+    let dir = tempfile::TempDir::new().expect("temporary directory");
+    fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).expect("chmod");
+    let program = dir.path().join("weft");
+    fs::copy(env!("CARGO_BIN_EXE_weft"), &program).expect("copy");
+    let call = |verb: &str, conf: &Value| {
+        let mut command = std::process::Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "unshare"]);
+        command.args(["--user", "--map-root-user", "--net", "--mount", "sh", "-c", SCRIPT]).arg(&program);
+        command.env("CNI_COMMAND", verb).env("CNI_CONTAINERID", "c1").env("CNI_IFNAME", "eth0");
+        command.env("CNI_NETNS", "/run/netns/pod").env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut output =
+            support::Call { command, stdin: conf.to_string() }.spawn().wait_with_output().expect("end");
+        let left = String::from_utf8(std::mem::take(&mut output.stderr)).expect("text");
+        assert_eq!(left, "netns\n", "in the user's /run after {verb}");
+        support::Outcome::of(output)
+    };
+    let absent = json!({"cniVersion": "1.1.0", "name": "mesh"});
+    for (conf, found) in [(node.conf("1.1.0", json!({})), "owned by uid 65534"), (absent, "No such file")] {
+        for (verb, code) in [("ADD", 109), ("STATUS", 50)] {
+            let text = call(verb, &conf).refused(code);
+            let sentence = "weft serves runtimes of the host's root: this one runs rootless, expected one that root has started ";
+            assert!(text.starts_with(sentence) && text.contains(found), "{text}");
+        }
+        assert_eq!(call("DEL", &conf).ok(), Value::Null);
+    }
+    assert!(agent.books().requests.is_empty());
+    assert!(node.tombstones().is_empty());
 }
 
 #[test]

@@ -1,39 +1,53 @@
 //! runc makes cgroups in the hierarchies of the machine that tests run on; of containers that are killed with their host
 //! they stay.
 
-use std::path::PathBuf;
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
-const ROOT: &str = "/sys/fs/cgroup";
+use anyhow::Result;
 
-/// Cgroups of a test's own, in every hierarchy, by where they lie in it: gone when the test ends.
-#[derive(Debug)]
-pub struct Cgroups(Vec<String>);
+use crate::wait::{SECOND, eventually};
+
+/// Removes what is left of containers' cgroups when it goes: after the machine, whose end they outlive by a moment.
+#[derive(Debug, Default)]
+pub struct Cgroups(Mutex<Vec<String>>);
 
 impl Cgroups {
-    /// Such as `default/name`, with what lies below each.
-    pub fn own(paths: impl IntoIterator<Item = String>) -> Self {
-        Self(paths.into_iter().collect())
+    /// By the ends of their paths, which may be patterns of find(1); with what lies below.
+    pub fn of(ends: impl IntoIterator<Item: Into<String>>) -> Self {
+        Self(Mutex::new(ends.into_iter().map(Into::into).collect()))
     }
 
-    /// What is there of them now, deepest first.
-    pub fn left(&self) -> Vec<PathBuf> {
-        let mut find = Command::new("find");
-        find.args([ROOT, "-depth", "-type", "d", "("]);
-        for (n, path) in self.0.iter().enumerate() {
-            find.args(if n == 0 { &[][..] } else { &["-o"] });
-            find.args(["-path", &format!("{ROOT}/*/{path}"), "-o", "-path", &format!("{ROOT}/*/{path}/*")]);
+    pub fn add(&self, end: String) {
+        self.ends().push(end);
+    }
+
+    fn ends(&self) -> std::sync::MutexGuard<'_, Vec<String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Removes what can be removed. Whether nothing is left.
+    fn remove(&self) -> Result<bool> {
+        let ends = self.ends();
+        if ends.is_empty() {
+            return Ok(true);
         }
-        let found = find.arg(")").output().map(|output| output.stdout).unwrap_or_default();
-        String::from_utf8_lossy(&found).lines().map(PathBuf::from).collect()
+        let mut command = Command::new("find");
+        command.args(["/sys/fs/cgroup", "-depth", "-type", "d", "("]);
+        for (nth, end) in ends.iter().enumerate() {
+            command.args((nth > 0).then_some("-o"));
+            command.args(["-path", &format!("*/{end}"), "-o", "-path", &format!("*/{end}/*")]);
+        }
+        // What lives cannot be removed, and is told.
+        let output = command.args([")", "!", "-exec", "rmdir", "{}", ";", "-print"]).output()?;
+        Ok(output.stdout.is_empty())
     }
 }
 
 impl Drop for Cgroups {
     fn drop(&mut self) {
-        for path in self.left() {
-            // One that lives cannot be removed.
-            let _ = std::fs::remove_dir(path);
+        if let Err(error) = eventually("cgroups of containers to go", SECOND * 10, || self.remove()) {
+            eprintln!("{error:#}");
         }
     }
 }

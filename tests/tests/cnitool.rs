@@ -106,12 +106,16 @@ fn add_check_status_gc_del() -> Result<()> {
         tool.run("check", &pod)?;
         assert_eq!(node.status()?.pods.attachments, 1);
 
-        // Without arguments libcni itself deletes what its cache holds; a second DEL finds nothing, and succeeds.
+        // Without arguments libcni itself deletes what its cache holds, and names nobody as valid: a pod that another runtime
+        // wired is none of its. A second DEL finds nothing, and succeeds.
+        let of_another = node.pod("of-another-runtime")?;
         tool.run("gc", &pod)?;
         tool.run("del", &pod)?;
         tool.run("del", &pod)?;
         assert_eq!(query(&pod, "ip -json link show")?.len(), 1, "eth0 is left");
-        assert_eq!(node.status()?.pods.attachments, 0);
+        assert_eq!(node.status()?.pods.attachments, 1);
+        ping(&of_another.netns, far.address, 5, std::time::Duration::from_secs(1))?;
+        tool.run("status", &pod)?;
         Ok(())
     })
 }

@@ -173,7 +173,7 @@ fn containers_of_debians_docker_exchange_http_between_two_hosts() -> Result<()> 
     const DOCKER: &str = "/usr/bin/docker -H unix:///run/docker.sock";
     // A parent of the test's own: Docker's usual one may be another Docker's too.
     let parent = format!("weft-e2e-docker-{}", std::process::id());
-    let _cgroups = Cgroups::own([parent.clone()]);
+    let _cgroups = Cgroups::of([parent.clone()]);
     let bed = Bed::for_test()?;
     root_fs(&bed.dir("image")?)?;
     let underlay = Underlay::create(&bed)?;

@@ -280,6 +280,40 @@ fn another_network_is_left_alone_unless_asked_and_put_back_afterwards() -> Resul
 }
 
 #[test]
+fn loopback_is_linked_where_none_is_and_only_that_link_goes() -> Result<()> {
+    const LOOPBACK: &str = "/usr/lib/cni/loopback";
+    with_host(|host, dir| {
+        let (install, remove) = (format!("{dir}/install"), format!("{dir}/install --remove"));
+        let linked = format!("linked     {LOOPBACK} to weft");
+        host.sh(&format!("ln -sf /nowhere/loopback {LOOPBACK}"))?;
+        let text = host.sh(&install)?;
+        ensure!(text.contains(&format!("WARNING    {LOOPBACK} leads nowhere")), "{text}");
+        ensure!(host.sh(&format!("readlink {LOOPBACK}"))? == "/nowhere/loopback\n");
+        let text = host.sh(&format!("rm {LOOPBACK}; {install}"))?;
+        ensure!(text.contains(&linked), "{text}");
+        for name in ["weft", "loopback"] {
+            let text = host.sh(&format!("CNI_COMMAND=VERSION /usr/lib/cni/{name}"))?;
+            ensure!(text.contains("\"0.3.1\""), "{name}: {text}");
+        }
+        let installed = files(host)?;
+        let text = host.sh(&install)?;
+        ensure!(text.contains("Nothing to do.") && files(host)?[LOOPBACK] == installed[LOOPBACK], "{text}");
+
+        // Another package has put its own in place of the link: it stays.
+        let text = host.sh(&format!("rm {LOOPBACK}; echo later >{LOOPBACK}; {install}; {remove}"))?;
+        ensure!(host.read(LOOPBACK)? == "later\n" && !host.exists("/usr/lib/cni/weft"), "{text}");
+        let text = host.sh(&format!("rm {LOOPBACK}; {install}; {remove} --purge"))?;
+        ensure!(text.contains(&linked) && !host.exists(LOOPBACK), "{text}");
+
+        let text = host.sh("dpkg -i weft.deb 2>&1")?;
+        ensure!(text.contains(&linked), "{text}");
+        let text = host.sh("dpkg -r weft 2>&1")?;
+        ensure!(!host.exists(LOOPBACK), "{text}");
+        Ok(())
+    })
+}
+
+#[test]
 fn the_runtimes_folders_are_found() -> Result<()> {
     with_host(|host, dir| {
         // A stock containerd: what it does not set, it knows by itself.

@@ -8,15 +8,13 @@ use anyhow::{Context as _, Result, bail, ensure};
 use e2e::bed::Bed;
 use e2e::cgroups::Cgroups;
 use e2e::dist::{CHECKOUT, Dist};
-use e2e::image::oci_image;
+use e2e::image::{BUSYBOX, oci_image};
 use e2e::machine::Machine;
 use e2e::report;
 use e2e::underlay::{NodeNumber, Underlay};
 use e2e::wait::{SECOND, eventually};
 use serde_json::Value;
 
-/// As the page names it.
-const IMAGE: &str = "docker.io/library/busybox:latest";
 /// The containers that it starts.
 const CONTAINERS: [&str; 2] = ["here", "there"];
 
@@ -129,10 +127,10 @@ fn the_install_page_works_as_written() -> Result<()> {
     let page = fs::read_to_string(Path::new(CHECKOUT).join("docs/install.md"))?;
     let blocks = blocks(&page)?;
     ensure!(blocks.iter().filter(|block| !block.hosts.is_empty()).count() >= 12, "{blocks:?}");
-    let _cgroups = Cgroups::own(CONTAINERS.map(|name| format!("default/{name}")));
+    let _cgroups = Cgroups::of(CONTAINERS.map(|name| format!("default/{name}")));
     let bed = Bed::for_test()?;
     let dist = Dist::native()?;
-    oci_image(&bed.dir("image")?, IMAGE)?;
+    oci_image(&bed.dir("image")?, &[BUSYBOX])?;
     let underlay = Underlay::create(&bed)?;
     let mut page = Page { hosts: Vec::new(), address: None };
     for number in 1..=3 {

@@ -11,6 +11,7 @@ use weft_shared::cni::{
 use weft_shared::deadline;
 use weft_shared::protocol::{Attachment, Commit, Failure, Request, Reservation, Reserve};
 
+use super::{bad_netns, print};
 use crate::agent::Agent;
 use crate::netlink::Netlink;
 use crate::netns::Netns;
@@ -32,10 +33,8 @@ pub(crate) fn add(
     let args = CniArgs::parse(args)?;
     let interface = InterfaceConf::parse(conf, &args)?;
     let socket = conf.socket()?;
-    let bad_netns =
-        |e: &dyn std::fmt::Display| Failure::new(Code::BadNetns, format!("CNI_NETNS = {netns_path:?}: {e}"));
-    let netns = Netns::open(netns_path, own_netns_is_fine).map_err(|e| bad_netns(&e))?;
-    let mut pod = Pod::open(netns).map_err(|e| bad_netns(&e))?;
+    let netns = Netns::open(netns_path, own_netns_is_fine).map_err(|e| bad_netns(netns_path, &e))?;
+    let mut pod = Pod::open(netns).map_err(|e| bad_netns(netns_path, &e))?;
 
     let attachment = conf.attachment(target);
     let unavailable = |e: crate::agent::AgentError| e.into_failure(&socket, Code::TryAgainLater);
@@ -71,7 +70,7 @@ pub(crate) fn add(
         return Err(Failure { code: Code::TryAgainLater as u32, ..unavailable(e) });
     }
     let result = result(&interface, &plan, &reserved, &wired, netns_path);
-    print(&result, conf, out).inspect_err(|_| {
+    result.render(conf.version).and_then(|text| print(&text, out)).inspect_err(|_| {
         wiring::undo(&mut host, wired.host_ifindex);
         take_back(&socket, attachment);
     })
@@ -111,13 +110,6 @@ fn result(
         interfaces,
         dns: interface.dns.clone(),
     }
-}
-
-fn print(result: &CniResult, conf: &NetConf, out: &mut dyn Write) -> Result<(), Failure> {
-    let text = result.render(conf.version)?;
-    writeln!(out, "{text}")
-        .and_then(|()| out.flush())
-        .map_err(|e| Failure::new(Code::Io, format!("cannot write the result to stdout: {e}")))
 }
 
 /// The runtime does not know of the container's interface, so nobody will ever delete it. On a connection of its own:

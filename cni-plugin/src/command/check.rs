@@ -10,6 +10,7 @@ use weft_shared::names::host_ifname;
 use weft_shared::protocol::{Attachment, Failure, Request};
 use weft_shared::{Mac, Subnet};
 
+use super::bad_netns;
 use crate::agent::Agent;
 use crate::netlink::{Link, Netlink, NetlinkError, Route};
 use crate::netns::Netns;
@@ -29,10 +30,8 @@ pub(crate) fn check(
     };
     let expected = Expected::from_result(&result, target, netns_path)?;
     let attachment = conf.attachment(target);
-    let bad_netns =
-        |e: &dyn std::fmt::Display| Failure::new(Code::BadNetns, format!("CNI_NETNS = {netns_path:?}: {e}"));
-    let netns = Netns::open(netns_path, own_netns_is_fine).map_err(|e| bad_netns(&e))?;
-    let mut pod = Pod::open(netns).map_err(|e| bad_netns(&e))?;
+    let netns = Netns::open(netns_path, own_netns_is_fine).map_err(|e| bad_netns(netns_path, &e))?;
+    let mut pod = Pod::open(netns).map_err(|e| bad_netns(netns_path, &e))?;
 
     let container = check_container(pod.netlink(), target, &expected)?;
     check_host(&attachment, &container, &expected)?;

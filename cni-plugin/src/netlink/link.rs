@@ -123,6 +123,18 @@ impl Netlink {
         }
     }
 
+    pub(crate) fn set_up(&mut self, ifindex: u32) -> Result<(), NetlinkError> {
+        let mut batch = self.batch();
+        push_up(&mut batch, ifindex);
+        self.apply(batch)
+    }
+
+    pub(crate) fn set_down(&mut self, ifindex: u32) -> Result<(), NetlinkError> {
+        let mut batch = self.batch();
+        batch.push(RTM_NEWLINK, 0, &ifinfomsg_changing(ifindex, 0, IFF_UP), |_| {});
+        self.apply(batch)
+    }
+
     fn get_link(&mut self, batch: Batch) -> Result<Option<Link>, NetlinkError> {
         match self.get(batch) {
             Ok(payload) => parse_link(&payload).map(Some).ok_or(NetlinkError::Garbled),
@@ -165,11 +177,15 @@ pub(super) fn push_up(batch: &mut Batch, ifindex: u32) {
 
 /// `struct ifinfomsg`; the flags given are the flags changed.
 fn ifinfomsg(ifindex: u32, set_flags: u32) -> [u8; 16] {
+    ifinfomsg_changing(ifindex, set_flags, set_flags)
+}
+
+fn ifinfomsg_changing(ifindex: u32, flags: u32, change: u32) -> [u8; 16] {
     let mut bytes = [0; 16];
     bytes[0] = AF_UNSPEC;
     bytes[4..8].copy_from_slice(&ifindex.to_ne_bytes());
-    bytes[8..12].copy_from_slice(&set_flags.to_ne_bytes());
-    bytes[12..16].copy_from_slice(&set_flags.to_ne_bytes());
+    bytes[8..12].copy_from_slice(&flags.to_ne_bytes());
+    bytes[12..16].copy_from_slice(&change.to_ne_bytes());
     bytes
 }
 

@@ -77,6 +77,15 @@ impl NetConf {
         }
     }
 
+    /// The same as text in the configuration's version: for a plugin that passes it on. As it came, if it is of that
+    /// version, with whatever is in it that nobody here reads.
+    pub fn prev_result_as_configured(&self) -> Result<Option<String>, Failure> {
+        match self.body.get("prevResult") {
+            Some(value) if value["cniVersion"] == self.version.as_str() => Ok(Some(value.to_string())),
+            _ => self.prev_result()?.map(|result| result.render(self.version)).transpose(),
+        }
+    }
+
     /// The attachments that GC must spare. `None` when the caller passed no list at all: then nothing may be concluded.
     /// `null` is a Go nil slice and means an empty list, as ocicni sends it.
     pub fn valid_attachments(&self) -> Result<Option<Vec<Attachment>>, Failure> {

@@ -50,6 +50,8 @@ pub enum Code {
     Internal = 107,
     /// ADD: another pod of the node has the port of the host that this one asks for.
     HostPortTaken = 108,
+    /// The runtime is not the host's root, and nobody else is served.
+    Rootless = 109,
 }
 
 /// An error in the terms of the CNI specification (SPEC.md, "Error"), ready to be printed.

@@ -140,7 +140,7 @@ fn remove_all(root: &Path) -> Result<()> {
     };
     let ours = mounted.iter().map(|netns| namespace_of(netns.path())).collect::<io::Result<BTreeSet<_>>>()?;
     // A process may fork between the look and the signal; what is born is found by the next look.
-    eventually("processes of the bed to end", Duration::from_secs(10), || {
+    eventually("processes of the bed to end", Duration::from_secs(60), || {
         let alive = processes_in(&ours)?;
         for pid in &alive {
             let _ = kill(*pid, Signal::SIGKILL);

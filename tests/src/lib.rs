@@ -32,6 +32,7 @@ pub mod node;
 pub mod packet;
 pub mod plugin;
 pub mod pod;
+pub mod promise;
 pub mod random;
 pub mod relay;
 pub mod report;

@@ -13,7 +13,7 @@ use e2e::cluster::{Backend, READY, Spec, scenario};
 use e2e::kernel::query;
 use e2e::plugin::{finish, netconf};
 use e2e::pod::{Pod, Sandbox, host_veth, vanished};
-use e2e::random::Random;
+use e2e::random::{Moments, Random};
 use e2e::report;
 use e2e::traffic::echo::ping;
 use e2e::wait::{SECOND, eventually, let_pass};
@@ -83,10 +83,8 @@ fn a_plugin_killed_at_any_moment_leaves_nothing_after_del() -> Result<()> {
         let node = &cluster.nodes[0];
         let template = Sandbox::create(node, "killed")?;
         let mut random = Random::of_the_moment();
-        // How long a call lasts here and now is learnt from the strikes: one that came too late halves the span in which
-        // the next falls, one that hit widens it. So the moments reach past a call's end, and most come before it,
-        // whatever the machine does meanwhile.
-        let mut span = Duration::from_millis(20);
+        // From before a call's first instruction to after its last.
+        let mut moments = Moments::within(Duration::from_millis(20));
         let (mut killed, mut strikes) = (0, 0);
         while killed < KILLS {
             ensure!(strikes < KILLS * 20, "{killed} of {strikes} were killed before they ended");
@@ -94,15 +92,11 @@ fn a_plugin_killed_at_any_moment_leaves_nothing_after_del() -> Result<()> {
             let mut call = template.call.clone();
             call.container_id = format!("killed{strikes}");
             let child = call.spawn("ADD")?;
-            // The moment is the test: from before its first instruction to after its last.
-            let_pass(Duration::from_micros(random.below(span.as_micros() as u64)));
+            let_pass(moments.next(&mut random));
             let _ = kill(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
-            if finish(child)?.exit.is_none() {
-                killed += 1;
-                span += span / 8;
-            } else {
-                span = (span / 2).max(Duration::from_micros(10));
-            }
+            let hit = finish(child)?.exit.is_none();
+            moments.learn(hit);
+            killed += u64::from(hit);
             call.del().with_context(|| format!("after strike {strikes}"))?;
             let veth = host_veth(&call)?.to_string();
             ensure!(!live_veths(node)?.contains(&veth), "{veth} is left after strike {strikes}");
@@ -110,7 +104,8 @@ fn a_plugin_killed_at_any_moment_leaves_nothing_after_del() -> Result<()> {
             ensure!(left.len() == 1, "strike {strikes} left {left:?} in the pod");
         }
         report::figure(format_args!(
-            "{killed} of {strikes} were killed before they ended, the last span was {span:?}"
+            "{killed} of {strikes} were killed before they ended, the last within {:.1?}",
+            moments.span()
         ));
         invariant(node, &[])
     })

@@ -3,12 +3,13 @@
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::cluster::{Backend, READY, Spec, scenario, scenario_prepared};
 use e2e::kernel::query;
 use e2e::node::Node;
+use e2e::promise::kept;
 use e2e::report;
 use e2e::traffic::echo::ping;
 use e2e::wait::{SECOND, eventually};
@@ -83,6 +84,14 @@ fn pending(node: &Node) -> Result<String> {
 
 #[test]
 fn a_node_is_taken_over_from_flanneld_and_given_back_to_it() -> Result<()> {
+    let took = kept("udp: from the end of flanneld to device, address and route", SECOND, there_and_back)?;
+    report::took("udp: from the end of flanneld to device, address and route", took);
+    Ok(())
+}
+
+/// The time without device, address and route.
+fn there_and_back() -> Result<Duration> {
+    let mut without = Duration::MAX;
     scenario_prepared(Spec::etcd(2, Backend::Udp), |cluster| {
         // To flannel udp is what an absent Backend means.
         cluster.etcd()?.put_config(r#"{"Network":"10.5.0.0/16"}"#)?;
@@ -108,8 +117,8 @@ fn a_node_is_taken_over_from_flanneld_and_given_back_to_it() -> Result<()> {
         flanneld.stop()?;
         let gone = Instant::now();
         let by_ours = format!("{peer} dev flannel0 src 10.5.77.0");
-        eventually("weft to take over", SECOND, || Ok(way_to(node, &peer)?.starts_with(&by_ours)))?;
-        report::took("udp: from the end of flanneld to device, address and route", gone.elapsed());
+        eventually("weft to take over", READY, || Ok(way_to(node, &peer)?.starts_with(&by_ours)))?;
+        without = gone.elapsed();
         node.agent.wait_ready(READY)?;
         assert_eq!((node.lease_key()?.to_string(), pending(node)?), ("10.5.77.0-24".into(), String::new()));
         let far = cluster.nodes[1].pod("a")?;
@@ -135,7 +144,8 @@ fn a_node_is_taken_over_from_flanneld_and_given_back_to_it() -> Result<()> {
         eventually("nothing to be in the way", READY, || Ok(pending(node)?.is_empty()))?;
         ping(&near.netns, far.address, 5, SECOND)?;
         Ok(())
-    })
+    })?;
+    Ok(without)
 }
 
 #[test]

@@ -324,6 +324,28 @@ mod tests {
         want(inputs, &Offloads::default()).expect("udp")
     }
 
+    /// A pass that was made before may have found the node without them: it has to be told.
+    #[test]
+    fn whoever_follows_says_when_threads_were_started() {
+        let thread = std::thread::spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("unshare needs root");
+            let path = PacketPath::new(Offloads::default());
+            assert!(!path.follow(&Inputs::default()), "nothing is known of the node");
+            assert!(path.follow(&inputs(UDP, &[])));
+            assert!(!path.follow(&inputs(UDP, &[])), "they run");
+            assert!(!path.follow(&inputs(UDP, &[PEER])), "they are told of the peer");
+            assert!(
+                path.follow(&inputs(r#"{"Type":"udp","Port":9000}"#, &[PEER])),
+                "others, at another port"
+            );
+            assert!(!path.follow(&inputs(r#"{"Type":"host-gw"}"#, &[PEER])), "ended");
+            assert!(!path.stop(), "none is left");
+        });
+        if let Err(panic) = thread.join() {
+            std::panic::resume_unwind(panic);
+        }
+    }
+
     #[test]
     fn threads_listen_at_the_underlays_own_address_and_know_every_subnet_of_the_node() {
         let mut inputs = inputs(r#"{"Type":"udp","Port":9000,"StrictSource":true}"#, &[PEER]);

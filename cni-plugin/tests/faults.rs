@@ -14,6 +14,9 @@ use support::{Namespace, Node, eventually, exists, host_veth};
 use weft_shared::deadline;
 use weft_shared::protocol::Request;
 
+/// What a busy machine adds to a deadline, less than lies between a DEL's and an ADD's.
+const SLOWNESS: Duration = Duration::from_secs(3);
+
 #[test]
 fn without_an_agent_each_verb_says_what_the_runtime_can_act_on() {
     let (node, pod) = (Node::new(), Namespace::new());
@@ -113,7 +116,7 @@ fn a_del_is_over_in_time_although_the_agent_hangs_and_holds_the_lock() {
     let start = Instant::now();
     node.del("c1", "").ok();
     let took = start.elapsed();
-    assert!(took < deadline::DEL_OR_CHECK + Duration::from_millis(900), "DEL took {took:?}");
+    assert!(took < deadline::DEL_OR_CHECK + SLOWNESS, "DEL took {took:?}");
     assert_eq!(node.tombstones().len(), 1);
 }
 
@@ -136,7 +139,7 @@ fn a_configuration_that_never_ends_is_given_up() {
         let outcome = support::Outcome::of(child.wait_with_output().expect("end"));
         assert!(outcome.refused(5).contains("has not ended in time"));
         let took = start.elapsed();
-        assert!((span..span + Duration::from_millis(900)).contains(&took), "{took:?}, expected {span:?}");
+        assert!((span..span + SLOWNESS).contains(&took), "{took:?}, expected {span:?}");
     }
     assert!(agent.books().requests.is_empty());
 }
@@ -334,14 +337,13 @@ fn killed_at_any_moment_nothing_is_left_after_del() {
     let node = Node::new();
     let agent = node.agent();
     let usual = usual_add(&node);
-    let mut cut_short = 0;
-    for n in 0..60_u32 {
+    let (mut cut_short, mut n) = (0, 0_u32);
+    // Later and later, over twice the time of an ADD, and on until one has ended by itself: they may take longer now.
+    while n < 60 || cut_short == n {
+        assert!(n < 600, "the moments must straddle an ADD: all of {n} were cut short");
         let (pod, id) = (Namespace::new(), format!("k{n}"));
         let mut child = node.call("ADD", &id, &pod.path(), &node.conf("1.1.0", json!({}))).spawn();
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "the moment is under test: it sweeps over twice the time of an ADD"
-        )]
+        #[expect(clippy::disallowed_methods, reason = "the moment is under test: it sweeps over an ADD")]
         std::thread::sleep(usual * n / 30);
         let _ = child.kill();
         let killed = !child.wait().expect("end").success();
@@ -359,11 +361,9 @@ fn killed_at_any_moment_nothing_is_left_after_del() {
                 && !node.ns.link_names().contains(&host_veth(&id))
                 && agent.books().records.is_empty()
         });
+        n += 1;
     }
-    assert!(
-        (1..60).contains(&cut_short),
-        "the moments must straddle an ADD: {cut_short} of 60 were cut short"
-    );
+    assert!(cut_short > 0, "the moments must straddle an ADD: none of {n} was cut short");
 }
 
 /// The median time of an ADD on this machine as busy as it is now.

@@ -89,6 +89,7 @@ pub async fn bring_up(
         has_snapshot: false,
         recalled,
         first_start,
+        told: None,
     };
     serving.take_peers(&table);
     node.serve(serving);

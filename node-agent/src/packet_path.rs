@@ -73,16 +73,18 @@ impl PacketPath {
         Self { offloads, kept: Mutex::default() }
     }
 
-    /// Brings about what follows from these inputs. While they say nothing of the node, whatever runs goes on.
-    pub fn follow(&self, inputs: &Inputs) {
-        let Some(node) = &inputs.node else { return };
+    /// Brings about what follows from these inputs; whether threads were started for it. While they say nothing of the
+    /// node, whatever runs goes on.
+    pub fn follow(&self, inputs: &Inputs) -> bool {
+        let Some(node) = &inputs.node else { return false };
         match want(inputs, &self.offloads) {
-            Some(want) => self.keep(want),
+            Some(want) => return self.keep(want),
             None if self.stop() => {
                 info!(backend = node.config.backend.kind(), "the packet path is no longer wanted")
             }
             None => {}
         }
+        false
     }
 
     /// Ends the threads; whether there were any. Device, address and routes stay.
@@ -117,7 +119,7 @@ impl PacketPath {
         Some(status(listen, &state, &sum(&kept.before, &state.counters)))
     }
 
-    fn keep(&self, want: Want) {
+    fn keep(&self, want: Want) -> bool {
         let mut kept = self.lock();
         let has = kept.running.as_ref().map(|running| (running.forwarder.settings(), &running.peers));
         match (want.step(has), &mut kept.running) {
@@ -125,9 +127,9 @@ impl PacketPath {
             (Step::Tell, Some(running)) => {
                 running.forwarder.set_peers(want.peers.clone());
                 running.peers = want.peers;
-                return;
+                return false;
             }
-            (Step::Tell | Step::Nothing, _) => return,
+            (Step::Tell | Step::Nothing, _) => return false,
         }
         // The port is to be free for the new one.
         kept.end_running();
@@ -137,6 +139,7 @@ impl PacketPath {
                 info!(%listen, device = %forwarder.settings().device, "packet path started");
                 kept.running = Some(Running { forwarder, peers: want.peers });
                 kept.refused = None;
+                true
             }
             Err(error) => {
                 let why = format!("the forwarding threads cannot be started: {error}");
@@ -144,6 +147,7 @@ impl PacketPath {
                     warn!(%listen, %error, "the forwarding threads cannot be started; will be tried again");
                 }
                 kept.refused = Some((listen, why));
+                false
             }
         }
     }
@@ -192,16 +196,16 @@ fn want(inputs: &Inputs, offloads: &Offloads) -> Option<Want> {
     Some(Want { settings, peers, peers_known: inputs.has_snapshot || !inputs.peers.is_empty() })
 }
 
-/// Follows the reconciler's inputs until told to stop. When a problem has gone, the reconciler looks again, and with its
-/// report the node may be ready.
+/// Follows the reconciler's inputs until told to stop. When a problem has gone, or threads run that a pass may have
+/// missed, the reconciler looks again, and with its report the node may be ready.
 pub async fn keep_packet_path(node: Arc<Node>, stop: CancellationToken) {
     let mut revisions = node.reconcile.revisions();
     let mut troubled = false;
     loop {
         revisions.mark_unchanged();
-        node.path.follow(&node.reconcile.inputs());
+        let started = node.path.follow(&node.reconcile.inputs());
         let was_troubled = std::mem::replace(&mut troubled, node.path.has_problem());
-        if was_troubled && !troubled {
+        if (started || was_troubled) && !troubled {
             node.reconcile.wake();
         }
         tokio::select! {
@@ -318,6 +322,28 @@ mod tests {
 
     fn wanted(inputs: &Inputs) -> Want {
         want(inputs, &Offloads::default()).expect("udp")
+    }
+
+    /// A pass that was made before may have found the node without them: it has to be told.
+    #[test]
+    fn whoever_follows_says_when_threads_were_started() {
+        let thread = std::thread::spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("unshare needs root");
+            let path = PacketPath::new(Offloads::default());
+            assert!(!path.follow(&Inputs::default()), "nothing is known of the node");
+            assert!(path.follow(&inputs(UDP, &[])));
+            assert!(!path.follow(&inputs(UDP, &[])), "they run");
+            assert!(!path.follow(&inputs(UDP, &[PEER])), "they are told of the peer");
+            assert!(
+                path.follow(&inputs(r#"{"Type":"udp","Port":9000}"#, &[PEER])),
+                "others, at another port"
+            );
+            assert!(!path.follow(&inputs(r#"{"Type":"host-gw"}"#, &[PEER])), "ended");
+            assert!(!path.stop(), "none is left");
+        });
+        if let Err(panic) = thread.join() {
+            std::panic::resume_unwind(panic);
+        }
     }
 
     #[test]

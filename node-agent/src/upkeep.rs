@@ -1,7 +1,8 @@
 //! What keeps a node that has been brought up: the one writer of its state.
 //!
 //! Lease, peers, configuration and underlay change while the agent runs; each change goes into the state, and what
-//! follows from it follows by itself. subnet.env, durable state and READY come after the kernel is right.
+//! follows from it follows by itself. subnet.env and durable state come after the kernel is right, readiness after
+//! subnet.env: by whatever way it is learnt, who learns that the node is ready finds the file as it should be.
 
 use std::io;
 use std::path::PathBuf;
@@ -113,9 +114,12 @@ impl Upkeep {
                     changed.context("the reconciler ended")?;
                     let report = reports.borrow_and_update().clone();
                     self.look_after_underlay(&report).await;
-                    self.report_changed(&report).await;
+                    self.watch_neighbours(&report);
                 }
             }
+            // Also what changes nothing in the kernel can be the last that was missing: a lease that is confirmed.
+            let report = reports.borrow().clone();
+            self.tell(&report).await;
         }
     }
 
@@ -232,37 +236,40 @@ impl Upkeep {
         }
     }
 
-    /// subnet.env after the kernel is right, READY after subnet.env.
-    async fn report_changed(&mut self, report: &Report) {
-        if let Some(monitor) = &self.node.monitor {
-            let device = self.node.serving(|serving| serving.backend.plane().device().cloned()).flatten();
-            // Without a device there are none to watch; before it exists, any might be on it.
-            monitor.watch(match device {
-                None => Neighbours::None,
-                Some(device) => {
-                    report.devices.get(&device).map_or(Neighbours::All, |d| Neighbours::Of(d.ifindex))
-                }
-            });
-        }
+    fn watch_neighbours(&self, report: &Report) {
+        let Some(monitor) = &self.node.monitor else { return };
+        let device = self.node.serving(|serving| serving.backend.plane().device().cloned()).flatten();
+        // Without a device there are none to watch; before it exists, any might be on it.
+        monitor.watch(match device {
+            None => Neighbours::None,
+            Some(device) => {
+                report.devices.get(&device).map_or(Neighbours::All, |d| Neighbours::Of(d.ifindex))
+            }
+        });
+    }
+
+    /// subnet.env after the kernel is right, readiness after subnet.env.
+    async fn tell(&mut self, report: &Report) {
         let env = self.node.serving(|serving| {
             let carried = self.node.path.obstacle(&serving.config.backend).is_none();
             subnet_env(serving, report, self.files.ip_masq).filter(|_| carried)
         });
         let Some(env) = env.flatten() else { return };
         let file = self.files.subnet_env.display();
-        match self.files.save_subnet(&env, self.written.as_ref() == Some(&env)).await {
+        let saved = self.files.save_subnet(&env, self.written.as_ref() == Some(&env)).await;
+        match &saved {
             Ok(false) => {}
             Ok(true) => {
                 info!(%file, subnet = %env.subnet, mtu = env.mtu, "subnet file written");
-                self.written = Some(env);
+                self.written = Some(env.clone());
             }
-            Err(error) => {
-                // The next pass comes with the next sweep, and tries again.
-                warn!(%file, %error, "subnet file cannot be written");
-                return;
-            }
+            // The next pass comes with the next sweep, and tries again.
+            Err(error) => warn!(%file, %error, "subnet file cannot be written"),
         }
-        if !std::mem::replace(&mut self.announced, true) {
+        if self.node.serving(|serving| serving.told.as_ref() != Some(&env)) == Some(true) {
+            self.node.update(|serving| serving.told = Some(env));
+        }
+        if saved.is_ok() && !std::mem::replace(&mut self.announced, true) {
             info!("ready: pods can be added");
             if let Err(error) = notify(std::env::var_os("NOTIFY_SOCKET").as_deref(), "READY=1") {
                 warn!(%error, "the service manager could not be told");

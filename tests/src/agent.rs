@@ -18,8 +18,8 @@ use crate::wait::{eventually, until_ok};
 
 /// Before the command line, in the log.
 const START_MARK: &str = "--- start: ";
-const STATUS_DEADLINE: Duration = Duration::from_secs(5);
-const STOP_DEADLINE: Duration = Duration::from_secs(10);
+const STATUS_DEADLINE: Duration = Duration::from_secs(30);
+const STOP_DEADLINE: Duration = Duration::from_secs(30);
 const LOG_TAIL_LINES: usize = 40;
 
 /// The agent of one node. Its files lie in the node's directory, so a stopped one starts again as itself.

@@ -18,7 +18,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
 
 use crate::netns::Netns;
-use crate::wait::eventually;
+use crate::wait::{eventually, until_ok};
 
 /// Beds of tests lie here, each named by the process that made it.
 const TEST_BEDS: &str = "/run/weft-e2e";
@@ -51,12 +51,19 @@ impl Bed {
         // One test at a time: the last bed to go takes the directory along.
         let _turn = TEST_BEDS_TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let beds = Path::new(TEST_BEDS);
-        fs::create_dir_all(beds)?;
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         if number == 0 {
             sweep_dead(beds)?;
         }
-        Self::create(&beds.join(format!("{}-{number}", std::process::id())))
+        let root = beds.join(format!("{}-{number}", std::process::id()));
+        until_ok("a bed", Duration::from_secs(60), || {
+            fs::create_dir_all(beds)?;
+            match Self::create(&root) {
+                // Another process, whose last bed went just now, has taken the directory along.
+                Err(error) if is_not_found(&error) => Err(error),
+                made => Ok(made),
+            }
+        })?
     }
 
     pub fn root(&self) -> &Path {
@@ -113,14 +120,25 @@ pub fn teardown(root: &Path) -> Result<()> {
 
 /// Tears down the beds whose makers live no more.
 fn sweep_dead(beds: &Path) -> Result<()> {
-    for entry in fs::read_dir(beds)? {
+    let entries = match fs::read_dir(beds) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
         let path = entry?.path();
         let maker = path.file_name().and_then(|n| n.to_str()?.split('-').next()?.parse::<i32>().ok());
         if maker.is_none_or(|pid| kill(Pid::from_raw(pid), None).is_err()) {
-            teardown(&path)?;
+            // Another test process may be at it as well.
+            if let Err(error) = teardown(&path) {
+                eprintln!("what a killed test left at {}: {error:#}", path.display());
+            }
         }
     }
     Ok(())
+}
+
+fn is_not_found(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 fn lock(root: &Path) -> Result<Option<Flock<File>>> {
@@ -143,7 +161,7 @@ fn remove_all(root: &Path) -> Result<()> {
     let there = namespaces.filter(|found| !matches!(found, Err(e) if e.kind() == io::ErrorKind::NotFound));
     let ours = there.collect::<io::Result<BTreeSet<_>>>()?;
     // A process may fork between the look and the signal; what is born is found by the next look.
-    eventually("processes of the bed to end", Duration::from_secs(10), || {
+    eventually("processes of the bed to end", Duration::from_secs(60), || {
         let alive = processes_in(&ours)?;
         for pid in &alive {
             let _ = kill(*pid, Signal::SIGKILL);

@@ -16,8 +16,8 @@ use crate::node::Node;
 use crate::pod::Pod;
 use crate::underlay::{NodeNumber, Underlay};
 
-/// Two cores shared by everything that a scenario starts.
-pub const READY: Duration = Duration::from_secs(30);
+/// For what is not promised within a time: it comes, however little of a processor the scenario gets.
+pub const READY: Duration = Duration::from_secs(60);
 
 /// No sweep comes in time: what mends is the monitor.
 pub const MONITOR_ALONE: [&str; 1] = ["--resync=3600"];

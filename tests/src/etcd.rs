@@ -24,7 +24,7 @@ pub use security::Security;
 /// flannel's default.
 pub const PREFIX: &str = "/coreos.com/network";
 const PORT: u16 = 2379;
-const SERVING: Duration = Duration::from_secs(20);
+const SERVING: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
 pub struct Etcd {
@@ -119,7 +119,7 @@ impl Etcd {
     pub fn ctl_at<A: AsRef<OsStr>>(&self, endpoints: &str, args: &[A]) -> Result<String> {
         let mut command = Command::new("etcdctl");
         command.env_remove("ETCDCTL_ENDPOINTS").env("ETCDCTL_API", "3");
-        command.args(["--endpoints", endpoints, "--dial-timeout=2s", "--command-timeout=3s"]);
+        command.args(["--endpoints", endpoints, "--dial-timeout=10s", "--command-timeout=15s"]);
         command.args(self.security.etcdctl_flags()).args(args);
         self.netns.run(&mut command)
     }

@@ -2,13 +2,13 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
 use crate::bed::Bed;
 use crate::netns::Netns;
 use crate::underlay::Underlay;
+use crate::wait::SECOND;
 
 /// What dockerd 20 to 27 puts into iptables for its default bridge.
 pub const DOCKER_20: &str = "\
@@ -133,13 +133,13 @@ pub fn source_seen(
 ) -> Result<IpAddr> {
     let receiver = to.enter(|| {
         let socket = UdpSocket::bind(SocketAddrV4::new(address, port))?;
-        socket.set_read_timeout(Some(Duration::from_millis(300)))?;
+        socket.set_read_timeout(Some(SECOND))?;
         Ok(socket)
     })?;
     let target = receiver.local_addr()?;
     let sender = from.enter(|| Ok(UdpSocket::bind(SocketAddrV4::new(source, 0))?))?;
     // The first datagrams may be lost while neighbours are found.
-    for _ in 0..5 {
+    for _ in 0..20 {
         sender.send_to(b"who am I", target)?;
         if let Ok((_, from)) = receiver.recv_from(&mut [0; 16]) {
             return Ok(from.ip());

@@ -37,6 +37,7 @@ pub mod packet;
 pub mod plugin;
 pub mod pod;
 pub mod podman;
+pub mod promise;
 pub mod random;
 pub mod relay;
 pub mod report;

@@ -57,7 +57,7 @@ impl Machine {
         command.args(["sh", "-c", ROOT, "machine"]).arg(dir).arg(name).stdin(Stdio::null());
         let holder = netns.spawn(&mut command)?;
         let mut machine = Self { name: name.to_owned(), netns: netns.clone(), holder, first: 0 };
-        eventually(&format!("the root of {name}"), SECOND * 20, || {
+        eventually(&format!("the root of {name}"), SECOND * 60, || {
             if let Some(status) = machine.holder.try_wait()? {
                 bail!("it could not be made: {status}");
             }

@@ -7,8 +7,9 @@ use std::thread;
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::cluster::READY;
 use crate::netns::Netns;
-use crate::wait::{SECOND, eventually};
+use crate::wait::eventually;
 
 /// What it prints in the end is closed off by an entry made for that.
 #[derive(Debug)]
@@ -39,7 +40,7 @@ impl Monitor {
         });
         let monitor = Self { tool, child, lines };
         // It listens once it reports a change made for it.
-        eventually(&format!("{tool} monitor to listen"), SECOND * 5, || {
+        eventually(&format!("{tool} monitor to listen"), READY, || {
             monitor.mark(netns)?;
             Ok(monitor.seen() > 0)
         })?;
@@ -50,7 +51,7 @@ impl Monitor {
     pub fn events(mut self, netns: &Netns) -> Result<Vec<String>> {
         let marks = self.seen();
         self.mark(netns)?;
-        eventually("the last event", SECOND * 5, || Ok(self.seen() > marks))?;
+        eventually("the last event", READY, || Ok(self.seen() > marks))?;
         self.child.kill()?;
         self.child.wait()?;
         let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
@@ -81,12 +82,15 @@ impl Monitor {
     }
 }
 
-/// Neighbours that the kernel learns and ages, on the bridge towards the pods and among learned addresses; and the
-/// link-local address that it gives a device, seconds after it was made.
+/// Neighbours that the kernel learns and ages, on the bridge towards the pods and among learned addresses; groups that a
+/// device has spoken to (without resolution), which are forgotten a minute later; and the link-local address that the
+/// kernel gives a device, seconds after it was made.
 fn is_dynamic(line: &str) -> bool {
     if line.contains("fe80::") {
         return true;
     }
-    ["REACHABLE", "STALE", "DELAY", "PROBE", "FAILED", "INCOMPLETE"].iter().any(|state| line.contains(state))
+    ["REACHABLE", "STALE", "DELAY", "PROBE", "FAILED", "INCOMPLETE", "NOARP"]
+        .iter()
+        .any(|state| line.contains(state))
         || line.contains("master cni0") && !line.contains("permanent")
 }

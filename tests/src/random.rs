@@ -1,6 +1,6 @@
 //! Numbers for random moments and for bulk data: SplitMix64 (Steele, Lea, Flood 2014), repeatable from its seed.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 #[derive(Debug, Clone)]
 pub struct Random {
@@ -47,9 +47,57 @@ impl Random {
     }
 }
 
+/// Random moments within something whose length nobody knows: it is learnt. A strike that came too late halves the span
+/// in which the next falls, one that hit widens it. So moments reach past the end, and most come before it, however fast
+/// the machine is and whatever else it does meanwhile.
+#[derive(Debug, Clone)]
+pub struct Moments {
+    span: Duration,
+}
+
+impl Moments {
+    /// `about`: how long it lasts, at a guess.
+    pub fn within(about: Duration) -> Self {
+        Self { span: about }
+    }
+
+    pub fn span(&self) -> Duration {
+        self.span
+    }
+
+    pub fn next(&self, random: &mut Random) -> Duration {
+        self.at(random.below(1_000))
+    }
+
+    /// So many thousandths into the span.
+    pub fn at(&self, thousandths: u64) -> Duration {
+        self.span.mul_f64(thousandths as f64 / 1_000.0)
+    }
+
+    /// What became of a strike.
+    pub fn learn(&mut self, hit: bool) {
+        self.span =
+            if hit { self.span + self.span / 8 } else { (self.span / 2).max(Duration::from_micros(10)) };
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn most_moments_come_before_an_end_that_nobody_knew() {
+        for length in [Duration::from_micros(300), Duration::from_secs(3)] {
+            let (mut random, mut moments) = (Random::seeded(7), Moments::within(Duration::from_millis(20)));
+            let mut hits = 0;
+            for _ in 0..500 {
+                let hit = moments.next(&mut random) < length;
+                moments.learn(hit);
+                hits += u32::from(hit);
+            }
+            assert!((350..490).contains(&hits), "{hits} of 500 within {length:?}");
+        }
+    }
 
     #[test]
     fn the_published_sequence() {

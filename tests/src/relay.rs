@@ -13,7 +13,7 @@ use weft_shared::protocol::{Reply, Request, read_frame, write_frame};
 use crate::agent::Agent;
 use crate::wait::until_ok;
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Debug)]
 pub struct Relay {

@@ -10,6 +10,7 @@ use e2e::firewall::sh;
 use e2e::netns::Netns;
 use e2e::node::Node;
 use e2e::pod::{Pod, Sandbox};
+use e2e::promise::kept;
 use e2e::report;
 use e2e::traffic::transfer::transfer;
 use e2e::wait::{SECOND, eventually};
@@ -91,9 +92,15 @@ fn each_direction_is_as_fast_as_it_was_asked_to_be() -> Result<()> {
         })?;
         for (what, limited, took) in both {
             report::took(format_args!("{AMOUNT} bytes {what}"), took);
-            // 1.43 s by the token bucket.
-            let expected = if limited { 1200..4000 } else { 0..1000 };
-            ensure!(expected.contains(&took.as_millis()), "{what}: {took:?}\n{}", queues(node)?);
+            // 1.43 s by the token bucket; more when the machine is busy.
+            let slow = took.as_millis() >= 1200;
+            ensure!(slow || !limited, "{what}: {took:?}\n{}", queues(node)?);
+        }
+        for (what, from, to) in [
+            ("from a pod that is limited the other way", &slow_to.netns, &far),
+            ("to a pod that is limited the other way", &far.netns, &slow_from),
+        ] {
+            kept(what, SECOND, || takes(from, to)).with_context(|| queues(node).unwrap_or_default())?;
         }
         Ok(())
     })
@@ -128,7 +135,7 @@ fn limits_are_kept_against_every_hand_and_go_with_their_pod() -> Result<()> {
             let node = &cluster.nodes[0];
             node.agent.while_stopped(|| sh(node.netns(), &hand))?;
             let whole = || Ok(stable(&queues(node)?) == stable(&right) && is_up(node, &ifb)?);
-            let took = eventually(&hand, SECOND * 5, whole)?;
+            let took = eventually(&hand, READY, whole)?;
             report::took(&hand, took);
         }
 
@@ -149,12 +156,12 @@ fn limits_are_kept_against_every_hand_and_go_with_their_pod() -> Result<()> {
             ensure!(left == before, "{left}");
             Ok(true)
         };
-        eventually("nothing of the limits to be left", SECOND * 5, gone)?;
+        eventually("nothing of the limits to be left", READY, gone)?;
         // No DEL at all.
         let vanished = sandbox(node, "vanished", &both)?.wire()?;
         ensure!(queues(node)? != before);
         vanished.netns.remove()?;
-        eventually("nothing to be left of a pod without DEL", SECOND * 5, gone)?;
+        eventually("nothing to be left of a pod without DEL", READY, gone)?;
         invariant(node, &[])?;
 
         for (name, bandwidth, part) in [

@@ -10,10 +10,11 @@ use e2e::bench::choice::{Configuration, Load, Setting};
 use e2e::bench::result::{Cell, Figure, Results};
 use e2e::binaries::Binaries;
 use e2e::capture::Capture;
+use e2e::cluster::READY;
 use e2e::host::{HostSnapshot, marked_processes};
 use e2e::netns::Netns;
 use e2e::packet::Ethernet;
-use e2e::wait::{SECOND, eventually};
+use e2e::wait::eventually;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -53,7 +54,7 @@ impl Bench {
     fn start(&self, arguments: &str, netns: &str) -> Result<(Child, Netns)> {
         let mut bench = self.command(arguments).spawn()?;
         let netns = Netns::at(&PathBuf::from(ROOT).join("netns").join(netns));
-        eventually("a namespace of the bench", SECOND * 30, || {
+        eventually("a namespace of the bench", READY, || {
             ensure!(bench.try_wait()?.is_none(), "the bench has ended");
             // The file is there before what is mounted on it.
             netns.enter(|| Ok(true))
@@ -141,9 +142,9 @@ fn every_load_is_measured_in_turns_and_nothing_is_left() -> Result<()> {
 fn the_naive_forwarder_sends_one_packet_per_datagram() -> Result<()> {
     let bench = Bench::new()?;
     let (mut run, netns) =
-        bench.start("dataplane --rounds 1 --seconds 0.1 --only naive,full,tcp-1", "naive-2")?;
+        bench.start("dataplane --rounds 1 --seconds 2 --only naive,full,tcp-1", "naive-2")?;
     let capture = Capture::start(&netns)?;
-    let length = capture.wait_for("a large datagram of the forwarder", SECOND * 30, |frame| {
+    let length = capture.wait_for("a large datagram of the forwarder", READY, |frame| {
         let outer = Ethernet::parse(&frame.bytes)?.ipv4()?;
         let udp = outer.udp().filter(|udp| udp.source == 8285 && udp.destination == 8285)?;
         let inner = udp.payload;
@@ -165,8 +166,8 @@ fn the_naive_forwarder_sends_one_packet_per_datagram() -> Result<()> {
 fn what_fails_costs_its_own_cell_only() -> Result<()> {
     let bench = Bench::new()?;
     let (run, _) =
-        bench.start("dataplane --rounds 2 --seconds 0.2 --only node,naive,full,gro,rr-1", "node-1")?;
-    eventually("a measurement", SECOND * 30, || part(&bench, "ExchangeClient").map(|_| true))?;
+        bench.start("dataplane --rounds 2 --seconds 1 --only node,naive,full,gro,rr-1", "node-1")?;
+    eventually("a measurement", READY, || part(&bench, "ExchangeClient").map(|_| true))?;
     kill(part(&bench, "Naive")?, Signal::SIGKILL)?;
     let output = run.wait_with_output()?;
     let text = both(&output);
@@ -190,7 +191,7 @@ fn an_interrupted_run_writes_what_it_has_and_leaves_nothing() -> Result<()> {
         let (run, _) =
             bench.start("dataplane --rounds 9 --seconds 2 --only node,host-gw,full,rr-16", "host-gw-1")?;
         if moment != "HostGw" {
-            eventually("a measurement", SECOND * 30, || part(&bench, moment).map(|_| true))?;
+            eventually("a measurement", READY, || part(&bench, moment).map(|_| true))?;
         }
         kill(Pid::from_raw(run.id() as i32), signal)?;
         let output = run.wait_with_output()?;

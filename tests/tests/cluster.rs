@@ -23,7 +23,7 @@ const ECHO_HEADERS: u64 = 28;
 /// An echo request of `size` bytes, IP header included, that may not be fragmented: by iputils, the independent sender.
 fn echo_unfragmented(from: &Netns, to: &Pod, size: u64) -> Result<String> {
     let mut command = Command::new("ping");
-    command.args(["-n", "-c1", "-W2", "-M", "do", "-s", &(size - ECHO_HEADERS).to_string()]);
+    command.args(["-n", "-c1", "-W20", "-M", "do", "-s", &(size - ECHO_HEADERS).to_string()]);
     let output = from.output(command.arg(to.address.to_string()))?;
     let text =
         [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();

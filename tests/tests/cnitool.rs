@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use anyhow::{Context as _, Result, bail};
-use e2e::cluster::{Backend, Spec, scenario};
+use e2e::cluster::{Backend, READY, Spec, scenario};
 use e2e::kernel::query;
 use e2e::netns::Netns;
 use e2e::node::Node;
@@ -102,7 +102,7 @@ fn add_check_status_gc_del() -> Result<()> {
         tool.run("status", &pod)?;
         let result: Value = serde_json::from_str(&tool.run("add", &pod)?)?;
         assert_eq!(result["cniVersion"], "1.1.0", "{result}");
-        ping(&pod, far.address, 5, std::time::Duration::from_secs(1))?;
+        ping(&pod, far.address, 5, SECOND)?;
         tool.run("check", &pod)?;
         assert_eq!(node.status()?.pods.attachments, 1);
 
@@ -228,7 +228,7 @@ fn chained_portmap_and_bandwidth_keep_their_pods_until_they_go() -> Result<()> {
         assert_eq!((leads(node)?, buckets(node)?), (BY_BOTH, (2, 1)));
         assert!(answers_at_9090(node)?);
         tool.run("del", &new)?;
-        eventually("the limits to go", SECOND * 5, || Ok(buckets(node)? == (0, 0)))?;
+        eventually("the limits to go", READY, || Ok(buckets(node)? == (0, 0)))?;
         assert_eq!((leads(node)?, node.status()?.pods.attachments), (NOWHERE, 0));
         Ok(())
     })

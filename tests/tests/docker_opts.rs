@@ -82,7 +82,7 @@ fn docker_bridges_of_two_nodes_exchange_http() -> Result<()> {
             let mut httpd = Command::new("busybox");
             httpd.args(["httpd", "-f", "-p", "80", "-h"]).arg(&www).stdin(Stdio::null());
             let mut httpd = server.0.spawn(&mut httpd)?;
-            let got = until_ok("the file", SECOND * 10, || {
+            let got = until_ok("the file", SECOND * 60, || {
                 client.0.run(Command::new("busybox").args([
                     "timeout",
                     "5",
@@ -199,7 +199,7 @@ fn containers_of_debians_docker_exchange_http_between_two_hosts() -> Result<()> 
         let wget =
             format!("{DOCKER} exec www busybox timeout 5 wget -q -O - http://{}/who", addresses[server]);
         let got =
-            until_ok("the answer of the other host's container", SECOND * 20, || hosts[client].sh(&wget))?;
+            until_ok("the answer of the other host's container", SECOND * 60, || hosts[client].sh(&wget))?;
         ensure!(got.trim() == hosts[server].name, "{got}");
     }
     for host in &hosts {

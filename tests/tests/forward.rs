@@ -11,6 +11,7 @@ use e2e::firewall::{DOCKER_20, DOCKER_28, UFW, rules, sh};
 use e2e::netns::Netns;
 use e2e::node::Node;
 use e2e::pod::Pod;
+use e2e::promise::{Steps, kept_throughout};
 use e2e::report;
 use e2e::traffic::echo::ping;
 use e2e::wait::{SECOND, eventually};
@@ -27,7 +28,7 @@ struct Host {
     list: &'static str,
     /// Hands that take something of ours away or alter it.
     hands: &'static [&'static str],
-    deadline: Duration,
+    promised: Duration,
 }
 
 const IPTABLES_OPEN: &str = "iptables-nft -P FORWARD ACCEPT; iptables-nft -F; iptables-nft -X; iptables-nft -t nat -F; iptables-nft -t nat -X";
@@ -72,7 +73,7 @@ fn hosts() -> Vec<Host> {
         open: IPTABLES_OPEN,
         list: "iptables-nft -S FORWARD",
         hands: IPTABLES_HANDS,
-        deadline: SECOND,
+        promised: SECOND,
     };
     let nftables = |name, family: &str, close| Host {
         name,
@@ -84,7 +85,7 @@ fn hosts() -> Vec<Host> {
             "nft -s list chain inet host onward"
         },
         hands: &[],
-        deadline: SECOND,
+        promised: SECOND,
     };
     vec![
         Host { hands: POLICY_HANDS, ..iptables("iptables -P FORWARD DROP", "iptables-nft -P FORWARD DROP") },
@@ -98,7 +99,7 @@ fn hosts() -> Vec<Host> {
                 "iptables-legacy -w 5 -D FORWARD 1",
                 "iptables-legacy -w 5 -R FORWARD 1 -s 10.6.0.0/16 -m comment --comment 'weft forward' -j ACCEPT",
             ],
-            deadline: SECOND * 4,
+            promised: SECOND * 4,
         },
         iptables(
             "REJECT as the last rule",
@@ -166,32 +167,39 @@ fn pods_reach_each_other_whatever_the_host_drops() -> Result<()> {
         ping(&near.netns, CONTAINER, 5, SECOND)?;
         ping(&near.netns, far.address, 5, SECOND)?;
         for host in hosts() {
-            let (name, deadline) = (host.name, host.deadline);
-            closed(cluster, &near, &far, &host).with_context(|| name)?;
-            strike(&cluster.nodes, host.open, || Ok(()))?;
-            let gone = eventually("our rules to leave the chain that drops no more", deadline, || {
-                let left: Vec<String> =
-                    cluster.nodes.iter().map(|n| rules(n.netns())).collect::<Result<_>>()?;
-                ensure!(left.iter().all(|rules| !rules.contains("weft forward")), "{left:?}");
-                Ok(true)
+            // What a host does is done again from the beginning: it opens before it closes once more.
+            kept_throughout(host.promised, |steps| {
+                closed(cluster, &near, &far, &host, steps)?;
+                strike(&cluster.nodes, host.open, || Ok(()))?;
+                let gone = eventually("our rules to leave the chain that drops no more", READY, || {
+                    let left: Vec<String> =
+                        cluster.nodes.iter().map(|n| rules(n.netns())).collect::<Result<_>>()?;
+                    ensure!(left.iter().all(|rules| !rules.contains("weft forward")), "{left:?}");
+                    Ok(true)
+                })?;
+                took(steps, &format!("{}, opened again, our rules gone", host.name), gone);
+                Ok(())
             })
-            .with_context(|| name)?;
-            report::took(format_args!("{name}, opened again, our rules gone"), gone);
+            .with_context(|| host.name)?;
         }
         Ok(())
     })
 }
 
-fn closed(cluster: &Cluster, near: &Pod, far: &Pod, host: &Host) -> Result<()> {
+fn took(steps: &mut Steps, what: &str, time: Duration) {
+    report::took(what, time);
+    steps.took(what, time);
+}
+
+fn closed(cluster: &Cluster, near: &Pod, far: &Pod, host: &Host, steps: &mut Steps) -> Result<()> {
     let dropped = || {
         ensure!(pods_reach_each_other(near, far).is_err(), "the host lets packets through");
         Ok(())
     };
     strike(&cluster.nodes, &host.close, dropped)?;
-    let took = eventually("pods to reach each other", host.deadline, || {
-        pods_reach_each_other(near, far).map(|()| true)
-    })?;
-    report::took(host.name, took);
+    let reached =
+        eventually("pods to reach each other", READY, || pods_reach_each_other(near, far).map(|()| true))?;
+    took(steps, host.name, reached);
     if host.name == "dockerd 28" {
         ensure!(ping(&near.netns, CONTAINER, 2, MOMENT).is_err(), "Docker's isolation is overruled");
     }
@@ -205,13 +213,13 @@ fn closed(cluster: &Cluster, near: &Pod, far: &Pod, host: &Host) -> Result<()> {
             Ok(())
         };
         strike(std::slice::from_ref(node), hand, altered)?;
-        let took = eventually("our rules to be right again", host.deadline, || {
+        let mended = eventually("our rules to be right again", READY, || {
             let now = sh(node.netns(), host.list)?;
             ensure!(now.matches("weft forward").count() == 2 && !now.contains("10.6.0.0"), "{now}");
             pods_reach_each_other(near, far).map(|()| true)
         })
         .with_context(|| hand.to_string())?;
-        report::took(format_args!("{}, {hand}", host.name), took);
+        took(steps, &format!("{}, {hand}", host.name), mended);
     }
     Ok(())
 }
@@ -225,7 +233,7 @@ fn switched_off_the_drop_stands_and_status_names_chain_and_setting() -> Result<(
             sh(node.netns(), "iptables-nft -P FORWARD DROP")?;
         }
         let node = &cluster.nodes[0];
-        eventually("status to name the chain", SECOND, || {
+        eventually("status to name the chain", READY, || {
             let told = node.agent.ctl(&["status"])?;
             ensure!(
                 told.contains(
@@ -248,7 +256,7 @@ fn a_chain_that_cannot_be_ours_is_named_with_the_command() -> Result<()> {
     scenario(Spec::etcd(1, Backend::HostGw), |cluster| {
         let node = &cluster.nodes[0];
         let told = |what: &str| {
-            eventually(what, SECOND, || {
+            eventually(what, READY, || {
                 let told = node.agent.ctl(&["status"])?;
                 ensure!(told.contains(what), "{told}");
                 Ok(true)
@@ -272,7 +280,7 @@ fn a_chain_that_cannot_be_ours_is_named_with_the_command() -> Result<()> {
             "nft add chain inet firewalld filter_FWD_trusted
              nft add rule inet firewalld filter_FORWARD_POLICIES ip saddr 10.5.0.0/16 goto filter_FWD_trusted",
         )?;
-        eventually("the advice to go", SECOND, || Ok(!node.agent.ctl(&["status"])?.contains("ADVICE")))?;
+        eventually("the advice to go", READY, || Ok(!node.agent.ctl(&["status"])?.contains("ADVICE")))?;
         Ok(())
     })
 }
@@ -311,7 +319,7 @@ fn every_setting(backend: Backend) -> Result<()> {
                             ("pod to outside", &near.netns, outside),
                             ("pod to the other node", &near.netns, cluster.nodes[1].net.address),
                         ] {
-                            ping(from, to, 3, SECOND).with_context(|| {
+                            ping(from, to, 5, SECOND).with_context(|| {
                                 format!("{what}, bridge-nf-call-iptables {bridged}, rp_filter of bridge {bridge}, underlay {underlay}, tunnel {tunnel}")
                             })?;
                         }
@@ -345,10 +353,10 @@ fn kube_proxy_beside_a_bridge_that_passes_it_by_is_named() -> Result<()> {
         };
         node.netns().set_sysctl("bridge/bridge-nf-call-iptables", "0")?;
         sh(node.netns(), "iptables-nft -t nat -N KUBE-SERVICES")?;
-        eventually("the advice", SECOND, advised)?;
+        eventually("the advice", READY, advised)?;
         node.netns().set_sysctl("bridge/bridge-nf-call-iptables", "1")?;
         sh(node.netns(), "nft add table ip wake")?;
-        eventually("the advice to go", SECOND, || advised().map(|a| !a))?;
+        eventually("the advice to go", READY, || advised().map(|a| !a))?;
         Ok(())
     })
 }

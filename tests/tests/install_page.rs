@@ -70,7 +70,7 @@ impl Page {
     fn before(&mut self, block: &Block) -> Result<()> {
         if block.note == "when all are ready" {
             for host in &self.hosts {
-                eventually("both peers to be programmed", SECOND * 30, || {
+                eventually("both peers to be programmed", SECOND * 60, || {
                     let peers: Value = serde_json::from_str(&host.sh("weftctl peers --json")?)?;
                     let peers = peers.as_array().context("peers")?;
                     Ok(peers.len() == 2 && peers.iter().all(|peer| peer["programmed"] == true))

@@ -15,7 +15,7 @@ use e2e::cluster::{Backend, READY, Spec, scenario};
 use e2e::node::Node;
 use e2e::plugin::{Outcome, finish};
 use e2e::pod::{Pod, Sandbox, address_of, host_veth};
-use e2e::random::Random;
+use e2e::random::{Moments, Random};
 use e2e::report;
 use e2e::wait::{eventually, let_pass};
 use weft_shared::cni::Code;
@@ -24,9 +24,10 @@ const INTERLEAVINGS: u64 = 1000;
 /// They share the work: most of a call's time is the kernel's grace periods.
 const NODES: u8 = 4;
 const CONTAINERS: u64 = 8;
-/// An ADD takes about 7 ms: moments from before its first instruction to after its last.
+/// An ADD takes about 7 ms, and steps of a round begin within so many microseconds.
 const MOMENTS: u64 = 12_000;
-const QUIET: Duration = Duration::from_secs(5);
+/// Well before a plugin's span is over, when the agent would mend by the clock what it has to know by itself.
+const QUIET: Duration = Duration::from_secs(12);
 
 /// One call of a runtime, or the end of an agent, begun `at` microseconds after the round's start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,7 +40,8 @@ struct Step {
 enum What {
     Add(usize),
     Del(usize),
-    /// ADD, killed so many microseconds after its start. The runtime sends a DEL when all is over, or tries again.
+    /// ADD, killed so many thousandths into the span that calls take here. The runtime sends a DEL when all is over, or
+    /// tries again.
     KilledAdd(usize, u64),
     KilledDel(usize, u64),
     /// `kill -9`, and a new agent at once.
@@ -62,7 +64,7 @@ fn round(random: &mut Random) -> Vec<Step> {
     let mut steps: Vec<Step> = (0..calls)
         .map(|_| {
             let container = random.below(CONTAINERS) as usize;
-            let moment = random.below(MOMENTS);
+            let moment = random.below(1_000);
             let what = match random.below(10) {
                 0..4 => What::Add(container),
                 4..7 => What::Del(container),
@@ -88,6 +90,8 @@ struct World<'a> {
     /// ADD was killed, and the agent before it saw that: until the plugin's span is over the next agent must believe
     /// it alive, and leaves what it made in place. A call for the container ends that.
     adrift: BTreeSet<usize>,
+    /// When calls are killed.
+    moments: Moments,
 }
 
 impl World<'_> {
@@ -95,18 +99,19 @@ impl World<'_> {
     fn play(&mut self, steps: &[Step]) -> Result<Vec<(What, Outcome)>> {
         let start = Instant::now();
         let calls = steps.iter().filter(|step| step.what.container().is_some());
-        thread::scope(|scope| {
+        let moments = self.moments.clone();
+        let outcomes: Vec<(What, Outcome)> = thread::scope(|scope| {
             let running: Vec<_> = calls
                 .map(|step| {
                     let container = step.what.container().unwrap_or_default();
-                    let (step, call) = (*step, &self.containers[container].call);
+                    let (step, call, moments) = (*step, &self.containers[container].call, &moments);
                     scope.spawn(move || {
                         let_pass(Duration::from_micros(step.at));
                         let outcome = match step.what {
                             What::Add(_) => call.run("ADD"),
                             What::Del(_) => call.run("DEL"),
-                            What::KilledAdd(_, after) => killed(call.spawn("ADD")?, after),
-                            What::KilledDel(_, after) => killed(call.spawn("DEL")?, after),
+                            What::KilledAdd(_, at) => killed(call.spawn("ADD")?, moments.at(at)),
+                            What::KilledDel(_, at) => killed(call.spawn("DEL")?, moments.at(at)),
                             What::KillAgent | What::RestartAgent => bail!("no call"),
                         };
                         Ok((step.what, outcome?))
@@ -121,8 +126,17 @@ impl World<'_> {
                 }
                 self.node.agent.start()?;
             }
-            running.into_iter().map(|call| call.join().map_err(|_| anyhow!("a call panicked"))?).collect()
-        })
+            running
+                .into_iter()
+                .map(|call| call.join().map_err(|_| anyhow!("a call panicked"))?)
+                .collect::<Result<_>>()
+        })?;
+        for (what, outcome) in &outcomes {
+            if matches!(what, What::KilledAdd(..) | What::KilledDel(..)) {
+                self.moments.learn(outcome.exit.is_none());
+            }
+        }
+        Ok(outcomes)
     }
 
     /// What the runtime does after killed calls, and what it then knows. A container with several calls at once has
@@ -260,8 +274,8 @@ impl World<'_> {
     }
 }
 
-fn killed(mut plugin: std::process::Child, after: u64) -> Result<Outcome> {
-    let_pass(Duration::from_micros(after));
+fn killed(mut plugin: std::process::Child, after: Duration) -> Result<Outcome> {
+    let_pass(after);
     let _ = plugin.kill();
     finish(plugin)
 }
@@ -279,7 +293,8 @@ fn work(node: &mut Node, seed: u64) -> Result<Tally> {
     let containers = (0..CONTAINERS)
         .map(|n| Sandbox::create(node, &format!("{}-{n}", node.name())))
         .collect::<Result<_>>()?;
-    let mut world = World { node, containers, attached: BTreeMap::new(), adrift: BTreeSet::new() };
+    let moments = Moments::within(Duration::from_micros(MOMENTS));
+    let mut world = World { node, containers, attached: BTreeMap::new(), adrift: BTreeSet::new(), moments };
     let mut random = Random::seeded(seed);
     let mut tally = Tally::default();
     for number in 0..INTERLEAVINGS / u64::from(NODES) {

@@ -7,8 +7,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Result, ensure};
 use e2e::binaries::Binaries;
+use e2e::cluster::READY;
 use e2e::host::{HostSnapshot, marked_processes};
-use e2e::wait::{SECOND, eventually};
+use e2e::wait::eventually;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -122,7 +123,7 @@ fn a_broken_overlay_shows_and_is_mended() -> Result<()> {
     assert!(silent.contains("SILENT"), "{silent}");
     lab.run("exec n2 ip link set eth0 up")?;
     lab.run("exec n2 ip route replace default via 192.168.77.1")?;
-    eventually("every pair to reach again", SECOND * 30, || Ok(lab.output("ping")?.status.success()))?;
+    eventually("every pair to reach again", READY, || Ok(lab.output("ping")?.status.success()))?;
     lab.down()
 }
 
@@ -133,7 +134,7 @@ fn down_after_an_up_that_was_killed() -> Result<()> {
     for namespaces in [0, 1, 3, 4, 6, 9] {
         let mut command = lab.command("up");
         let mut up = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-        eventually("up to be midway", SECOND * 60, || {
+        eventually("up to be midway", READY, || {
             Ok(up.try_wait()?.is_some() || fs::read_dir(format!("{ROOT}/netns"))?.count() >= namespaces)
         })?;
         kill(Pid::from_raw(up.id() as i32), Signal::SIGKILL)?;

@@ -9,6 +9,7 @@ use e2e::cluster::{Backend, Cluster, MONITOR_ALONE, READY, SWEEP_ALONE, Spec, sc
 use e2e::firewall::{external_host, rules, sh, source_seen};
 use e2e::netns::Netns;
 use e2e::packet::Ethernet;
+use e2e::promise::kept;
 use e2e::report;
 use e2e::traffic::echo::ping;
 use e2e::traffic::flows::Flows;
@@ -120,7 +121,7 @@ fn multicast(cluster: &Cluster, external: &Netns) -> Result<()> {
         Ok(socket)
     })?;
     socket.send_to(b"to all", SocketAddrV4::new(MULTICAST, 5000))?;
-    let source = capture.wait_for("a datagram to the group", SECOND * 5, |frame: &Frame| {
+    let source = capture.wait_for("a datagram to the group", READY, |frame: &Frame| {
         let ip = Ethernet::parse(&frame.bytes)?.ipv4()?;
         (ip.destination == MULTICAST && ip.protocol == 17).then_some(ip.source)
     })?;
@@ -165,7 +166,7 @@ fn off_unless_set_and_subnet_env_says_which() -> Result<()> {
         agent.stop()?;
         agent.flags.pop();
         agent.restart(READY)?;
-        eventually("the masquerade to go", SECOND * 5, || {
+        eventually("the masquerade to go", READY, || {
             Ok(!rules(cluster.nodes[0].netns())?.contains("postrtg"))
         })?;
         assert_eq!(source_seen(&pod.netns, ANY, &external, OUTSIDE, 0)?, IpAddr::from(pod.address));
@@ -181,7 +182,7 @@ fn open_connections_keep_their_translation_through_restart_and_replacement() -> 
         let flows = Flows::open(&pod.netns, &external, OUTSIDE, 8)?;
         let go_on = |what: &str| {
             let seen = flows.rounds();
-            eventually(what, SECOND * 5, || Ok(flows.rounds() > seen + 20))
+            eventually(what, READY, || Ok(flows.rounds() > seen + 20))
         };
         go_on("connections to carry something")?;
         let handle =
@@ -194,14 +195,19 @@ fn open_connections_keep_their_translation_through_restart_and_replacement() -> 
         assert_eq!(handle(cluster)?, before, "a table that is right is not touched by a restart");
 
         let netns = cluster.nodes[0].netns();
-        sh(netns, "nft add rule ip flannel-ipv4 postrtg accept")?;
-        let took = eventually("the table to be replaced", SECOND, || Ok(handle(cluster)? != before))?;
+        let took = kept("a table with a rule too much", SECOND, || {
+            let before = handle(cluster)?;
+            sh(netns, "nft add rule ip flannel-ipv4 postrtg accept")?;
+            eventually("the table to be replaced", READY, || Ok(handle(cluster)? != before))
+        })?;
         report::took("table with a rule too much", took);
         go_on("connections after the table was replaced")?;
         flows.end()?;
         // Nothing translates in between: what a connection sends then is lost to it, and often the connection too.
-        sh(netns, "nft flush ruleset")?;
-        let took = eventually("the table to be back", SECOND, || Ok(rules(netns)?.contains("postrtg")))?;
+        let took = kept("nft flush ruleset", SECOND, || {
+            sh(netns, "nft flush ruleset")?;
+            eventually("the table to be back", READY, || Ok(rules(netns)?.contains("postrtg")))
+        })?;
         report::took("nft flush ruleset", took);
         assert_eq!(
             source_seen(&pod.netns, ANY, &external, OUTSIDE, 0)?,
@@ -215,7 +221,7 @@ fn open_connections_keep_their_translation_through_restart_and_replacement() -> 
 #[test]
 fn table_and_forwarding_are_mended_within_a_second() -> Result<()> {
     for (flags, by_sweep) in [(&MONITOR_ALONE[..], false), (&SWEEP_ALONE, true)] {
-        let deadline = if by_sweep { SECOND * 5 } else { SECOND };
+        let promised = if by_sweep { SECOND * 5 } else { SECOND };
         scenario(masquerading(Backend::Vxlan).flags(flags), |cluster| {
             let (near, far) = cluster.pod_pair()?;
             let node = &cluster.nodes[0];
@@ -257,14 +263,16 @@ fn table_and_forwarding_are_mended_within_a_second() -> Result<()> {
                 ),
                 ("forwarding of the underlay off", "echo 0 > /proc/sys/net/ipv4/conf/eth0/forwarding".into()),
             ] {
-                let wrong = node.agent.while_stopped(|| {
-                    sh(node.netns(), &hand)?;
-                    view()
-                })?;
-                ensure!(wrong != right, "{fault}: does not show");
-                let took = eventually(fault, deadline, || {
-                    ensure!(view()? == right, "{:?} instead of {right:?}", view()?);
-                    Ok(true)
+                let took = kept(fault, promised, || {
+                    let wrong = node.agent.while_stopped(|| {
+                        sh(node.netns(), &hand)?;
+                        view()
+                    })?;
+                    ensure!(wrong != right, "{fault}: does not show");
+                    eventually(fault, READY, || {
+                        ensure!(view()? == right, "{:?} instead of {right:?}", view()?);
+                        Ok(true)
+                    })
                 })?;
                 report::took(format_args!("{}{fault}", if by_sweep { "sweep alone, " } else { "" }), took);
             }

@@ -65,8 +65,11 @@ fn taken_by_another(backend: Backend) -> Result<()> {
         assert!(code == 11 && error.to_string().contains(STRANGER), "{code} {error}");
         let (code, error) = sandbox.call.run("STATUS")?.error()?;
         assert!(code == 51 && error.to_string().contains(STRANGER), "{code} {error}");
-        let problem = node.status()?.lease.and_then(|lease| lease.problem).unwrap_or_default();
-        assert!(problem.contains("no free subnet"), "{problem}");
+        eventually("the want of a subnet to be said", READY, || {
+            let problem = node.status()?.lease.and_then(|lease| lease.problem).unwrap_or_default();
+            ensure!(problem.contains("no free subnet"), "{problem}");
+            Ok(true)
+        })?;
         assert_eq!(node.status()?.pods.attachments, 2, "pods keep address and wiring");
         ping(&first.netns, second.address, 5, SECOND)?;
 
@@ -103,7 +106,7 @@ fn taken_by_another(backend: Backend) -> Result<()> {
         // The old range goes with its last pod, and the subnet is reached where it is now.
         first.delete()?;
         second.delete()?;
-        let took = eventually("the old range to go", SECOND * 5, || {
+        let took = eventually("the old range to go", READY, || {
             let (gateways, stranded) = (addresses(node, "cni0")?, node.status()?.pods.stranded);
             let peer = node.status()?.peers.into_iter().find(|peer| peer.key == lost).context("its owner")?;
             if gateways != [gateway(free)] || !stranded.is_empty() || !peer.programmed {
@@ -139,7 +142,7 @@ fn an_adopted_bridge_comes_back_with_the_mac_its_pods_know() -> Result<()> {
             Ok(query(node.netns(), "ip -json link show cni0")?[0]["address"] == ADOPTED)
         };
         let talks = |node: &Node| -> Result<Duration> {
-            eventually("the bridge to be back, and the pod to talk", SECOND * 5, || {
+            eventually("the bridge to be back, and the pod to talk", READY, || {
                 ping(&near.netns, far.address, 1, Duration::from_millis(200))?;
                 mac(node)
             })
@@ -170,7 +173,7 @@ fn a_renamed_or_regrouped_veth_does_not_escape_its_del() -> Result<()> {
             };
             let own = index(veth.as_str())?;
             node.netns().ip(&format!("link set {veth} {hand}"))?;
-            let took = eventually("name and group to be as they were", SECOND * 5, || {
+            let took = eventually("name and group to be as they were", READY, || {
                 let links = query(node.netns(), &format!("ip -json link show {veth}"))?;
                 Ok(links[0]["ifindex"] == own && links[0]["group"] != "77")
             })?;
@@ -192,9 +195,8 @@ fn an_own_lease_deleted_by_hand_is_taken_again_at_once() -> Result<()> {
         let own = cluster.nodes[0].lease_key()?.to_string();
         for _ in 0..3 {
             cluster.etcd()?.delete_lease(&own)?;
-            let took = eventually("the key to be back", SECOND * 5, || {
-                Ok(cluster.etcd()?.lease_keys()?.contains(&own))
-            })?;
+            let took =
+                eventually("the key to be back", READY, || Ok(cluster.etcd()?.lease_keys()?.contains(&own)))?;
             report::took("lease deleted by hand: taken again", took);
         }
         cluster.wait_converged()?;
@@ -266,7 +268,7 @@ fn a_configuration_that_changes_is_applied_or_named() -> Result<()> {
                 None => drop(cluster.etcd()?.ctl(&["del", &key])?),
             }
             for node in &cluster.nodes {
-                let took = eventually("the change to be said", SECOND * 5, || {
+                let took = eventually("the change to be said", READY, || {
                     let notice = node.status()?.network.context("network")?.notice;
                     match (&notice, expected) {
                         (None, None) => Ok(true),
@@ -291,7 +293,7 @@ fn a_configuration_that_changes_is_applied_or_named() -> Result<()> {
         cluster.etcd()?.put_config(&narrow)?;
         let first =
             || Ok::<_, anyhow::Error>(cluster.nodes[0].status()?.network.context("network")?.subnet_min);
-        eventually("the range to be in force", SECOND * 5, || Ok(first()? == "10.5.77.0".parse().ok()))?;
+        eventually("the range to be in force", READY, || Ok(first()? == "10.5.77.0".parse().ok()))?;
         let lost = cluster.nodes[0].lease_key()?;
         cluster.etcd()?.put_entry(lost.to_string().as_bytes(), value(Backend::Vxlan, STRANGER).as_bytes())?;
         let new = until_ok("a new subnet", READY, || {

@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use e2e::cluster::{Backend, READY, Spec, scenario};
 use e2e::kernel::KernelView;
 use e2e::node::Node;
+use e2e::promise::kept;
 use e2e::report;
 use e2e::traffic::echo::ping;
 use e2e::wait::{SECOND, eventually, let_pass};
@@ -30,18 +31,21 @@ fn lost_announcements_are_counted_and_everything_is_looked_at() -> Result<()> {
             .collect();
         let file = cluster.bed.root().join("flood");
         std::fs::write(&file, flood)?;
-        let begin = node.agent.while_stopped(|| {
-            node.netns().ip(&format!("-batch {}", file.display()))?;
-            // After the flood: its announcement is among the lost.
-            node.netns().ip("link delete flannel.1")?;
-            node.netns().ip("link delete cni0")?;
-            Ok(Instant::now())
+        let took = kept("monitor's buffer overrun", SECOND, || {
+            let begin = node.agent.while_stopped(|| {
+                node.netns().ip(&format!("-batch {}", file.display()))?;
+                // After the flood: its announcement is among the lost.
+                node.netns().ip("link delete flannel.1")?;
+                node.netns().ip("link delete cni0")?;
+                Ok(Instant::now())
+            })?;
+            eventually("everything to be right again", READY, || {
+                let difference = right.difference(&KernelView::of(node.netns())?);
+                if difference.is_empty() { Ok(true) } else { bail!("{difference}") }
+            })?;
+            Ok(begin.elapsed())
         })?;
-        eventually("everything to be right again", SECOND, || {
-            let difference = right.difference(&KernelView::of(node.netns())?);
-            if difference.is_empty() { Ok(true) } else { bail!("{difference}") }
-        })?;
-        report::took("monitor's buffer overrun", begin.elapsed());
+        report::took("monitor's buffer overrun", took);
         ensure!(dataplane(node)?.monitor_overruns > 0, "the overrun is not counted");
         ping(&near.netns, far.address, 5, SECOND)?;
         Ok(())
@@ -80,9 +84,10 @@ fn a_refused_device_is_named_waits_and_goes_through_when_the_obstacle_goes() -> 
             ("the device moved to another namespace", &[&into], "away"),
         ];
         for (what, commands, way_out) in obstacles {
-            let strike = || commands.iter().try_for_each(|command| node.netns().ip(command).map(drop));
-            node.agent.while_stopped(strike)?;
-            let first = Instant::now();
+            let first = node.agent.while_stopped(|| {
+                commands.iter().try_for_each(|command| node.netns().ip(command).map(drop))?;
+                Ok(Instant::now())
+            })?;
             let pending = eventually_pending(node, 4).with_context(|| what.to_owned())?;
             ensure!(pending.error.contains("flannel.1 exists: another device"), "{what}: {}", pending.error);
             // Waits of 0.1, 0.2 and 0.4 s lie between the first attempt and the fourth.
@@ -95,9 +100,10 @@ fn a_refused_device_is_named_waits_and_goes_through_when_the_obstacle_goes() -> 
             // Nothing else waits for it.
             let gateway = node.lease_key()?.v4.gateway();
             node.netns().ip(&format!("address delete {gateway}/24 dev cni0"))?;
-            eventually("the gateway to come back meanwhile", SECOND, || {
+            eventually("the gateway to come back meanwhile", READY, || {
                 Ok(node.netns().ip("address show dev cni0")?.contains(&format!("{gateway}/24")))
             })?;
+            pending_device(node).with_context(|| format!("{what}, after the gateway was mended"))?;
             let gone = Instant::now();
             if way_out == "away" {
                 away.ip("link delete flannel.1")?;

@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use anyhow::{Context as _, Result};
 use e2e::bed::Bed;
 use e2e::capture::{Capture, Frame, ifindex};
-use e2e::cluster::{Backend, Cluster, Spec};
+use e2e::cluster::{Backend, Cluster, READY, Spec};
 use e2e::forge::checksum;
 use e2e::kernel::query;
 use e2e::packet::{Ethernet, Ipv4};
@@ -49,7 +49,7 @@ fn request<T>(
     read: impl Fn(&Ethernet<'_>, &Ipv4<'_>) -> Option<T>,
 ) -> Result<T> {
     let port = ifindex(&cluster.underlay.netns, &cluster.nodes[0].net.port)?;
-    capture.wait_for("pod to pod, leaving n1", SECOND * 5, |frame: &Frame| {
+    capture.wait_for("pod to pod, leaving n1", READY, |frame: &Frame| {
         let ethernet = Ethernet::parse(&frame.bytes).filter(|_| frame.ifindex == port)?;
         let ip = ethernet.ipv4()?;
         read(&ethernet, &ip)
@@ -131,8 +131,7 @@ fn packets_between_pods_of_one_node_never_reach_the_underlay() -> Result<()> {
         ping(&first.netns, far.address, 5, SECOND)?;
         let holds =
             |frame: &Frame, address: Ipv4Addr| frame.bytes.windows(4).any(|bytes| bytes == address.octets());
-        capture
-            .wait_for("the packet to the other node", SECOND * 5, |f| holds(f, far.address).then_some(()))?;
+        capture.wait_for("the packet to the other node", READY, |f| holds(f, far.address).then_some(()))?;
         let leaked = capture.frames().iter().filter(|f| holds(f, beside.address)).count();
         assert_eq!(leaked, 0, "{} frames of {} with the neighbour's address", leaked, backend.kind());
     }

@@ -12,7 +12,7 @@ use e2e::node::Node;
 use e2e::pod::{Pod, Sandbox};
 use e2e::report;
 use e2e::traffic::named::{Answer, Named, UdpClient, ask_tcp, ask_udp};
-use e2e::wait::{SECOND, eventually};
+use e2e::wait::eventually;
 use serde_json::{Value, json};
 
 const ANY: Ipv4Addr = Ipv4Addr::UNSPECIFIED;
@@ -144,9 +144,9 @@ fn kept_from_the_loopback(node: &Node, pod: &Pod) -> Result<()> {
     }
     node.agent.while_stopped(|| {
         sh(node.netns(), &format!("nft flush chain ip {TABLE} guard"))?;
-        eventually("the same datagram to pass without the guard", SECOND * 5, arrives)
+        eventually("the same datagram to pass without the guard", READY, arrives)
     })?;
-    eventually("the guard to be back", SECOND * 5, || Ok(!arrives()?))?;
+    eventually("the guard to be back", READY, || Ok(!arrives()?))?;
     Ok(())
 }
 
@@ -172,7 +172,7 @@ fn ports_are_kept_against_every_hand_and_go_with_their_pod() -> Result<()> {
                 ensure!(!answers(&external, to, "kept")?, "{hand} changes nothing");
                 Ok(())
             })?;
-            let took = eventually(&hand, SECOND * 5, || Ok(ruleset(node)? == right))?;
+            let took = eventually(&hand, READY, || Ok(ruleset(node)? == right))?;
             report::took(&hand, took);
             ensure!(answers(&external, to, "kept")?, "after {hand}");
         }
@@ -190,7 +190,7 @@ fn ports_are_kept_against_every_hand_and_go_with_their_pod() -> Result<()> {
         cluster.nodes[0].agent.kill()?;
         sh(cluster.nodes[0].netns(), "nft flush ruleset")?;
         cluster.nodes[0].agent.restart(READY)?;
-        eventually("the ports to be back after a restart", SECOND * 5, || answers(&external, to, "kept"))?;
+        eventually("the ports to be back after a restart", READY, || answers(&external, to, "kept"))?;
 
         // A DEL that found no agent.
         cluster.nodes[0].agent.kill()?;
@@ -198,9 +198,7 @@ fn ports_are_kept_against_every_hand_and_go_with_their_pod() -> Result<()> {
         drop(server);
         ensure!(leads_anywhere(&cluster.nodes[0])?, "nobody was there to take it away");
         cluster.nodes[0].agent.restart(READY)?;
-        eventually("the ports to go with the tombstone", SECOND * 5, || {
-            Ok(!leads_anywhere(&cluster.nodes[0])?)
-        })?;
+        eventually("the ports to go with the tombstone", READY, || Ok(!leads_anywhere(&cluster.nodes[0])?))?;
         invariant(&cluster.nodes[0], &[])?;
 
         // No DEL at all, and GC.
@@ -208,7 +206,7 @@ fn ports_are_kept_against_every_hand_and_go_with_their_pod() -> Result<()> {
         ensure!(answers(&external, to, "vanished")?);
         drop(server);
         vanished.netns.remove()?;
-        eventually("the ports to go with the pod", SECOND * 5, || Ok(!leads_anywhere(&cluster.nodes[0])?))?;
+        eventually("the ports to go with the pod", READY, || Ok(!leads_anywhere(&cluster.nodes[0])?))?;
         let (collected, _server) = served(&cluster.nodes[0], "collected", &everywhere())?;
         let mut gc = collected.call.clone();
         gc.config["cni.dev/valid-attachments"] = json!([]);
@@ -280,7 +278,7 @@ fn a_udp_flow_follows_its_port_from_pod_to_pod() -> Result<()> {
         };
         let becomes = |expected: &str| {
             for client in [&client, &inside] {
-                eventually(expected, SECOND * 5, || {
+                eventually(expected, READY, || {
                     let now = who(client)?;
                     ensure!(now == expected, "{now} answers");
                     Ok(true)
@@ -319,9 +317,7 @@ fn a_udp_flow_follows_its_port_from_pod_to_pod() -> Result<()> {
                 Ok(late)
             })
             .and_then(|late| {
-                eventually("a flow of the time without rules to follow", SECOND * 5, || {
-                    Ok(who(&late)? == "third")
-                })
+                eventually("a flow of the time without rules to follow", READY, || Ok(who(&late)? == "third"))
             })?;
         Ok(())
     })

@@ -13,6 +13,7 @@ use e2e::kernel::{KernelView, query};
 use e2e::netns::Netns;
 use e2e::node::Node;
 use e2e::pod::Pod;
+use e2e::promise::kept;
 use e2e::report;
 use e2e::traffic::echo::ping;
 use e2e::wait::{SECOND, eventually};
@@ -283,8 +284,8 @@ impl<'a> Target<'a> {
     }
 }
 
-/// Strikes once per fault; every one must show, and must be mended within `deadline`.
-fn mended(backend: Backend, faults: &[&[Fault]], flags: &[&str], deadline: Duration) -> Result<()> {
+/// Strikes once per fault; every one must show, and must be mended within what is promised.
+fn mended(backend: Backend, faults: &[&[Fault]], flags: &[&str], promised: Duration) -> Result<()> {
     let rounds = match std::env::var("WEFT_FAULT_ROUNDS") {
         Ok(text) => text.parse().context("WEFT_FAULT_ROUNDS: expected a number")?,
         Err(_) => 1,
@@ -294,34 +295,28 @@ fn mended(backend: Backend, faults: &[&[Fault]], flags: &[&str], deadline: Durat
         ping(&near.netns, far.address, 5, SECOND)?;
         let node = &cluster.nodes[0];
         let target = Target::of(node, cluster, &near)?;
-        let mut right = KernelView::of(node.netns())?;
+        let right = KernelView::of(node.netns())?;
         let mut failures = Vec::new();
         for (fault, commands) in faults.iter().copied().flatten() {
             let mut times = Vec::new();
             for _ in 0..rounds {
-                match strike_and_watch(node, &target, commands, &right, deadline) {
+                match kept(fault, promised, || strike_and_watch(node, &target, commands, &right)) {
                     Ok(time) => times.push(time),
-                    Err(error) => {
-                        failures.push(format!("{fault}: {error:#}"));
-                        // The next fault needs the right state to start from.
-                        eventually("everything to be right again", READY, || {
-                            Ok(KernelView::of(node.netns())? == right)
-                        })
-                        .with_context(|| failures.join("\n"))?;
-                    }
+                    Err(error) => failures.push(format!("{error:#}")),
                 }
-                let seen = KernelView::of(node.netns())?;
-                if seen != right {
-                    bail!("{fault} leaves traces: {}", right.difference(&seen));
-                }
-                right = seen;
+                // The next fault needs the right state to start from.
+                eventually(&format!("nothing to be left of: {fault}"), READY, || {
+                    let difference = right.difference(&KernelView::of(node.netns())?);
+                    if difference.is_empty() { Ok(true) } else { bail!("{difference}") }
+                })
+                .with_context(|| failures.join("\n"))?;
             }
             times.sort();
             if let Some(median) = times.get(times.len() / 2) {
                 report::took(format_args!("{} {fault}", backend.kind()), *median);
             }
         }
-        ensure!(failures.is_empty(), "not mended within {deadline:?}:\n{}", failures.join("\n"));
+        ensure!(failures.is_empty(), "not mended in time:\n{}", failures.join("\n"));
         ping(&near.netns, far.address, 5, SECOND)?;
         Ok(())
     })
@@ -332,14 +327,13 @@ fn strike_and_watch(
     target: &Target<'_>,
     commands: &[&str],
     right: &KernelView,
-    deadline: Duration,
 ) -> Result<Duration> {
     let (wrong, begin) = node.agent.while_stopped(|| {
         commands.iter().try_for_each(|command| target.strike(command))?;
         Ok((KernelView::of(node.netns())?, Instant::now()))
     })?;
     ensure!(wrong != *right, "the fault does not show");
-    eventually("the kernel to be right again", deadline, || {
+    eventually("the kernel to be right again", READY, || {
         let difference = right.difference(&KernelView::of(node.netns())?);
         let wrong = |line: &str| !(line.starts_with('+') && line.contains(FOREIGN));
         if difference.lines().any(wrong) { bail!("{difference}") } else { Ok(true) }

@@ -39,7 +39,7 @@ fn killed_under_load(backend: Backend) -> Result<()> {
         eventually("every flow to carry on", READY, || Ok(flows.rounds() > rounds + 2))?;
         flows.end().context("a flow did not live")?;
         for tally in [there.end()?, back.end()?] {
-            tally.is_whole(u64::from(DATAGRAMS_PER_SECOND) + 1)?;
+            tally.is_whole(u64::from(DATAGRAMS_PER_SECOND / 10))?;
         }
         Ok(())
     })
@@ -99,7 +99,7 @@ fn addresses_survive_a_kill() -> Result<()> {
         for pod in [first, second, third] {
             pod.delete()?;
         }
-        eventually("no attachment to be left", SECOND, || Ok(node.status()?.pods.attachments == 0))?;
+        eventually("no attachment to be left", READY, || Ok(node.status()?.pods.attachments == 0))?;
         Ok(())
     })
 }

@@ -17,8 +17,8 @@ use e2e::wait::{SECOND, eventually};
 use weft_agent::status::RefusedLease;
 
 /// Enough for one renewal by a busy machine, and short enough to wait for its end.
-const TTL: &str = "--lease-ttl=4s";
-const GRACE: Duration = Duration::from_secs(4);
+const TTL: &str = "--lease-ttl=6s";
+const GRACE: Duration = Duration::from_secs(10);
 
 fn holds(node: &Node, subnet: IpAddr) -> Result<bool> {
     Ok(KernelView::of(node.netns())?.holds(subnet))
@@ -40,7 +40,7 @@ fn departures(store: StoreKind) -> Result<()> {
         StoreKind::Etcd => Spec::etcd(3, Backend::Vxlan),
         StoreKind::Embedded => Spec::embedded(3, Backend::Vxlan),
     };
-    scenario(spec.flag(TTL).flag("--expired-peer-grace=4s"), |cluster| {
+    scenario(spec.flag(TTL).flag(&format!("--expired-peer-grace={}s", GRACE.as_secs())), |cluster| {
         let (near, far) = cluster.pod_pair()?;
         ping(&near.netns, far.address, 5, SECOND)?;
         let network = cluster.nodes[1].lease_key()?.v4.addr();
@@ -57,8 +57,13 @@ fn departures(store: StoreKind) -> Result<()> {
                 .grace_left
                 .is_some())
         };
-        eventually("the lease to expire", READY, || expired(cluster))?;
-        let since = Instant::now();
+        let mut alive = Instant::now();
+        eventually("the lease to expire", READY, || {
+            let look = Instant::now();
+            let expired = expired(cluster)?;
+            alive = if expired { alive } else { look };
+            Ok(expired)
+        })?;
         let agent = &cluster.nodes[0].agent;
         assert!(agent.ctl(&["peers"])?.contains("programmed; expired, "), "{}", agent.ctl(&["peers"])?);
         assert_eq!(agent.metric("weft_peers_expired")?, 1.0);
@@ -68,7 +73,7 @@ fn departures(store: StoreKind) -> Result<()> {
         eventually("the grace to end", READY, || {
             Ok(!holds(&cluster.nodes[0], network)? && cluster.nodes[0].status()?.peers.len() == 1)
         })?;
-        assert!(since.elapsed() > GRACE / 2, "gone after {:?}", since.elapsed());
+        assert!(alive.elapsed() >= GRACE, "gone {:?} after it was last seen alive", alive.elapsed());
 
         // It comes back, and expires again; and is back before the grace ends.
         cluster.nodes[1].agent.restart(READY)?;
@@ -88,7 +93,7 @@ fn departures(store: StoreKind) -> Result<()> {
         let took = eventually("the entries of a lease removed by hand to go", READY, || {
             Ok(!holds(&cluster.nodes[0], by_hand.v4.addr())?)
         })?;
-        assert!(took < SECOND, "{took:?}");
+        assert!(took < GRACE, "as slowly as by expiry: {took:?}");
         report::took(format_args!("{} store: removed by hand, gone", store.kind()), took);
         Ok(())
     })
@@ -196,7 +201,11 @@ fn malformed_entries_of_every_kind_are_named_and_disturb_nobody() -> Result<()> 
         third.agent.wait_ready(READY)?;
         let pod = third.pod("a")?;
         ping(&near.netns, pod.address, 5, SECOND)?;
-        assert_eq!(named(&cluster.nodes[2])?, expected);
+        eventually("every entry to be named by the third", READY, || {
+            let named = named(&cluster.nodes[2])?;
+            ensure!(named == expected, "named {named:?}");
+            Ok(true)
+        })?;
 
         for (key, _) in &entries {
             cluster.etcd()?.delete_entry(key)?;

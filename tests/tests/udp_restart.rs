@@ -10,7 +10,7 @@ use e2e::kernel::{KernelView, indexes};
 use e2e::monitor::Monitor;
 use e2e::random::Random;
 use e2e::report;
-use e2e::traffic::datagrams::{Stream, Tally};
+use e2e::traffic::datagrams::Stream;
 use e2e::traffic::echo::ping;
 use e2e::traffic::flows::Flows;
 use e2e::wait::{SECOND, eventually, let_pass};
@@ -29,22 +29,16 @@ enum Store {
     Down,
 }
 
-/// The peer is in what the agent has saved: without it nothing could be forwarded before the store has told.
+/// Each peer is in what the other's agent has saved: without it nothing could be forwarded before the store has told.
 fn wait_saved(cluster: &Cluster) -> Result<()> {
-    let peer = cluster.nodes[1].lease_key()?.to_string();
-    let file = cluster.nodes[0].agent.state_dir().join("snapshot.json");
-    eventually(
-        "the peer to be saved on disk",
-        READY,
-        || Ok(std::fs::read_to_string(&file)?.contains(&peer)),
-    )?;
+    for (node, peer) in [(0, 1), (1, 0)] {
+        let peer = cluster.nodes[peer].lease_key()?.to_string();
+        let file = cluster.nodes[node].agent.state_dir().join("snapshot.json");
+        eventually("the peer to be saved on disk", READY, || {
+            Ok(std::fs::read_to_string(&file)?.contains(&peer))
+        })?;
+    }
     Ok(())
-}
-
-/// The silence in which `moment` lies, and its end.
-fn silence(tally: &Tally, moment: Instant) -> Option<(Duration, Instant)> {
-    let pair = tally.arrivals.windows(2).find(|pair| pair[0] <= moment && moment < pair[1])?;
-    Some((pair[1].duration_since(pair[0]), pair[1]))
 }
 
 fn median_and_most(mut times: Vec<Duration>) -> Option<(Duration, Duration)> {
@@ -103,7 +97,7 @@ fn killed_under_load(store: Store) -> Result<()> {
         back.stop();
         for (direction, tally) in [("sending", there.end()?), ("receiving", back.end()?)] {
             let gaps = starts.iter().filter_map(|start| {
-                silence(&tally, *start).map(|(gap, end)| (gap, end.duration_since(*start)))
+                tally.silence(*start).map(|(gap, end)| (gap, end.duration_since(*start)))
             });
             let (longest, first): (Vec<Duration>, Vec<Duration>) = gaps.unzip();
             let (usual, longest) = median_and_most(longest).context("nothing arrived")?;
@@ -114,11 +108,8 @@ fn killed_under_load(store: Store) -> Result<()> {
                 tally.missing.len(),
                 tally.sent,
             ));
-            // The end of the old process is the kernel's, and may take long on a busy machine.
-            ensure!(
-                usual < PROMISED && first_at_most < PROMISED,
-                "{direction}: {usual:?}, {first_at_most:?}"
-            );
+            // Of twenty kills half: a single one may fall into a time in which the machine does something else.
+            ensure!(usual < PROMISED && first < PROMISED, "{direction}: {usual:?}, {first:?}");
             ensure!(tally.duplicates == 0, "{direction}: {} came twice", tally.duplicates);
         }
         let events = monitor.events(cluster.nodes[0].netns())?;

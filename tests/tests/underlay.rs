@@ -10,6 +10,7 @@ use e2e::cluster::{Backend, Cluster, MONITOR_ALONE, READY, SWEEP_ALONE, Spec, sc
 use e2e::kernel::query;
 use e2e::node::Node;
 use e2e::pod::Pod;
+use e2e::promise::{Steps, kept_throughout};
 use e2e::report;
 use e2e::traffic::echo::ping;
 use e2e::underlay::Underlay;
@@ -26,7 +27,6 @@ struct Bench<'a> {
     far: &'a Pod,
     backend: Backend,
     by: &'static str,
-    deadline: Duration,
 }
 
 impl Bench<'_> {
@@ -39,15 +39,17 @@ impl Bench<'_> {
     }
 
     /// Right: both pods reach each other, and the node and its peer both say `address` on `iface` with `mtu`.
-    fn right(&self, what: &str, iface: &str, address: Ipv4Addr, mtu: u64) -> Result<()> {
+    fn right(&self, steps: &mut Steps, what: &str, iface: &str, address: Ipv4Addr, mtu: u64) -> Result<()> {
         let start = Instant::now();
-        eventually(&format!("{what}: everything to be right"), self.deadline, || {
+        eventually(&format!("{what}: everything to be right"), READY, || {
             self.state_is(iface, address, mtu)?;
             ping(&self.near.netns, self.far.address, 1, Duration::from_millis(200))?;
             ping(&self.far.netns, self.near.address, 1, Duration::from_millis(200))?;
             Ok(true)
         })?;
-        report::took(format_args!("{} by {}: {what}", self.backend.kind(), self.by), start.elapsed());
+        let took = start.elapsed();
+        report::took(format_args!("{} by {}: {what}", self.backend.kind(), self.by), took);
+        steps.took(what, took);
         Ok(())
     }
 
@@ -76,7 +78,11 @@ impl Bench<'_> {
     }
 }
 
-fn followed(backend: Backend, by: &'static str, flags: &[&str], deadline: Duration) -> Result<()> {
+fn followed(backend: Backend, by: &'static str, flags: &[&str], promised: Duration) -> Result<()> {
+    kept_throughout(promised, |steps| follow(backend, by, flags, steps))
+}
+
+fn follow(backend: Backend, by: &'static str, flags: &[&str], steps: &mut Steps) -> Result<()> {
     scenario(Spec::etcd(2, backend).flags(flags), |cluster| {
         let (near, far) = cluster.pod_pair()?;
         ping(&near.netns, far.address, 5, SECOND)?;
@@ -86,7 +92,7 @@ fn followed(backend: Backend, by: &'static str, flags: &[&str], deadline: Durati
             Ok(links.first().and_then(|link| link["address"].as_str()).map(str::to_owned))
         };
         let mac = vtep()?;
-        let bench = Bench { cluster, near: &near, far: &far, backend, by, deadline };
+        let bench = Bench { cluster, near: &near, far: &far, backend, by };
         let default = format!("route add default via {}", Underlay::GATEWAY);
 
         bench.ip(&[
@@ -94,7 +100,7 @@ fn followed(backend: Backend, by: &'static str, flags: &[&str], deadline: Durati
             &format!("address add {OTHER}/24 dev eth0"),
             &format!("route replace default via {}", Underlay::GATEWAY),
         ])?;
-        bench.right("another address", "eth0", OTHER, 1500)?;
+        bench.right(steps, "another address", "eth0", OTHER, 1500)?;
         let status = bench.node().status()?;
         assert_eq!(status.lease.context("lease")?.key, key, "the subnet stays");
         assert_eq!(vtep()?, mac, "and the VTEP's MAC");
@@ -103,43 +109,46 @@ fn followed(backend: Backend, by: &'static str, flags: &[&str], deadline: Durati
             &format!("address add {OWN}/24 dev eth0"),
             &format!("route replace default via {}", Underlay::GATEWAY),
         ])?;
-        bench.right("the first address again", "eth0", OWN, 1500)?;
+        bench.right(steps, "the first address again", "eth0", OWN, 1500)?;
 
         bench.ip(&["link set eth0 mtu 1400"])?;
-        bench.right("a smaller MTU", "eth0", OWN, 1400)?;
+        bench.right(steps, "a smaller MTU", "eth0", OWN, 1400)?;
         bench.ip(&["link set eth0 mtu 1500"])?;
-        bench.right("the first MTU again", "eth0", OWN, 1500)?;
+        bench.right(steps, "the first MTU again", "eth0", OWN, 1500)?;
 
         bench.ip(&["link set eth0 down", "link set eth0 name lan0", "link set lan0 up", &default])?;
-        bench.right("renamed", "lan0", OWN, 1500)?;
+        bench.right(steps, "renamed", "lan0", OWN, 1500)?;
         bench.ip(&["link set lan0 down", "link set lan0 name eth0", "link set eth0 up", &default])?;
-        bench.right("renamed back", "eth0", OWN, 1500)?;
+        bench.right(steps, "renamed back", "eth0", OWN, 1500)?;
 
         bench.ip(&["link set eth0 down"])?;
-        eventually("down to be said", deadline, || {
+        let said = eventually("down to be said", READY, || {
             let underlay = bench.node().status()?.underlay.context("underlay")?;
             Ok(underlay.problem.is_some_and(|problem| problem.contains("eth0 is down")))
         })?;
+        steps.took("down, said", said);
         bench.ip(&["link set eth0 up", &default])?;
-        bench.right("down and up", "eth0", OWN, 1500)?;
+        bench.right(steps, "down and up", "eth0", OWN, 1500)?;
         let port = &bench.node().net.port;
         cluster.underlay.netns.ip(&format!("link set {port} down"))?;
         cluster.underlay.netns.ip(&format!("link set {port} up"))?;
-        bench.right("carrier lost and back", "eth0", OWN, 1500)?;
+        bench.right(steps, "carrier lost and back", "eth0", OWN, 1500)?;
 
         bench.ip(&["link delete eth0"])?;
-        eventually("the loss to be said", deadline, || {
+        let said = eventually("the loss to be said", READY, || {
             let waiting = bench.node().status()?.waiting_for.concat();
             if waiting.contains("the underlay: ") { Ok(true) } else { bail!("waits for {waiting:?}") }
         })?;
+        steps.took("loss, said", said);
         bench.ip(&["link set cni0 mtu 1280"])?;
         let usual = if backend == Backend::Vxlan { 1450 } else { 1500 };
-        let took = eventually("the bridge to be repaired all the same", deadline, || {
+        let took = eventually("the bridge to be repaired all the same", READY, || {
             Ok(query(bench.node().netns(), "ip -json link show cni0")?[0]["mtu"] == usual)
         })?;
         report::took(format_args!("{} by {by}: bridge repaired without underlay", backend.kind()), took);
+        steps.took("bridge repaired without underlay", took);
         cluster.underlay.plug_in(bench.node().netns(), port, OWN)?;
-        bench.right("interface removed and back", "eth0", OWN, 1500)?;
+        bench.right(steps, "interface removed and back", "eth0", OWN, 1500)?;
         assert_eq!(vtep()?, mac);
 
         // Sticky: a default route elsewhere moves nothing as long as the interface has its address.
@@ -152,7 +161,7 @@ fn followed(backend: Backend, by: &'static str, flags: &[&str], deadline: Durati
         }
         bench.state_is("eth0", OWN, 1500)?;
         bench.ip(&[&format!("address delete {OWN}/24 dev eth0")])?;
-        bench.right("moved to the other interface", "eth1", SECOND_CARD, 1500)?;
+        bench.right(steps, "moved to the other interface", "eth1", SECOND_CARD, 1500)?;
         assert_eq!(bench.node().lease_key()?, key);
         assert_eq!(bench.node().status()?.pods.attachments, 1);
         Ok(())

@@ -234,7 +234,7 @@ pub(crate) fn merge(into: &mut Value, extra: Value) {
 /// Waits for a condition; the moments between two looks are nobody's measure.
 #[track_caller]
 pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(30);
     while !condition() {
         assert!(Instant::now() < deadline, "never: {what}");
         #[expect(clippy::disallowed_methods, reason = "the pace of waiting for a condition")]

@@ -339,12 +339,12 @@ mod tests {
 
         async fn end(self) {
             self.stop.cancel();
-            tokio::time::timeout(Duration::from_secs(5), self.task).await.expect("ends").expect("no panic");
+            tokio::time::timeout(Duration::from_secs(30), self.task).await.expect("ends").expect("no panic");
         }
     }
 
     async fn until(what: &str, mut holds: impl FnMut() -> bool) {
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
         while !holds() {
             assert!(tokio::time::Instant::now() < deadline, "never {what}");
             tokio::task::yield_now().await;
@@ -360,12 +360,12 @@ mod tests {
         const PACE: Duration = Duration::from_millis(300);
         let dir = tempfile::tempdir().expect("tempdir");
         let file = SnapshotFile::in_dir(dir.path());
+        let before_the_first = tokio::time::Instant::now();
         let saving = Saving::start(file.clone(), PACE);
         until("saved", || saved_peers(&file) == Some(0)).await;
-        let first = tokio::time::Instant::now();
         saving.change(&["10.5.2.0-24"]);
         until("saved again", || saved_peers(&file) == Some(1)).await;
-        assert!(first.elapsed() >= PACE / 2, "{:?}", first.elapsed());
+        assert!(before_the_first.elapsed() >= PACE, "{:?}", before_the_first.elapsed());
         saving.change(&["10.5.2.0-24", "10.5.3.0-24"]);
         saving.end().await;
         assert_eq!(saved_peers(&file), Some(2), "nothing is lost by a clean stop");

@@ -214,7 +214,7 @@ impl Node {
             patience: self.patience,
         };
         fs::create_dir_all(self.tombstones()).expect("tombstones");
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(30);
         self.agent = Some(loop {
             match self.open(config.clone()) {
                 // Between fork and exec, a child of another test has the old agent's lock as well.

@@ -224,7 +224,7 @@ mod tests {
             let fails =
                 move || if panics { panic!("a test's") } else { Err(io::ErrorKind::NotConnected.into()) };
             monitor.attend("a test", fails, Arc::new(|| {}), |_| false).expect("a thread");
-            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
             while monitor.is_whole() {
                 assert!(std::time::Instant::now() < deadline, "its end was not seen");
                 thread::yield_now();

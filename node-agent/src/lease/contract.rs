@@ -15,7 +15,7 @@ use super::{
 };
 
 /// Longest wait for anything that must happen.
-pub(super) const PATIENCE: Duration = Duration::from_secs(15);
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 pub(super) const DAY: Duration = Duration::from_secs(86_400);
 
 /// A store of its own for one test, and a way to change it behind the store's back.
@@ -280,7 +280,7 @@ pub(super) async fn contenders_never_overlap<F: Fixture>(fixture: &F) {
 pub(super) async fn renewal(fixture: &impl Fixture) {
     let (store, config) = (fixture.store(), small_pool());
     let mut request = want(&config, "192.0.2.1", Some("10.5.0.16-28"));
-    request.ttl = Duration::from_secs(2);
+    request.ttl = Duration::from_secs(4);
     let held = acquire(&store, &request).await;
     let renewed = store.renew(&held, DAY).await.expect("ours");
     assert_eq!(renewed.lease, held.lease);
@@ -290,7 +290,7 @@ pub(super) async fn renewal(fixture: &impl Fixture) {
     let again = store.renew(&held, DAY).await.expect("ours still");
     assert!(again.mod_revision > renewed.mod_revision);
     // It outlasts a witness that ends later than it would have.
-    fixture.put("10.5.0.240-28", &value("192.0.2.9"), Some(Duration::from_secs(4))).await;
+    fixture.put("10.5.0.240-28", &value("192.0.2.9"), Some(Duration::from_secs(6))).await;
     let mut watching = Watching::start(store.clone());
     watching.until("both", |w| w.world.len() == 2).await;
     watching.until("the end of the witness", |w| w.world.len() == 1).await;
@@ -413,7 +413,7 @@ pub(super) async fn watch_sees_a_lease_expire(fixture: &impl Fixture) {
     let (store, config) = (fixture.store(), small_pool());
     let mut watching = Watching::start(store.clone());
     let mut request = want(&config, "192.0.2.1", None);
-    request.ttl = Duration::from_secs(1);
+    request.ttl = Duration::from_secs(3);
     acquire(&store, &request).await;
     watching.until("the lease", |w| w.world.len() == 1).await;
     watching.until("its end", |w| w.world.is_empty()).await;
@@ -455,7 +455,7 @@ pub(super) async fn watch_ends_with_its_receiver(fixture: &impl Fixture) {
 
 pub(super) async fn watch_tells_a_removal_by_hand_from_an_expiry(fixture: &impl Fixture) {
     fixture.put("10.5.0.16-28", &value("192.0.2.1"), Some(DAY)).await;
-    fixture.put("10.5.0.32-28", &value("192.0.2.2"), Some(Duration::from_secs(2))).await;
+    fixture.put("10.5.0.32-28", &value("192.0.2.2"), Some(Duration::from_secs(4))).await;
     fixture.put("10.5.0.48-28", &value("192.0.2.3"), None).await;
     let mut watching = Watching::start(fixture.store());
     watching.until("the snapshot", |w| w.world.len() == 3).await;

@@ -10,6 +10,7 @@ use std::time::{Instant, SystemTime};
 
 use weft_shared::lease::{Lease, LeaseKey};
 use weft_shared::netconf::NetworkConfig;
+use weft_shared::subnet_env::SubnetEnv;
 use weft_shared::{Mac, Subnet};
 
 use crate::dataplane::Backend;
@@ -52,6 +53,8 @@ pub struct Serving {
     pub recalled: Option<Recalled>,
     /// Nothing durable was found: a flanneld may have run here before.
     pub first_start: bool,
+    /// What this agent has last written into subnet.env, or tried to: a disk that refuses does not stop the pods.
+    pub told: Option<SubnetEnv>,
 }
 
 impl Default for Stage {
@@ -149,6 +152,14 @@ impl Serving {
         Ok(PodNetwork { subnet: key.v4, overlay, mtu: self.pod_mtu(report) })
     }
 
+    /// Others read subnet.env when they hear that the node is ready, so it is not before the file says what pods get.
+    /// Our own plugin does not, and waits for [`Self::pod_network`] alone.
+    pub(super) fn has_told(&self, network: &PodNetwork) -> Result<(), NotReady> {
+        let told =
+            self.told.as_ref().is_some_and(|env| (env.subnet, env.mtu) == (network.subnet, network.mtu));
+        if told { Ok(()) } else { Err(NotReady::Waiting("the subnet file to be written".into())) }
+    }
+
     /// What is worth keeping for a start without the store; `None` until the store itself has told.
     pub fn snapshot(&self, store: &str) -> Option<Snapshot> {
         // The pods of one that was lost are still to be served, and no new ones.
@@ -234,6 +245,7 @@ mod tests {
             has_snapshot: false,
             recalled: None,
             first_start: false,
+            told: None,
         }
     }
 
@@ -320,6 +332,30 @@ mod tests {
         serving.underlay_problem = Some("gone".into());
         let refused = serving.pod_network(&report, None, None, now).expect_err("no underlay");
         assert!(matches!(refused, NotReady::Degraded(_)), "{refused}");
+    }
+
+    #[test]
+    fn a_node_is_ready_when_subnet_env_says_what_pods_get() {
+        let mut serving = serving(held());
+        let network = PodNetwork { subnet: "10.5.1.0/24".parse().expect("net"), overlay: vec![], mtu: 1450 };
+        let refused = serving.has_told(&network).expect_err("not written by this agent");
+        assert_eq!(refused, NotReady::Waiting("the subnet file to be written".into()));
+        let env = SubnetEnv {
+            network: serving.config.v4.network,
+            subnet: network.subnet,
+            ipv6: None,
+            mtu: 1450,
+            ip_masq: false,
+        };
+        serving.told = Some(env.clone());
+        assert_eq!(serving.has_told(&network), Ok(()));
+        for other in [
+            SubnetEnv { mtu: 1400, ..env.clone() },
+            SubnetEnv { subnet: "10.5.2.0/24".parse().expect("net"), ..env },
+        ] {
+            serving.told = Some(other);
+            assert!(serving.has_told(&network).is_err(), "{:?}", serving.told);
+        }
     }
 
     #[test]

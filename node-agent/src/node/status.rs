@@ -23,8 +23,10 @@ impl Node {
         let stage = self.stage();
         let report = self.reconcile.reports().borrow().clone();
         let health = self.health.borrow().clone();
-        let network = self.pod_network(&stage, &report);
         let serving = stage.serving();
+        let ready = self
+            .pod_network(&stage, &report)
+            .and_then(|network| serving.map_or(Ok(()), |serving| serving.has_told(&network)));
         let now = SystemTime::now();
         if let Some(serving) = serving {
             serving.name_owners(&mut pods);
@@ -32,8 +34,8 @@ impl Node {
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             node: self.name.clone(),
-            ready: network.is_ok(),
-            waiting_for: network.err().map(|e| e.to_string()).into_iter().collect(),
+            ready: ready.is_ok(),
+            waiting_for: ready.err().map(|e| e.to_string()).into_iter().collect(),
             store: StoreStatus {
                 kind: self.store.kind().into(),
                 location: self.store.location(),

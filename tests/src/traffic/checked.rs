@@ -20,8 +20,8 @@ const HEADER: usize = 12;
 const LARGEST: u64 = 1500 - 28 - 28;
 /// Not more than so many are under way: what is tested is content, and a flood loses some in any queue.
 const WINDOW: u64 = 256;
-/// What has not arrived then is lost.
-const PATIENCE: Duration = Duration::from_millis(500);
+/// What has not arrived then is lost; until then somebody on the way may just be off the processor.
+const PATIENCE: Duration = Duration::from_secs(4);
 /// A prime, so that neighbours of every kind differ.
 const PLACES: u64 = 4_099;
 const RECEIVE_BUFFER: usize = 32 << 20;

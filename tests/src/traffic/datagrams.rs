@@ -14,6 +14,9 @@ use crate::wait::let_pass;
 
 /// The receiver may be off the processor for seconds: what is measured is the network, not the scheduler.
 const RECEIVE_BUFFER: usize = 32 << 20;
+/// A sender that was off the processor for longer goes on at its pace, for a burst of all that is overdue would test
+/// queues.
+const MOST_OVERDUE: Duration = Duration::from_millis(50);
 /// How long the last datagrams may still be under way once the sender has stopped.
 const DRAIN: Duration = Duration::from_secs(3);
 
@@ -93,6 +96,12 @@ impl Stream {
 }
 
 impl Tally {
+    /// The time without arrivals in which `moment` lies, and its end.
+    pub fn silence(&self, moment: Instant) -> Option<(Duration, Instant)> {
+        let pair = self.arrivals.windows(2).find(|pair| pair[0] <= moment && moment < pair[1])?;
+        Some((pair[1].duration_since(pair[0]), pair[1]))
+    }
+
     /// At least so many were sent, and every one arrived.
     pub fn is_whole(&self, at_least: u64) -> Result<()> {
         let Self { name, sent, missing, .. } = self;
@@ -111,15 +120,15 @@ pub fn nothing_missing(streams: impl IntoIterator<Item = Stream>) -> Result<()> 
 }
 
 fn send(socket: &UdpSocket, per_second: u32, stop: &AtomicBool) -> Result<u64> {
-    let start = Instant::now();
     let interval = Duration::from_secs(1) / per_second;
-    let mut number = 0_u64;
+    let (mut number, mut due) = (0_u64, Instant::now());
     while !stop.load(Ordering::Relaxed) {
         // A send that the kernel refuses (no route, for instance) ends the stream with its reason.
         socket.send(&number.to_be_bytes()).with_context(|| format!("datagram {number}"))?;
         number += 1;
-        let due = start + interval.saturating_mul(u32::try_from(number)?);
-        let_pass(due.saturating_duration_since(Instant::now()));
+        let now = Instant::now();
+        due = (due + interval).max(now.checked_sub(MOST_OVERDUE).unwrap_or(now));
+        let_pass(due.saturating_duration_since(now));
     }
     Ok(number)
 }

@@ -13,41 +13,48 @@ use crate::netns::Netns;
 const ECHO_REPLY: u8 = 0;
 const ECHO_REQUEST: u8 = 8;
 
-/// Round-trip time of the first of `tries` requests that is answered within `timeout`.
+/// Round-trip time of the first of `tries` requests that is answered, sent every `timeout`. An answer that comes later
+/// than the next request is one all the same.
 pub fn ping(from: &Netns, to: Ipv4Addr, tries: u16, timeout: Duration) -> Result<Duration> {
     let socket = from.enter(|| {
         Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4)).context("raw socket: root is needed")
     })?;
     socket.connect(&SocketAddrV4::new(to, 0).into()).with_context(|| format!("no route to {to}"))?;
     let id = next_id();
+    let mut sent = Vec::new();
     for sequence in 0..tries {
-        let sent = Instant::now();
+        sent.push(Instant::now());
         let outcome = socket.send(&request(id, sequence));
         let answered = match outcome {
-            Ok(_) => wait_reply(&socket, id, sequence, sent + timeout)?,
+            Ok(_) => wait_reply(&socket, id, sequence, Instant::now() + timeout)?,
             // ICMP errors for an earlier request arrive here; the next one may do better.
-            Err(e) if is_icmp_error(&e) => false,
+            Err(e) if is_icmp_error(&e) => None,
             Err(e) => return Err(e).with_context(|| format!("echo request to {to}")),
         };
-        if answered {
+        if let Some(sent) = answered.and_then(|answered| sent.get(usize::from(answered))) {
             return Ok(sent.elapsed());
         }
     }
     bail!("{to} does not answer {tries} echo requests from {}", from.name())
 }
 
-fn wait_reply(mut socket: &Socket, id: u16, sequence: u16, deadline: Instant) -> Result<bool> {
+/// The number of the first request up to `newest` that is answered until the deadline.
+fn wait_reply(mut socket: &Socket, id: u16, newest: u16, deadline: Instant) -> Result<Option<u16>> {
     let mut buffer = [0; 2048];
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Ok(false);
+            return Ok(None);
         }
         socket.set_read_timeout(Some(left))?;
         match socket.read(&mut buffer) {
-            Ok(len) if is_reply(&buffer[..len], id, sequence) => return Ok(true),
-            Ok(_) => {}
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+            Ok(len) => {
+                let number = reply_to(&buffer[..len], id).filter(|number| *number <= newest);
+                if number.is_some() {
+                    return Ok(number);
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             Err(e) if is_icmp_error(&e) || e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e.into()),
         }
@@ -68,12 +75,12 @@ fn request(id: u16, sequence: u16) -> Vec<u8> {
     message
 }
 
-/// Raw IPv4 sockets deliver the IP header too.
-fn is_reply(packet: &[u8], id: u16, sequence: u16) -> bool {
+/// The number of the request of that identifier that this is a reply to. Raw IPv4 sockets deliver the IP header too.
+fn reply_to(packet: &[u8], id: u16) -> Option<u16> {
     let header = packet.first().map_or(0, |b| usize::from(b & 0x0f) * 4);
-    packet.get(header..header + 8).is_some_and(|icmp| {
-        icmp[0] == ECHO_REPLY && icmp[4..6] == id.to_be_bytes() && icmp[6..8] == sequence.to_be_bytes()
-    })
+    let icmp = packet.get(header..header + 8)?;
+    let ours = icmp[0] == ECHO_REPLY && icmp[4..6] == id.to_be_bytes();
+    ours.then(|| u16::from_be_bytes([icmp[6], icmp[7]]))
 }
 
 /// RFC 1071.
@@ -103,9 +110,9 @@ mod tests {
         assert_eq!(checksum(&message), 0);
         let mut reply = vec![0x45; 20];
         reply.extend(&message);
-        assert!(!is_reply(&reply, 7, 9), "the request itself");
+        assert_eq!(reply_to(&reply, 7), None, "the request itself");
         reply[20] = ECHO_REPLY;
-        assert!(is_reply(&reply, 7, 9));
-        assert!(!is_reply(&reply, 7, 10) && !is_reply(&reply, 8, 9) && !is_reply(&reply[..24], 7, 9));
+        assert_eq!(reply_to(&reply, 7), Some(9));
+        assert_eq!((reply_to(&reply, 8), reply_to(&reply[..24], 7)), (None, None));
     }
 }

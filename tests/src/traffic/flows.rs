@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, anyhow};
 use crate::netns::Netns;
 
 /// Longer than any outage that a scenario allows, so that a slow echo is no failure and a dead one is.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Connections on which a number goes back and forth, all served by one thread per side.
 #[derive(Debug)]

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, anyhow};
 use crate::netns::Netns;
 
 const CHUNK: usize = 128 << 10;
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Bits per second that arrive over `duration`, by one stream.
 pub fn throughput(from: &Netns, to: &Netns, address: Ipv4Addr, duration: Duration) -> Result<f64> {

@@ -1,6 +1,7 @@
 //! Servers that say who they are and whom they are spoken to by: where a packet went, and what became of its source on
 //! the way.
 
+use std::cell::Cell;
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
@@ -15,10 +16,11 @@ use crate::wait::let_pass;
 
 /// Between two looks at whether it is to end.
 const PACE: Duration = Duration::from_millis(10);
-/// A datagram's answer that takes longer is none.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// A connection's may need the second attempt, which the kernel makes after a second (RFC 6298).
-const TCP_PATIENCE: Duration = Duration::from_secs(3);
+/// A datagram is sent again when its answer takes longer, so many times.
+const RETRY: Duration = Duration::from_secs(1);
+const TRIES: u32 = 20;
+/// A connection's may need a second and a third attempt, which the kernel makes after one second and three (RFC 6298).
+const TCP_PATIENCE: Duration = Duration::from_secs(20);
 
 /// A server on one port of every address, by TCP and UDP, until it is dropped.
 #[derive(Debug)]
@@ -78,8 +80,10 @@ fn serve_tcp(listener: &TcpListener, name: &str, stop: &AtomicBool) {
 
 fn serve_udp(socket: &UdpSocket, name: &str, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
-        if let Ok((_, client)) = socket.recv_from(&mut [0; 64]) {
-            let _ = socket.send_to(line(name, client).as_bytes(), client);
+        let mut question = [0; 64];
+        if let Ok((len, client)) = socket.recv_from(&mut question) {
+            let number = String::from_utf8_lossy(&question[..len]);
+            let _ = socket.send_to(format!("{} {number}", line(name, client)).as_bytes(), client);
         }
     }
 }
@@ -104,21 +108,43 @@ pub fn ask_tcp(from: &Netns, to: SocketAddrV4) -> Result<Option<Answer>> {
 pub struct UdpClient {
     socket: UdpSocket,
     to: SocketAddrV4,
+    asked: Cell<u32>,
 }
 
 impl UdpClient {
     pub fn open(from: &Netns, to: SocketAddrV4) -> Result<Self> {
         let socket = from.enter(|| Ok(UdpSocket::bind("0.0.0.0:0")?))?;
         socket.connect(to)?;
-        socket.set_read_timeout(Some(PATIENCE))?;
-        Ok(Self { socket, to })
+        socket.set_read_timeout(Some(RETRY))?;
+        Ok(Self { socket, to, asked: Cell::new(0) })
     }
 
-    /// One datagram, and what comes back; `None` when nobody listens there.
+    /// A question, and what comes back; `None` when nobody listens there. Each has a number, and so has its answer: one
+    /// that comes late is no answer to the next.
     pub fn ask(&self) -> Result<Option<Answer>> {
+        self.asked.set(self.asked.get() + 1);
+        heard(self.answer(self.asked.get()), self.to)
+    }
+
+    fn answer(&self, number: u32) -> io::Result<String> {
         let mut buffer = [0; 128];
-        let read = self.socket.send(b"who are you").and_then(|_| self.socket.recv(&mut buffer));
-        heard(read.map(|len| String::from_utf8_lossy(&buffer[..len]).into_owned()), self.to)
+        let mut tries = 0;
+        loop {
+            self.socket.send(number.to_string().as_bytes())?;
+            loop {
+                match self.socket.recv(&mut buffer) {
+                    Ok(len) => {
+                        let text = String::from_utf8_lossy(&buffer[..len]).into_owned();
+                        if let Some(answer) = text.strip_suffix(&format!(" {number}")) {
+                            return Ok(answer.to_owned());
+                        }
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock && tries < TRIES => break,
+                    Err(error) => return Err(error),
+                }
+            }
+            tries += 1;
+        }
     }
 }
 

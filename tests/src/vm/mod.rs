@@ -126,7 +126,7 @@ impl Vm {
         ]);
         virtiofsd.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let _share = Running(virtiofsd.spawn().context("virtiofsd (package qemu-system-common)")?);
-        eventually("virtiofsd to listen", SECOND * 10, || Ok(socket.exists()))?;
+        eventually("virtiofsd to listen", SECOND * 60, || Ok(socket.exists()))?;
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "qemu64", "-smp", "2", "-m", "1024"]);
         // virtiofs works by memory that both see.

@@ -90,9 +90,9 @@ impl Drop for Node {
 
 #[tokio::test]
 async fn a_short_lease_is_renewed_over_and_over() {
-    let mut node = Node::start(Duration::from_millis(900), Duration::from_secs(3600));
+    let mut node = Node::start(Duration::from_secs(3), Duration::from_secs(3600));
     let first = node.until_held().await;
-    let beyond = first.expires.expect("expires") + Duration::from_secs(1);
+    let beyond = first.expires.expect("expires") + Duration::from_secs(3);
     let mut renewals = 0;
     let mut last = first.clone();
     while last.expires.expect("expires") < beyond {
@@ -108,11 +108,11 @@ async fn a_short_lease_is_renewed_over_and_over() {
 
 #[tokio::test]
 async fn it_renews_as_long_before_the_end_as_the_margin_says() {
-    let mut node = Node::start(Duration::from_secs(2), Duration::from_millis(1700));
+    // By the margin after a moment; without it by a third, after more than anybody waits here.
+    let ttl = PATIENCE * 3;
+    let mut node = Node::start(ttl, ttl - Duration::from_millis(300));
     let first = node.until_held().await;
-    let start = Instant::now();
     node.until("renewed", |s| s.held().is_some_and(|h| h.mod_revision > first.mod_revision)).await;
-    assert!(start.elapsed() < Duration::from_millis(1200), "{:?}", start.elapsed());
 }
 
 #[tokio::test]
@@ -294,7 +294,7 @@ async fn what_is_wrong_is_published_until_it_is_right() {
 
 #[tokio::test]
 async fn a_store_that_goes_away_costs_the_lease_only_when_it_has_expired() {
-    let mut node = Node::start(Duration::from_secs(2), Duration::from_millis(1500));
+    let mut node = Node::start(Duration::from_secs(5), Duration::from_millis(4500));
     let first = node.until_held().await;
     let (file, aside) = (node.dir.path().join("leases.db"), node.dir.path().join("aside"));
     std::fs::rename(&file, &aside).expect("aside");

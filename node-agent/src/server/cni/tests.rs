@@ -24,7 +24,7 @@ use crate::ipam::testing::{BOOT, Node, key, reserve};
 use crate::pods::NotReady;
 use crate::status::FailureCount;
 
-const DEADLINE: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(30);
 
 struct Agent {
     node: Arc<Node>,

@@ -18,7 +18,7 @@ use crate::tun;
 use crate::udp::{DropReason, Forwarder, Local, Offload, Offloads, Peer, PeerTable, Settings, SourcePolicy};
 
 pub(super) const PORT: u16 = 8285;
-pub(super) const DEADLINE: Duration = Duration::from_secs(20);
+pub(super) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// A network namespace, which goes with the value.
 #[derive(Debug)]

@@ -32,6 +32,8 @@ pub struct Agent {
     fixed: Vec<String>,
     /// The store, and what a test adds. Read at every start.
     pub flags: Vec<String>,
+    /// A command that starts the agent whose command line it is given, as `unshare --mount` does.
+    pub launcher: Vec<String>,
     /// `NOTIFY_SOCKET`, as systemd sets it for a service of type notify (sd_notify(3)).
     pub notify_socket: Option<PathBuf>,
     child: Option<Child>,
@@ -52,6 +54,7 @@ impl Agent {
             dir: dir.to_owned(),
             fixed,
             flags: Vec::new(),
+            launcher: Vec::new(),
             notify_socket: None,
             child: None,
         }
@@ -66,7 +69,7 @@ impl Agent {
         writeln!(log, "{START_MARK}weftd {} {}", self.fixed.join(" "), self.flags.join(" "))?;
         // A session of its own: it outlives the terminal of `lab up`.
         let mut command = Command::new("setsid");
-        command.arg(self.binaries.agent()).args(&self.fixed).args(&self.flags);
+        command.args(&self.launcher).arg(self.binaries.agent()).args(&self.fixed).args(&self.flags);
         if let Some(socket) = &self.notify_socket {
             command.env("NOTIFY_SOCKET", socket);
         }

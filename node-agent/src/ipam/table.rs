@@ -359,6 +359,16 @@ impl Table {
         suspects
     }
 
+    /// Veths with our mark that carry addresses unknown to us: those without a record, and those whose record is so
+    /// damaged that not even an address is left in it.
+    pub(super) fn unknown(&self, seen: &SeenVeths) -> Vec<SeenVeth> {
+        let is_unknown = |name: &IfName| {
+            let damaged = self.damaged.values().find(|damaged| damaged.host_ifname == *name);
+            !self.names.contains_key(name) && damaged.is_none_or(|damaged| damaged.addresses.is_empty())
+        };
+        seen.veths.iter().filter(|veth| is_unknown(&veth.name)).cloned().collect()
+    }
+
     /// Veths with our mark that nobody has claimed for as long as an ADD can last.
     pub(super) fn strays_due(&self, now: Boottime) -> Vec<IfName> {
         let old = self.strays.iter().filter(|(_, first)| now >= first.plus(deadline::WIRING));

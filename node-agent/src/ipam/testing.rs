@@ -222,6 +222,8 @@ impl Node {
                 opened => break opened.expect("open"),
             }
         });
+        // No ADD before it.
+        self.seen.send_replace(self.look_at_kernel(1));
     }
 
     fn open(&self, config: Config) -> Result<Arc<Ipam<TestFabric>>, RecordsError> {
@@ -244,10 +246,16 @@ impl Node {
 
     /// The reconciler looks at the kernel and publishes.
     pub(super) async fn look(&self) {
-        let veths = self.fabric.world().veths.clone();
-        let veths = veths.into_iter().map(|(name, ifindex)| SeenVeth { name, ifindex }).collect();
-        self.seen.send_modify(|seen| *seen = SeenVeths { pass: seen.pass + 1, veths });
+        self.seen.send_modify(|seen| *seen = self.look_at_kernel(seen.pass + 1));
         self.ipam().tend().await;
+    }
+
+    fn look_at_kernel(&self, pass: u64) -> SeenVeths {
+        let veths = self.fabric.world().veths.clone();
+        SeenVeths {
+            pass,
+            veths: veths.into_iter().map(|(name, ifindex)| SeenVeth { name, ifindex }).collect(),
+        }
     }
 
     pub(crate) fn bury(&self, key: &Attachment, boot_id: &str) {

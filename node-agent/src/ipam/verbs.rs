@@ -5,7 +5,7 @@ use std::io;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{info, warn};
 use weft_shared::cni::{Code, NetworkName};
 use weft_shared::deadline;
@@ -57,6 +57,7 @@ impl<F: Fabric> Ipam<F> {
         request::check_bandwidth(&reserve, mtu)?;
         self.fabric.may_be_bridge(&reserve.bridge.name).await?;
         let key = &reserve.attachment;
+        self.every_address_known(Some(key)).await.map_err(|e| try_again("no pod can be added yet", e))?;
         self.bury_dead_holders(&reserve).await;
         let guard = self.claim(key).await?;
         let record = {
@@ -188,6 +189,8 @@ impl<F: Fabric> Ipam<F> {
             NotReady::Waiting(_) => unavailable(Code::NotAvailable, reason.to_string()),
             NotReady::Degraded(_) => unavailable(Code::NotAvailableAndDegraded, reason.to_string()),
         })?;
+        let recorded = self.every_address_known(None).await;
+        recorded.map_err(|strays| unavailable(Code::NotAvailable, strays))?;
         let mut state = self.state();
         state.table.set_network(&network);
         match state.table.usage() {
@@ -209,6 +212,35 @@ impl<F: Fabric> Ipam<F> {
                 other => return other,
             }
         }
+    }
+
+    /// Records can be lost (`/run` emptied by a foreign hand) while pods live. Their veths go in the sweep; until then
+    /// nobody knows their addresses, and any address that is handed out may be one of them. `added` is about to replace
+    /// its own.
+    async fn every_address_known(&self, added: Option<&Attachment>) -> Result<(), String> {
+        let mut looks = self.seen.clone();
+        let _ = timeout(self.config.patience, looks.wait_for(|seen| seen.pass > 0)).await;
+        let seen = looks.borrow().clone();
+        if seen.pass == 0 {
+            return Err("waiting for the first look at the kernel".into());
+        }
+        let replaced = added.map(host_ifname);
+        let unknown = self.state().table.unknown(&seen).into_iter();
+        let mut living = Vec::new();
+        for veth in unknown.filter(|veth| replaced.as_ref() != Some(&veth.name)) {
+            // Most belonged to a pod that was deleted after the look.
+            if self.fabric.link_exists(veth.ifindex).await? {
+                living.push(veth.name.to_string());
+            }
+        }
+        if living.is_empty() {
+            return Ok(());
+        }
+        Err(format!(
+            "nobody knows the addresses behind {}: no readable record (a veth without any is removed within {} s)",
+            living.join(", "),
+            deadline::WIRING.as_secs(),
+        ))
     }
 
     /// The bridge made real, and everything the plugin needs to wire.

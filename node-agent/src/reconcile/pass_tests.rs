@@ -658,6 +658,11 @@ fn a_pods_limits_are_kept_and_go_with_its_veth() {
         ..kernel.dump.links[&"eth0".parse().expect("name")].link.clone()
     };
     kernel.add_link(veth.clone(), link, LINK_GROUP);
+    // Its name on another device: that one is let be.
+    let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
+    let other = &kernel.dump.links[&veth].port;
+    assert_eq!((report.pending.len(), kernel.shaping.len(), &other.bridge), (0, 0, &None));
+    inputs.pods.bridge_ports.get_mut(&veth).expect("port").ifindex = kernel.dump.links[&veth].index;
     looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     let shaped = |kernel: &FakeKernel| kernel.shaping.iter().map(|o| o.key().to_string()).collect::<Vec<_>>();
     let all = [

@@ -48,9 +48,12 @@ pub(super) fn desired(pods: &PodNeeds, node: Ipv4Addr, dump: &Dump) -> Desired {
         }
     }
     for (veth, port) in &pods.bridge_ports {
-        // Nothing stands on a pair that is gone: its attachment is about to be.
-        if dump.links.contains_key(veth) {
-            desired.extend(limits(veth, port));
+        match dump.links.get(veth) {
+            Some(found) if found.index == port.ifindex => desired.extend(limits(veth, port)),
+            // Whose name another device has taken.
+            Some(_) => continue,
+            // Nothing stands on a pair that is gone: its attachment is about to be.
+            None => {}
         }
         let port = BridgePort {
             bridge: Some(port.options.name.clone()),

@@ -1,8 +1,11 @@
 //! What nobody asks for: garbage collection, dead attachments, veths without a record, a subnet that changed.
 
+use std::fs;
+
 use weft_shared::IfName;
+use weft_shared::cni::Code;
 use weft_shared::deadline;
-use weft_shared::names::host_ifname;
+use weft_shared::names::{attachment_hash, host_ifname};
 
 use super::super::testing::{Node, STEP, addr, address, key, network, reserve, subnet};
 use crate::pods::NotReady;
@@ -90,6 +93,30 @@ async fn a_veth_without_a_record_goes_after_a_while() {
     node.ipam().tend().await;
     node.assert_consistent();
     assert_eq!(node.ipam().status().counters.orphans_removed, 1);
+}
+
+#[tokio::test]
+async fn nothing_is_added_while_the_address_behind_a_veth_is_unknown() {
+    for emptied in [false, true] {
+        let mut node = Node::new();
+        node.attach("a").await;
+        let record = node.run_dir().join(format!("attachments/{}.json", attachment_hash(&key("a"))));
+        fs::remove_file(&record).expect("there");
+        if emptied {
+            fs::write(&record, "").expect("written");
+        }
+        node.restart();
+        // Its address would be the next to be given.
+        let refused = node.add("b").await.expect_err("an address that may be in use");
+        let named = host_ifname(&key("a"));
+        assert!(refused.is(Code::TryAgainLater) && refused.details.contains(named.as_str()), "{refused:?}");
+        assert!(node.ipam().can_add().await.expect_err("no ADD can succeed").is(Code::NotAvailable));
+        // A veth deleted since the look does not count.
+        node.fabric.world().veths.clear();
+        node.attach("b").await;
+        node.look().await;
+        node.assert_consistent();
+    }
 }
 
 #[tokio::test]

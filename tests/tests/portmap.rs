@@ -12,7 +12,7 @@ use e2e::node::Node;
 use e2e::pod::{Pod, Sandbox};
 use e2e::report;
 use e2e::traffic::named::{Answer, Named, UdpClient, ask_tcp, ask_udp};
-use e2e::wait::eventually;
+use e2e::wait::{SECOND, eventually};
 use serde_json::{Value, json};
 
 const ANY: Ipv4Addr = Ipv4Addr::UNSPECIFIED;

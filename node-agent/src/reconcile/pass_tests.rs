@@ -831,7 +831,7 @@ fn host_ports_are_kept_before_the_node_is_known_and_nothing_else_is() {
     }
     kernel.refused.clear();
     assert_eq!(look(&mut kernel, &unknown, 3), [""; 0]);
-    kernel.sysctls.clear();
+    let sysctls = std::mem::take(&mut kernel.sysctls);
     kernel.firewall_fault = Some(KernelError::NoNftables);
     assert_eq!(
         look(&mut kernel, &unknown, 3),
@@ -840,6 +840,7 @@ fn host_ports_are_kept_before_the_node_is_known_and_nothing_else_is() {
     );
     // The node is known: the same rules, and the rest.
     kernel.firewall_fault = None;
+    kernel.sysctls = sysctls;
     kernel.applied.clear();
     let mut again = inputs(VXLAN, &[PEER]);
     (again.pods, again.firewall) = (unknown.pods, unknown.firewall);

@@ -174,26 +174,30 @@ fn configure(plan: &Plan, created: &Link, host: &mut Netlink, pod: &mut Pod) -> 
         .map_err(step("set the interface's addresses and routes"))?;
     // An announcement before the port forwards would be lost, and neighbours would go on sending to the address's
     // former owner for as long as half a minute.
-    await_forwarding(host, created.index).map_err(step("wait for the bridge port"))?;
+    await_forwarding(host, created.index, plan.bridge).map_err(step("wait for the bridge port"))?;
     // The kernel announces, not a packet socket of ours: closing one waits for an RCU grace period (af_packet.c
     // packet_release), 8 to 30 ms measured, ten times the rest of the ADD.
     pod.netlink.announce(index, container_mac).map_err(step("announce the addresses"))?;
     Ok(Wired { host_ifindex: created.index, host_mac, container_mac })
 }
 
-fn await_forwarding(host: &mut Netlink, ifindex: u32) -> Result<(), NetlinkError> {
+fn await_forwarding(host: &mut Netlink, port: u32, bridge: u32) -> Result<(), NetlinkError> {
     let deadline = Instant::now() + deadline::FORWARDING;
-    if forwards(host, ifindex)? {
+    if forwards(host, port, bridge)? {
         return Ok(());
     }
     let events = LinkEvents::subscribe()?;
     // Only now can no change slip between the look and the waiting.
-    while !forwards(host, ifindex)? && events.wait_for(ifindex, deadline)? {}
+    while !forwards(host, port, bridge)? && events.wait_for(&[port, bridge], deadline)? {}
     Ok(())
 }
 
-fn forwards(host: &mut Netlink, ifindex: u32) -> Result<bool, NetlinkError> {
-    Ok(host.link_by_index(ifindex)?.is_some_and(|link| link.forwarding))
+/// The host sends by the bridge itself. That has no carrier without a port, and is told of its first one's by a work queue
+/// (net/core/link_watch.c): until then its queue drops what it gets, the first look for the pod's MAC above all, and the
+/// second one comes a second later.
+fn forwards(host: &mut Netlink, port: u32, bridge: u32) -> Result<bool, NetlinkError> {
+    Ok(host.link_by_index(port)?.is_some_and(|link| link.forwarding)
+        && host.link_by_index(bridge)?.is_some_and(|link| link.operational))
 }
 
 fn failed(what: &str, why: &dyn std::fmt::Display) -> Failure {

@@ -225,6 +225,18 @@ fn a_host_interface_of_our_name_is_left_alone() {
     assert_eq!(pod.link_names(), [""; 0]);
 }
 
+/// The host's first packet to the first pod of a bridge would be lost, and the next one comes a second later.
+#[test]
+fn an_add_waits_for_a_bridge_that_cannot_send_yet_and_goes_on_without() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let _agent = node.agent();
+    node.ns.ip(&["link", "set", "cni0", "mode", "dormant"]);
+    let start = Instant::now();
+    node.add("c1", &pod).ok();
+    assert!(start.elapsed() >= deadline::FORWARDING, "it has not waited: {:?}", start.elapsed());
+    assert!(pod.pings("10.77.0.1"));
+}
+
 #[test]
 fn a_bridge_that_is_none_leaves_nothing() {
     let (node, pod) = (Node::new(), Namespace::new());

@@ -11,8 +11,8 @@ pub const ADD_ALARM: Duration = Duration::from_secs(10);
 pub const ADD: Duration = Duration::from_secs(9);
 /// ADD, the plugin: until somebody listens. An agent that restarts takes a second or two.
 pub const ADD_CONNECT: Duration = Duration::from_secs(3);
-/// ADD, the plugin: until the bridge port forwards. It does as soon as the carrier is there, a matter of milliseconds;
-/// only spanning tree makes it wait longer, and then the ADD goes on.
+/// ADD, the plugin: until the bridge port forwards and its bridge sends. They do as soon as the carrier is there, a matter
+/// of milliseconds; only spanning tree makes it wait longer, and then the ADD goes on.
 pub const FORWARDING: Duration = Duration::from_secs(1);
 /// ADD, the plugin: to take one back whose result nobody could be given.
 pub const TAKE_BACK: Duration = Duration::from_secs(3);

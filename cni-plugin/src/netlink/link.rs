@@ -23,6 +23,8 @@ pub(crate) struct Link {
     pub(crate) kind: Option<String>,
     /// The bridge port passes frames.
     pub(crate) forwarding: bool,
+    /// Nothing says that it cannot send (RFC 2863, `ifOperStatus`).
+    pub(crate) operational: bool,
 }
 
 /// A veth pair to create: one end here, a port of a bridge, the other one directly in the container's namespace.
@@ -200,6 +202,7 @@ fn parse_link(payload: &[u8]) -> Option<Link> {
         peer: None,
         kind: None,
         forwarding: false,
+        operational: true,
     };
     for (kind, value) in attributes(payload.get(16..)?) {
         match kind {
@@ -207,6 +210,7 @@ fn parse_link(payload: &[u8]) -> Option<Link> {
             IFLA_MTU => link.mtu = u32_at(value, 0),
             IFLA_GROUP => link.group = u32_at(value, 0)?,
             IFLA_MASTER => link.master = u32_at(value, 0),
+            IFLA_OPERSTATE => link.operational = matches!(value, [IF_OPER_UNKNOWN | IF_OPER_UP]),
             IFLA_LINK => link.peer = u32_at(value, 0),
             IFLA_LINKINFO => {
                 link.kind = attribute(value, IFLA_INFO_KIND).and_then(text);

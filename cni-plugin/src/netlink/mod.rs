@@ -167,8 +167,8 @@ impl LinkEvents {
         Ok(Self(socket))
     }
 
-    /// Waits for news of a link, at most until `deadline`. False when there was none in time.
-    pub(crate) fn wait_for(&self, ifindex: u32, deadline: Instant) -> io::Result<bool> {
+    /// Waits for news of one of these links, at most until `deadline`. False when there was none in time.
+    pub(crate) fn wait_for(&self, links: &[u32], deadline: Instant) -> io::Result<bool> {
         let mut buffer = Vec::with_capacity(RECEIVE_BUFFER);
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -185,7 +185,8 @@ impl LinkEvents {
                 Err(e) if e.raw_os_error() == Some(Errno::ENOBUFS as i32) => return Ok(true),
                 received => received?,
             };
-            if messages(&buffer).any(|m| m.kind == RTM_NEWLINK && u32_at(m.payload, 4) == Some(ifindex)) {
+            let is_about = |index: Option<u32>| index.is_some_and(|index| links.contains(&index));
+            if messages(&buffer).any(|m| m.kind == RTM_NEWLINK && is_about(u32_at(m.payload, 4))) {
                 return Ok(true);
             }
         }

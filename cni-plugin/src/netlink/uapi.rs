@@ -42,6 +42,7 @@ pub(super) const IFLA_IFNAME: u16 = 3;
 pub(super) const IFLA_MTU: u16 = 4;
 pub(super) const IFLA_LINK: u16 = 5;
 pub(super) const IFLA_MASTER: u16 = 10;
+pub(super) const IFLA_OPERSTATE: u16 = 16;
 pub(super) const IFLA_LINKINFO: u16 = 18;
 pub(super) const IFLA_IFALIAS: u16 = 20;
 pub(super) const IFLA_AF_SPEC: u16 = 26;
@@ -58,6 +59,8 @@ pub(super) const IFLA_BRPORT_ISOLATED: u16 = 33;
 pub(super) const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 pub(super) const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 pub(super) const IFF_UP: u32 = 1;
+pub(super) const IF_OPER_UNKNOWN: u8 = 0;
+pub(super) const IF_OPER_UP: u8 = 6;
 /// linux/if_bridge.h
 pub(super) const BR_STATE_FORWARDING: u8 = 3;
 /// linux/veth.h

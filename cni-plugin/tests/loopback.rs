@@ -149,7 +149,8 @@ fn a_previous_result_is_passed_on() {
 #[test]
 fn what_lo_has_is_what_is_told() {
     let (links, pod) = (Links::new(), Namespace::new());
-    pod.ip(&["address", "add", "192.0.2.7/32", "dev", "lo"]);
+    // Of this scope it comes before the loopback's own.
+    pod.ip(&["address", "add", "192.0.2.7/32", "dev", "lo", "scope", "host"]);
     let output = pod.command("sysctl").args(["-q", "-w", "net.ipv6.conf.all.disable_ipv6=1"]).output();
     assert!(output.expect("sysctl").status.success());
     let result = links.call("ADD", &pod.path(), "1.0.0", json!({})).run().ok();

@@ -11,10 +11,13 @@ use e2e::wait::{SECOND, eventually, until_ok};
 
 const LIST: &str = "/etc/cni/net.d/10-weft.conflist";
 
-/// Another list, whole at once.
-fn put_list(host: &Host, text: &str) -> Result<()> {
+/// Another list, whole at once. containerd has it when this returns: a pod of an older one can be deleted by no newer.
+fn put_list(host: &Host, cri: &Cri, text: &str) -> Result<()> {
+    host.machine.sh(&format!("rm {LIST}"))?;
+    eventually("containerd to miss the list", SECOND * 30, || Ok(!cri.network_ready()?.0))?;
     host.machine.put(&format!("{LIST}.new"), text.as_bytes())?;
-    host.machine.sh(&format!("mv {LIST}.new {LIST}")).map(drop)
+    host.machine.sh(&format!("mv {LIST}.new {LIST}"))?;
+    cri.wait_network_ready()
 }
 
 /// A pod that says its name by HTTP.
@@ -198,31 +201,13 @@ fn a_list_newer_than_the_runtime_fails_in_words_and_the_installed_one_works() ->
         let installed = host.machine.read(LIST)?;
         let newer = installed.replace("\"1.0.0\"", "\"1.1.0\"");
         ensure!(newer != installed, "{installed}");
-        put_list(host, &newer)?;
-        let error = until_refused(&cri)?;
+        put_list(host, &cri, &newer)?;
+        let error = format!("{:#}", cri.run_pod(&PodSpec::named("early")).expect_err("a newer result"));
         ensure!(error.contains("unsupported CNI result version \"1.1.0\""), "{error}");
         host.wait_without_pods()?;
-        put_list(host, &installed)?;
-        let pod =
-            until_ok("a pod by the installed list", SECOND * 20, || cri.run_pod(&PodSpec::named("old")))?;
+        put_list(host, &cri, &installed)?;
+        let pod = cri.run_pod(&PodSpec::named("old"))?;
         cri.stop_pod(&pod)?;
         host.wait_without_pods()
     })
-}
-
-/// The error of the first pod that containerd refuses: it takes a moment to see a list that has changed.
-fn until_refused(cri: &Cri) -> Result<String> {
-    let mut refused = String::new();
-    let mut number = 0;
-    eventually("a pod to be refused", SECOND * 20, || {
-        number += 1;
-        match cri.run_pod(&PodSpec::named(&format!("early-{number}"))) {
-            Ok(pod) => cri.stop_pod(&pod).map(|()| false),
-            Err(error) => {
-                refused = format!("{error:#}");
-                Ok(true)
-            }
-        }
-    })?;
-    Ok(refused)
 }

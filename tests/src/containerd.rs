@@ -3,8 +3,6 @@
 
 use anyhow::{Result, ensure};
 
-use crate::cri::Cri;
-use crate::fleet::Host;
 use crate::machine::Machine;
 use crate::wait::{SECOND, until_ok};
 
@@ -35,12 +33,4 @@ pub fn start(machine: &Machine) -> Result<()> {
         machine.sh(&format!("ctr --namespace {namespace} images import image.tar"))?;
     }
     Ok(())
-}
-
-impl Host {
-    /// Debian's containerd running, and its CRI service.
-    pub fn containerd(&self) -> Result<Cri> {
-        start(&self.machine)?;
-        Cri::connect(&self.machine, &self.cgroups)
-    }
 }

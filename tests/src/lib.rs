@@ -5,6 +5,7 @@
 //!  +- Underlay: a bridge in a namespace, the store's home
 //!  +- Node n1, n2, ...: a namespace, a weftd, a directory for its files
 //!  |   +- Pod: a namespace that the plugin wired to the node
+//!  +- Fleet: Host host1, host2, ...: a machine with a root of its own, weft installed on it, a runtime that calls it
 //!  +- Capture, Stream, Flows: what is looked at and what is carried while a scenario runs
 //! ```
 //! Nothing is made in the host's own network namespace. Root is needed; missing root or tools is a failure.
@@ -18,7 +19,6 @@ pub mod capture;
 pub mod cgroups;
 pub mod cluster;
 pub mod containerd;
-pub mod cri;
 pub mod dist;
 pub mod etcd;
 pub mod firewall;

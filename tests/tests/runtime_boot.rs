@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, Scope, ScopedJoinHandle};
 
 use anyhow::{Context as _, Result, anyhow};
-use e2e::books::invariant;
+use e2e::books::{invariant, records};
 use e2e::cluster::{Backend, READY, Spec, scenario_prepared};
 use e2e::node::Node;
 use e2e::pod::{Pod, Sandbox};
@@ -16,7 +16,7 @@ use e2e::wait::{SECOND, eventually, until_ok};
 const PODS: usize = 110;
 /// They come before there has ever been an agent; the others while it is dead.
 const EARLY: usize = 60;
-/// So many have an address when it is killed.
+/// So many are wired when it is killed.
 const UNDER_WAY: usize = 20;
 
 /// One pod of the boot: whatever an attempt has come to, it is deleted before the next one, which has a name of its own.
@@ -69,7 +69,10 @@ fn a_hundred_and_ten_pods_at_boot_while_the_agent_comes_and_goes() -> Result<()>
             let early = begin(scope, early, &begun);
             wait_begun(&begun, EARLY)?;
             node.agent.start()?;
-            eventually("the first addresses", READY, || Ok(node.status()?.pods.attachments >= UNDER_WAY))?;
+            eventually("the first pods", READY, || {
+                let wired = records(node)?.into_values().filter(|record| record.state == "committed");
+                Ok(wired.count() >= UNDER_WAY)
+            })?;
             node.agent.kill()?;
             let late = begin(scope, late, &begun);
             wait_begun(&begun, PODS)?;

@@ -1,13 +1,16 @@
 //! Debian's containerd through CRI, as a kubelet drives it: pods come, talk across hosts, publish ports and go, on the
 //! config.toml of the package.
 
+mod cri;
+
 use std::net::Ipv4Addr;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
-use e2e::cri::{Cri, PodSpec, Sandbox};
 use e2e::fleet::{Host, fleet, fleet_prepared};
 use e2e::wait::{SECOND, eventually, until_ok};
+
+use cri::{Cri, PodSpec, Sandbox};
 
 const LIST: &str = "/etc/cni/net.d/10-weft.conflist";
 
@@ -24,7 +27,7 @@ fn put_list(host: &Host, cri: &Cri, text: &str) -> Result<()> {
 fn server(cri: &Cri, spec: &PodSpec) -> Result<(Sandbox, String, Ipv4Addr)> {
     let pod = cri.run_pod(spec)?;
     let serve = format!("echo {} >/tmp/who; exec httpd -f -p 80 -h /tmp", spec.name);
-    let container = cri.start(&pod, &["sh", "-c", &serve])?;
+    let container = cri.start_container(&pod, &["sh", "-c", &serve])?;
     let address = cri.address(&pod)?;
     Ok((pod, container, address))
 }
@@ -39,7 +42,7 @@ fn a_pod_comes_and_goes_with_nothing_but_weft_in_the_plugin_folder() -> Result<(
         let plugins =
             host.machine.sh("cd /usr/lib/cni; find . -type f; find . -type l -printf '%p -> %l\\n'")?;
         ensure!(plugins == "./weft\n./loopback -> weft\n", "{plugins}");
-        let cri = host.containerd()?;
+        let cri = Cri::start(host)?;
         cri.wait_network_ready()?;
 
         let (pod, container, address) = server(&cri, &PodSpec::named("only"))?;
@@ -66,7 +69,7 @@ fn a_pod_comes_and_goes_with_nothing_but_weft_in_the_plugin_folder() -> Result<(
 #[test]
 fn pods_of_two_hosts_reach_each_other_and_a_hosts_port_leads_to_its_pod() -> Result<()> {
     fleet(2, |fleet| {
-        let cris = [fleet.hosts[0].containerd()?, fleet.hosts[1].containerd()?];
+        let cris = [Cri::start(&fleet.hosts[0])?, Cri::start(&fleet.hosts[1])?];
         let mut pods = Vec::new();
         for (cri, name) in cris.iter().zip(["first", "second"]) {
             cri.wait_network_ready()?;
@@ -107,7 +110,7 @@ fn containerd_says_del_three_times_and_twice_without_a_namespace() -> Result<()>
     fleet(1, |fleet| {
         let host = &fleet.hosts[0];
         host.record_calls()?;
-        let cri = host.containerd()?;
+        let cri = Cri::start(host)?;
         cri.wait_network_ready()?;
         let pod = cri.run_pod(&PodSpec::named("thrice"))?;
         let other = cri.run_pod(&PodSpec::named("other"))?;
@@ -132,7 +135,7 @@ fn an_add_that_containerd_kills_leaves_nothing() -> Result<()> {
     fleet(1, |fleet| {
         let host = &fleet.hosts[0];
         host.record_calls()?;
-        let cri = host.containerd()?;
+        let cri = Cri::start(host)?;
         cri.wait_network_ready()?;
         host.machine.sh("kill -STOP $(cat /run/systemctl/weftd)")?;
         let verbs =
@@ -166,7 +169,7 @@ fn a_running_containerd_loads_the_installed_list() -> Result<()> {
     fleet_prepared(1, |fleet| {
         let host = &fleet.hosts[0];
         host.machine.sh("mkdir -p /etc/cni/net.d")?;
-        let cri = host.containerd()?;
+        let cri = Cri::start(host)?;
         let (ready, why) = cri.network_ready()?;
         ensure!(!ready && why.contains("cni plugin not initialized"), "{why}");
         fleet.install_weft()?;
@@ -196,7 +199,7 @@ fn a_running_containerd_loads_the_installed_list() -> Result<()> {
 fn a_list_newer_than_the_runtime_fails_in_words_and_the_installed_one_works() -> Result<()> {
     fleet(1, |fleet| {
         let host = &fleet.hosts[0];
-        let cri = host.containerd()?;
+        let cri = Cri::start(host)?;
         cri.wait_network_ready()?;
         let installed = host.machine.read(LIST)?;
         let newer = installed.replace("\"1.0.0\"", "\"1.1.0\"");

@@ -1,5 +1,6 @@
 //! A client of the container runtime interface, as a kubelet is one: pods and their containers by gRPC on containerd's
-//! socket (kubernetes/cri-api, runtime/v1). Blocking, and shared by threads.
+//! socket (kubernetes/cri-api, runtime/v1). Blocking, and shared by threads. Not of the harness: its generated code would be
+//! compiled for the lab as well.
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -8,6 +9,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use e2e::cgroups::Cgroups;
+use e2e::containerd;
+use e2e::fleet::Host;
+use e2e::image::BUSYBOX;
+use e2e::wait::{SECOND, eventually, until_ok};
 use hyper_util::rt::TokioIo;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
@@ -21,18 +27,13 @@ use tokio::runtime::{Builder, Runtime};
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Request, Response, Status};
 
-use crate::cgroups::Cgroups;
-use crate::image::BUSYBOX;
-use crate::machine::Machine;
-use crate::wait::{SECOND, eventually, until_ok};
-
 /// As long as a kubelet waits for a sandbox.
 const PATIENCE: Duration = Duration::from_secs(240);
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 const EXEC_SECONDS: i64 = 30;
 
 #[derive(Debug)]
-pub struct Cri {
+pub(crate) struct Cri {
     runtime: Runtime,
     client: RuntimeServiceClient<Channel>,
     cgroups: Arc<Cgroups>,
@@ -40,25 +41,25 @@ pub struct Cri {
 
 /// What a kubelet asks for.
 #[derive(Debug, Clone)]
-pub struct PodSpec {
-    pub name: String,
+pub(crate) struct PodSpec {
+    pub(crate) name: String,
     /// Ports of the host, and where in the pod they lead.
-    pub host_ports: Vec<(u16, u16)>,
+    pub(crate) host_ports: Vec<(u16, u16)>,
 }
 
 /// A pod as the runtime knows it.
 #[derive(Debug, Clone)]
-pub struct Sandbox {
-    pub id: String,
+pub(crate) struct Sandbox {
+    pub(crate) id: String,
     config: PodSandboxConfig,
 }
 
 impl PodSpec {
-    pub fn named(name: &str) -> Self {
+    pub(crate) fn named(name: &str) -> Self {
         Self { name: name.to_owned(), host_ports: Vec::new() }
     }
 
-    pub fn host_port(mut self, host: u16, pod: u16) -> Self {
+    pub(crate) fn host_port(mut self, host: u16, pod: u16) -> Self {
         self.host_ports.push((host, pod));
         self
     }
@@ -85,9 +86,10 @@ impl PodSpec {
 }
 
 impl Cri {
-    /// The service of a machine's containerd, once it answers. What containers leave goes with `cgroups`.
-    pub fn connect(machine: &Machine, cgroups: &Arc<Cgroups>) -> Result<Self> {
-        let socket = machine.path("/run/containerd/containerd.sock");
+    /// A host's containerd, started, once its service answers.
+    pub(crate) fn start(host: &Host) -> Result<Self> {
+        containerd::start(&host.machine)?;
+        let socket = host.machine.path("/run/containerd/containerd.sock");
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let client = until_ok("containerd's CRI service", SECOND * 30, || {
             runtime.block_on(async {
@@ -99,7 +101,7 @@ impl Cri {
                 Ok(client)
             })
         })?;
-        Ok(Self { runtime, client, cgroups: cgroups.clone() })
+        Ok(Self { runtime, client, cgroups: host.cgroups.clone() })
     }
 
     fn call<T>(
@@ -114,7 +116,7 @@ impl Cri {
     }
 
     /// Whether the runtime calls its network ready, and why not.
-    pub fn network_ready(&self) -> Result<(bool, String)> {
+    pub(crate) fn network_ready(&self) -> Result<(bool, String)> {
         let status = self.call("Status", async |mut client| client.status(StatusRequest::default()).await)?;
         let conditions = status.status.context("a status")?.conditions;
         let network = conditions.into_iter().find(|condition| condition.r#type == "NetworkReady");
@@ -123,7 +125,7 @@ impl Cri {
     }
 
     /// containerd reads a new list within seconds, if it notices it at all.
-    pub fn wait_network_ready(&self) -> Result<()> {
+    pub(crate) fn wait_network_ready(&self) -> Result<()> {
         eventually("NetworkReady", SECOND * 30, || match self.network_ready()? {
             (true, _) => Ok(true),
             (false, why) => bail!("{why}"),
@@ -132,7 +134,7 @@ impl Cri {
     }
 
     /// RunPodSandbox.
-    pub fn run_pod(&self, spec: &PodSpec) -> Result<Sandbox> {
+    pub(crate) fn run_pod(&self, spec: &PodSpec) -> Result<Sandbox> {
         let config = spec.config();
         let request = run_request(&config);
         let id = self
@@ -143,7 +145,7 @@ impl Cri {
     }
 
     /// RunPodSandbox that is called off once `seen` holds, before its answer: as by a kubelet that has run out of patience.
-    pub fn run_pod_until(&self, spec: &PodSpec, mut seen: impl FnMut() -> Result<bool>) -> Result<()> {
+    pub(crate) fn run_pod_until(&self, spec: &PodSpec, mut seen: impl FnMut() -> Result<bool>) -> Result<()> {
         let request = run_request(&spec.config());
         let mut client = self.client.clone();
         let what = format!("{} to be called off", spec.name);
@@ -165,7 +167,7 @@ impl Cri {
     }
 
     /// The pod's address, as a kubelet learns it.
-    pub fn address(&self, pod: &Sandbox) -> Result<Ipv4Addr> {
+    pub(crate) fn address(&self, pod: &Sandbox) -> Result<Ipv4Addr> {
         let request = PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: false };
         let answer =
             self.call("PodSandboxStatus", async |mut client| client.pod_sandbox_status(request).await)?;
@@ -174,7 +176,7 @@ impl Cri {
     }
 
     /// A container of the pod, running.
-    pub fn start(&self, pod: &Sandbox, command: &[&str]) -> Result<String> {
+    pub(crate) fn start_container(&self, pod: &Sandbox, command: &[&str]) -> Result<String> {
         let config = ContainerConfig {
             metadata: Some(ContainerMetadata { name: "main".to_owned(), attempt: 0 }),
             image: Some(ImageSpec { image: BUSYBOX.to_owned(), ..ImageSpec::default() }),
@@ -196,7 +198,7 @@ impl Cri {
     }
 
     /// What a command prints in a container, which must succeed.
-    pub fn exec(&self, container: &str, command: &[&str]) -> Result<String> {
+    pub(crate) fn exec(&self, container: &str, command: &[&str]) -> Result<String> {
         let request = ExecSyncRequest {
             container_id: container.to_owned(),
             cmd: command.iter().map(|&word| word.to_owned()).collect(),
@@ -210,12 +212,12 @@ impl Cri {
         Ok(text(&answer.stdout))
     }
 
-    pub fn stop_pod(&self, pod: &Sandbox) -> Result<()> {
+    pub(crate) fn stop_pod(&self, pod: &Sandbox) -> Result<()> {
         let request = StopPodSandboxRequest { pod_sandbox_id: pod.id.clone() };
         self.call("StopPodSandbox", async |mut client| client.stop_pod_sandbox(request).await).map(drop)
     }
 
-    pub fn remove_pod(&self, pod: &Sandbox) -> Result<()> {
+    pub(crate) fn remove_pod(&self, pod: &Sandbox) -> Result<()> {
         let request = RemovePodSandboxRequest { pod_sandbox_id: pod.id.clone() };
         self.call("RemovePodSandbox", async |mut client| client.remove_pod_sandbox(request).await).map(drop)
     }

@@ -43,12 +43,17 @@ impl HostSnapshot {
         network_facts(&mut facts)?;
         for line in fs::read_to_string("/proc/self/mountinfo")?.lines() {
             // Mount ids are numbers of the moment.
-            facts.insert(format!("mount: {}", line.split_whitespace().skip(2).collect::<Vec<_>>().join(" ")));
+            let words: Vec<&str> = line.split_whitespace().skip(2).collect();
+            // proc(5): device, root, mount point.
+            let of_others = words.get(2).is_some_and(|point| is_of_others(Path::new(point)));
+            if !of_others {
+                facts.insert(format!("mount: {}", words.join(" ")));
+            }
         }
         sysctl_facts(Path::new("/proc/sys"), &mut facts)?;
         for directory in DIRECTORIES {
             walk(Path::new(directory), &mut |path, metadata| {
-                if !NOT_THE_LABS.iter().any(|other| path.starts_with(other)) {
+                if !is_of_others(path) {
                     facts.insert(file_fact(path, metadata));
                 }
             })?;
@@ -76,6 +81,10 @@ impl HostSnapshot {
     pub fn difference(&self, after: &Self) -> String {
         difference(&self.facts, &after.facts)
     }
+}
+
+fn is_of_others(path: &Path) -> bool {
+    NOT_THE_LABS.iter().any(|other| path.starts_with(other))
 }
 
 /// Facts that went and facts that came, a line each.

@@ -223,7 +223,7 @@ fn a_living_flanneld_keeps_its_device_and_what_it_leaves_is_taken_over_when_it_g
         let mut kernel = LinuxKernel::open().expect("netlink");
         let desired = desired(underlay(&mut kernel));
         let flanneld = flannels_device();
-        let all = || [said("-details link show flannel0"), said("address show"), said("route show")];
+        let all = || [said("-details link show flannel0"), said("-4 address show"), said("route show")];
         let before = all();
         let observed = look(&mut kernel, &desired);
         assert_eq!(plan(&desired, &observed, true), vec![]);

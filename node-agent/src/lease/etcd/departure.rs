@@ -17,12 +17,12 @@ use super::super::{Departure, StoreError};
 use super::EtcdStore;
 
 /// For all questions about one batch of departures; the watch stands still meanwhile.
-const PATIENCE: Duration = Duration::from_secs(1);
+pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 const AT_ONCE: usize = 16;
 
 /// The lease objects that still live, out of those that keys have departed from.
 pub(super) async fn alive(store: &EtcdStore, leases: impl IntoIterator<Item = i64>) -> BTreeSet<i64> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + store.patience;
     let mut waiting = leases.into_iter().filter(|id| *id != 0).collect::<BTreeSet<_>>().into_iter();
     let mut asked = JoinSet::new();
     let mut alive = BTreeSet::new();

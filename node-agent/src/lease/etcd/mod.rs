@@ -39,6 +39,7 @@ pub struct EtcdStore {
     paths: Paths,
     relist: Duration,
     quiet: Duration,
+    patience: Duration,
 }
 
 impl EtcdStore {
@@ -46,7 +47,8 @@ impl EtcdStore {
     pub fn new(config: &EtcdConfig) -> Result<Self, BadTlsFile> {
         let paths = Paths::new(&config.prefix);
         let connection = Connection::new(config, &paths)?;
-        Ok(Self { connection: Arc::new(connection), paths, relist: RELIST, quiet: watch::QUIET })
+        let (connection, patience) = (Arc::new(connection), departure::PATIENCE);
+        Ok(Self { connection, paths, relist: RELIST, quiet: watch::QUIET, patience })
     }
 
     /// Changes how often a healthy watch is checked against a fresh snapshot.
@@ -57,6 +59,11 @@ impl EtcdStore {
     /// Changes for how long a watch may be quiet before it is asked where it stands.
     pub fn with_quiet(self, quiet: Duration) -> Self {
         Self { quiet, ..self }
+    }
+
+    /// Changes how long may be asked how a batch of leases departed.
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
     }
 
     /// Everything below the leases' prefix, at one revision.

@@ -195,8 +195,9 @@ impl Fixture for Server {
         Self::started().await
     }
 
+    /// It takes its time to tell a hand from an expiry.
     fn store(&self) -> EtcdStore {
-        EtcdStore::new(&self.config()).expect("settings")
+        EtcdStore::new(&self.config()).expect("settings").with_patience(PATIENCE)
     }
 
     async fn put_config(&self, json: &str) {
@@ -512,7 +513,7 @@ async fn a_store_restored_from_an_older_snapshot_removes_nobody_by_hand() {
 #[tokio::test]
 async fn many_departures_are_told_apart_in_bounded_time() {
     let server = Server::started().await;
-    let store = server.store();
+    let store = EtcdStore::new(&server.config()).expect("settings");
     let client = store.connection.live().await.expect("connected").client();
     for n in 0..300_i64 {
         let id = client.lease_client().grant(86_400, None).await.expect("grant").id();

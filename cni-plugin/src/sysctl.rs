@@ -1,9 +1,9 @@
-//! Settings of the container's interface under `/proc/sys/net`. The calling thread must be in the container's network
-//! namespace: that is what the paths mean to it.
+//! Settings of an interface under `/proc/sys/net`. They are those of the calling thread's network namespace: that is what
+//! the paths mean to it.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use weft_shared::IfName;
 
@@ -30,8 +30,18 @@ pub(crate) fn prepare(ifname: &IfName, ipv6: bool) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether the node carries what comes in by this interface; `None` when the kernel does not say.
+pub(crate) fn forwards_ipv4(ifname: &IfName) -> Option<bool> {
+    let value = fs::read_to_string(path("ipv4", ifname, "forwarding")).ok()?;
+    Some(value.trim() != "0")
+}
+
 fn set(family: &str, ifname: &IfName, name: &str, value: &str) -> io::Result<()> {
-    let path = Path::new("/proc/sys/net").join(family).join("conf").join(ifname.as_str()).join(name);
+    let path = path(family, ifname, name);
     let named = |e: io::Error| io::Error::new(e.kind(), format!("{} = {value}: {e}", path.display()));
     OpenOptions::new().write(true).open(&path).and_then(|mut f| f.write_all(value.as_bytes())).map_err(named)
+}
+
+fn path(family: &str, ifname: &IfName, name: &str) -> PathBuf {
+    Path::new("/proc/sys/net").join(family).join("conf").join(ifname.as_str()).join(name)
 }

@@ -193,7 +193,7 @@ fn await_forwarding(host: &mut Netlink, ifindex: u32) -> Result<(), NetlinkError
 }
 
 fn forwards(host: &mut Netlink, ifindex: u32) -> Result<bool, NetlinkError> {
-    Ok(host.link_by_index(ifindex)?.is_some_and(|link| link.forwarding))
+    Ok(host.link_by_index(ifindex)?.is_some_and(|link| link.port.forwarding))
 }
 
 fn failed(what: &str, why: &dyn std::fmt::Display) -> Failure {

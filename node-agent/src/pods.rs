@@ -23,6 +23,10 @@ pub trait Fabric: Send + Sync + 'static {
     /// Deletes a host-side veth if, and only if, it carries our mark; `Ok` when nothing of ours has that name any more.
     fn delete_veth(&self, name: &IfName) -> impl Future<Output = Result<(), String>> + Send;
 
+    /// Deletes the veth of that index, whatever its name is by now, if it carries our mark. An error while one is there
+    /// that has lost it: whoever still has the other end has the address.
+    fn delete_renamed(&self, ifindex: u32) -> impl Future<Output = Result<(), String>> + Send;
+
     /// Makes host ports lead where [`PodPorts::host_ports`] says, and nowhere else (published before the call).
     fn ensure_host_ports(&self) -> impl Future<Output = Result<(), String>> + Send;
 

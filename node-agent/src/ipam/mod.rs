@@ -257,14 +257,19 @@ impl<F: Fabric> Ipam<F> {
     /// The guard is of this attachment's veth name.
     async fn undo_locked(&self, key: &Attachment, _guard: &locks::NameGuard<'_>) -> Result<(), String> {
         // Time and phase are taken before the deletion: only what was due then has had its last one.
-        let due = {
+        let (due, wired) = {
             let state = self.state();
             if !state.table.may_delete(key) {
                 return Ok(());
             }
-            state.table.is_due(key, (self.clock)())
+            let wired = state.table.get(key).and_then(|entry| entry.record.undone);
+            (state.table.is_due(key, (self.clock)()), wired)
         };
         self.fabric.delete_veth(&host_ifname(key)).await?;
+        // The other end still has the address when somebody has renamed this one.
+        if let Some(ifindex) = wired {
+            self.fabric.delete_renamed(ifindex).await?;
+        }
         // The next pod that gets the address must not get this one's callers.
         if self.has_host_ports(key) {
             self.fabric.ensure_host_ports().await?;

@@ -192,6 +192,7 @@ impl Table {
             attachment: request.attachment.clone(),
             reserved_at: now,
             committed: None,
+            undone: None,
             bridge: request.bridge.clone(),
             mtu,
             netns: request.netns.clone(),
@@ -246,7 +247,7 @@ impl Table {
             Phase::Reserved { conn } => Phase::Aborted { conn: Some(conn), not_before },
             Phase::Committed { .. } => {
                 // On disk, if it must stay there for a while, it is no attachment any more.
-                entry.record.committed = None;
+                entry.record.undone = entry.record.committed.take().map(|wired| wired.host_ifindex);
                 Phase::Aborted { conn: None, not_before }
             }
             aborted @ Phase::Aborted { .. } => aborted,

@@ -39,6 +39,8 @@ pub(crate) struct World {
     pub(crate) veths: BTreeMap<IfName, u32>,
     pub(crate) deleted: Vec<IfName>,
     pub(crate) delete_fails: bool,
+    /// Veths without name and mark, by index.
+    pub(crate) unmarked: BTreeSet<u32>,
     pub(crate) bridge_fails: bool,
     /// As the packet filter has them.
     pub(crate) host_ports: BTreeSet<HostPort>,
@@ -58,6 +60,7 @@ impl TestFabric {
             veths: BTreeMap::new(),
             deleted: vec![],
             delete_fails: false,
+            unmarked: BTreeSet::new(),
             bridge_fails: false,
             host_ports: BTreeSet::new(),
             host_ports_fail: false,
@@ -121,6 +124,19 @@ impl Fabric for TestFabric {
         }
         if world.veths.remove(name).is_some() {
             world.deleted.push(name.clone());
+        }
+        Ok(())
+    }
+
+    async fn delete_renamed(&self, ifindex: u32) -> Result<(), String> {
+        tokio::task::yield_now().await;
+        let mut world = self.world();
+        if world.unmarked.contains(&ifindex) {
+            return Err("it has lost its mark".into());
+        }
+        if let Some(name) = world.veths.iter().find(|(_, index)| **index == ifindex).map(|(n, _)| n.clone()) {
+            world.veths.remove(&name);
+            world.deleted.push(name);
         }
         Ok(())
     }

@@ -89,6 +89,10 @@ impl Fabric for NodeFabric {
         in_kernel(move |kernel| kernel.delete_veth(&name).map(|_| ())).await
     }
 
+    async fn delete_renamed(&self, ifindex: u32) -> Result<(), String> {
+        in_kernel(move |kernel| kernel.delete_veth_of(ifindex)).await
+    }
+
     fn ensure_host_ports(&self) -> impl Future<Output = Result<(), String>> + Send {
         self.settle(|key| matches!(key, Key::Firewall(part) if host_ports::is_about(part)))
     }

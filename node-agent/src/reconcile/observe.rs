@@ -151,7 +151,7 @@ pub fn observe(
         }
         see(object, ownership.owns_link(name, found));
         // Its mark may be what somebody took away: a name of ours for which a port is on record tells as well.
-        let on_record = is_veth(found) && desired.get(&Key::Port(name.clone())).is_some();
+        let on_record = found.is_veth() && desired.get(&Key::Port(name.clone())).is_some();
         if found.is_our_veth(name) || on_record {
             see(Object::Port { veth: name.clone(), port: found.port.clone() }, false);
         }
@@ -206,8 +206,4 @@ fn words(dst: Subnet, route: &Route) -> String {
         words.push_str(&format!(" dev {dev}"));
     }
     format!("{words} proto {} metric {}", route.protocol, route.form.metric.unwrap_or(0))
-}
-
-fn is_veth(found: &FoundLink) -> bool {
-    matches!(&found.link.kind, LinkKind::Other(kind) if kind == "veth")
 }

@@ -16,6 +16,7 @@ pub mod binaries;
 pub mod books;
 pub mod capture;
 pub mod cluster;
+pub mod conform;
 pub mod dist;
 pub mod etcd;
 pub mod firewall;

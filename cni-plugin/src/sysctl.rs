@@ -9,8 +9,17 @@ use weft_shared::IfName;
 
 /// Makes the kernel announce the interface's addresses whenever its MAC address is set, and settles IPv6: switched
 /// off without an IPv6 address, so that no router advertisement gives the container one behind the cluster's back.
-pub(crate) fn prepare(ifname: &IfName, ipv6: bool) -> io::Result<()> {
+/// Detection of duplicates is asked for in case that somebody switches it on.
+pub(crate) fn prepare(ifname: &IfName, ipv6: bool, detects_duplicates: bool) -> io::Result<()> {
     set("ipv4", ifname, "arp_notify", "1")?;
+    if detects_duplicates {
+        for name in ["enhanced_dad", "accept_dad"] {
+            match set("ipv6", ifname, name, "1") {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                other => other?,
+            }
+        }
+    }
     if !ipv6 {
         return match set("ipv6", ifname, "disable_ipv6", "1") {
             // The kernel has no IPv6 at all.

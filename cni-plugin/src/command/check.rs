@@ -29,15 +29,16 @@ pub(crate) fn check(
         return Err(Failure::new(Code::BadConfiguration, msg));
     };
     let attachment = conf.attachment(target);
-    let expected = Expected::from_result(&result, target, netns_path, &host_ifname(&attachment))?;
-    let asked = InterfaceConf::parse(conf, &CniArgs::default())?.bridge;
+    let asked = InterfaceConf::parse(conf, &CniArgs::default())?;
+    let host_name = host_ifname(&attachment);
+    let expected = Expected::from_result(&result, target, netns_path, &host_name, &asked.routes)?;
     let bad_netns =
         |e: &dyn std::fmt::Display| Failure::new(Code::BadNetns, format!("CNI_NETNS = {netns_path:?}: {e}"));
     let netns = Netns::open(netns_path, own_netns_is_fine).map_err(|e| bad_netns(&e))?;
     let mut pod = Pod::open(netns).map_err(|e| bad_netns(&e))?;
 
     let container = check_container(pod.netlink(), target, &expected)?;
-    check_host(&attachment, &container, &expected, &asked)?;
+    check_host(&attachment, &container, &expected, &asked.bridge)?;
 
     let socket = conf.socket()?;
     let addresses = expected.ips.iter().map(|ip| ip.address.ip()).collect();
@@ -63,6 +64,7 @@ impl Expected {
         target: &Target,
         sandbox: &str,
         host_name: &IfName,
+        asked: &[weft_shared::cni::Route],
     ) -> Result<Self, Failure> {
         let ours = |i: &weft_shared::cni::Interface| {
             i.name == target.ifname.as_str() && !i.sandbox.is_empty() && i.sandbox == sandbox
@@ -75,11 +77,15 @@ impl Expected {
             result.interfaces.iter().find(|i| i.sandbox.is_empty() && i.name == host_name.as_str());
         let ips: Vec<_> = result.ips.iter().filter(|ip| ip.interface == Some(index)).cloned().collect();
         let gateways: Vec<IpAddr> = ips.iter().filter_map(|ip| ip.gateway).collect();
-        // Routes through other gateways are other plugins'.
+        // Routes through other gateways are other plugins', but for those that the configuration asks for. Results before
+        // 1.1.0 do not say what else these are.
         let route = |r: &weft_shared::cni::Route| {
             let family = |g: &IpAddr| g.is_ipv4() == r.dst.is_ipv4();
             let gateway = r.gw.or_else(|| gateways.iter().copied().find(family))?;
-            gateways.contains(&gateway).then_some(Route { dst: Subnet::from(r.dst), gateway })
+            let asked = asked.iter().find(|a| a.dst == r.dst && a.gw.is_none_or(|gw| gw == gateway));
+            let form = asked.map_or(r.form, |asked| asked.form);
+            let ours = asked.is_some() || gateways.contains(&gateway);
+            ours.then_some(Route { dst: Subnet::from(r.dst), gateway, form })
         };
         Ok(Self {
             mac: result.interfaces[index].mac.parse().ok(),
@@ -126,7 +132,7 @@ fn check_container(pod: &mut Netlink, target: &Target, expected: &Expected) -> R
             continue;
         }
         let found = pod.routes(link.index, v4).map_err(unreadable)?;
-        if let Some(route) = wanted.find(|route| !found.contains(route)) {
+        if let Some(route) = wanted.find(|wanted| !found.iter().any(|found| found.is(wanted))) {
             return Err(wrong(format!("route to {} via {} on {name} is gone", route.dst, route.gateway)));
         }
     }

@@ -358,6 +358,8 @@ mod tests {
                 hairpin: true,
                 isolated: false,
                 mtu: None,
+                force_address: false,
+                masquerade: false,
             },
             mtu: 1450,
             netns: "/run/netns/10.5.1.77".into(),

@@ -362,6 +362,8 @@ pub(crate) fn reserve(id: &str) -> Reserve {
             hairpin: true,
             isolated: false,
             mtu: None,
+            force_address: false,
+            masquerade: false,
         },
         pod: Some(format!("default/{id}")),
         ports: vec![],

@@ -400,7 +400,11 @@ fn dad(stand: &Stand) -> Checked {
         let container = stand.container()?.with("enabledad", json!(wanted));
         container.add()?;
         let value = container.netns.sysctl("ipv6/conf/eth0/accept_dad")?;
-        expect((value != "0") == wanted, format!("enabledad {wanted}: accept_dad is {value}"), "")?;
+        // Without IPv6 there is nothing to detect.
+        let off = value == "0" || container.netns.sysctl("ipv6/conf/eth0/disable_ipv6")? == "1";
+        let enhanced = container.netns.sysctl("ipv6/conf/eth0/enhanced_dad")?;
+        let is = if wanted { value == "1" && enhanced == "1" } else { off };
+        expect(is, format!("enabledad {wanted}: accept_dad is {value}, enhanced_dad {enhanced}"), "")?;
         container.del(None)?;
     }
     Ok(())

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
+use std::net::IpAddr;
 
 use weft_shared::protocol::{Bandwidth, BridgeOptions, Failure};
 use weft_shared::{IfName, Mac, Subnet};
@@ -29,6 +30,10 @@ pub trait Fabric: Send + Sync + 'static {
 
     /// Makes host ports lead where [`PodPorts::host_ports`] says, and nowhere else (published before the call).
     fn ensure_host_ports(&self) -> impl Future<Output = Result<(), String>> + Send;
+
+    /// Brings about what [`PodPorts::masqueraded`] and [`PodPorts::forced`] say, and nothing else (published before the
+    /// call).
+    fn ensure_options(&self) -> impl Future<Output = Result<(), String>> + Send;
 
     /// Puts a limited attachment's limits in place, as [`PodPorts::ports`] names them (published before the call).
     fn ensure_limits(&self, veth: &IfName) -> impl Future<Output = Result<(), String>> + Send;
@@ -77,6 +82,10 @@ pub struct PodPorts {
     pub bridges: BTreeMap<IfName, BridgeNeed>,
     /// Ports of the host that lead to attachments, from Reserve on: the runtime is told of a pod that can be reached.
     pub host_ports: BTreeSet<HostPort>,
+    /// Addresses of attachments that leave the overlay with the node's, from Reserve on.
+    pub masqueraded: BTreeSet<IpAddr>,
+    /// Bridges that carry no IPv4 addresses but the gateways'.
+    pub forced: BTreeSet<IfName>,
 }
 
 impl PodPorts {

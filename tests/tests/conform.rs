@@ -2,6 +2,7 @@
 //! docs/conformance.md says of the reference is true.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::conform::case::Verdict;
@@ -55,6 +56,26 @@ fn the_page_says_what_the_reference_does() -> Result<()> {
             .context("scripts/conform writes it anew")?;
     }
     ensure!(page == written, "the page is longer or shorter: scripts/conform writes it anew");
+    Ok(())
+}
+
+/// A case that neither a plugin that always says yes nor one that always says no can fail asks nothing.
+#[test]
+fn every_case_can_be_failed() -> Result<()> {
+    let [yes, no] = ["/usr/bin/true", "/usr/bin/false"].map(|program| -> Result<Column> {
+        run(&Subject::at("any", Path::new(program))?, &mut |_, _, _| ())
+    });
+    let (yes, no) = (yes?, no?);
+    let mut asks_nothing = Vec::new();
+    for (place, group) in GROUPS.iter().enumerate() {
+        for (row, case) in group.cases.iter().enumerate() {
+            let verdicts = [&yes.groups[place][row], &no.groups[place][row]];
+            if verdicts.iter().all(|verdict| **verdict == Verdict::Green) {
+                asks_nothing.push(format!("{}/{}", group.name, case.name));
+            }
+        }
+    }
+    ensure!(asks_nothing.is_empty(), "{asks_nothing:?}");
     Ok(())
 }
 

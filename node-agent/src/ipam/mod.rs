@@ -44,7 +44,7 @@ pub use verbs::verb;
 
 use self::counters::Counters;
 use self::locks::NameLocks;
-use self::records::Records;
+use self::records::{Record, Records};
 use self::table::{Entry, Phase, Table};
 use crate::pods::{Fabric, PodPorts, SeenVeths};
 use crate::status::{AttachmentStatus, PodStatus};
@@ -274,6 +274,9 @@ impl<F: Fabric> Ipam<F> {
         if self.has_host_ports(key) {
             self.fabric.ensure_host_ports().await?;
         }
+        if self.is_masqueraded(key) {
+            self.fabric.ensure_options().await?;
+        }
         let hash = attachment_hash(key);
         let mut state = self.state();
         let damaged = state.table.remove_damaged(&hash);
@@ -296,14 +299,22 @@ impl<F: Fabric> Ipam<F> {
         Ok(())
     }
 
-    /// What is asked for next follows from what is published.
     fn has_host_ports(&self, key: &Attachment) -> bool {
+        self.publish_if(key, |record| !record.ports.is_empty())
+    }
+
+    fn is_masqueraded(&self, key: &Attachment) -> bool {
+        self.publish_if(key, |record| record.bridge.masquerade)
+    }
+
+    /// What is asked for next follows from what is published.
+    fn publish_if(&self, key: &Attachment, holds: impl Fn(&Record) -> bool) -> bool {
         let state = self.state();
-        let has = state.table.get(key).is_some_and(|entry| !entry.record.ports.is_empty());
-        if has {
+        let holds = state.table.get(key).is_some_and(|entry| holds(&entry.record));
+        if holds {
             self.publish(&state);
         }
-        has
+        holds
     }
 
     /// An attachment is dead when its veth is gone from the kernel; a look that missed it is only the reason to ask.

@@ -411,6 +411,12 @@ impl Table {
                 need.subnets.push(record.subnet);
             }
             needs.host_ports.extend(HostPort::of(&record.ports, &record.addresses));
+            if record.bridge.masquerade {
+                needs.masqueraded.extend(&record.addresses);
+            }
+            if record.bridge.force_address {
+                needs.forced.insert(record.bridge.name.clone());
+            }
             if let Some(wired) = record.committed {
                 let (options, mtu) = (record.bridge.clone(), record.mtu);
                 let (ifindex, limits) = (wired.host_ifindex, record.bandwidth);

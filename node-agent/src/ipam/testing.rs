@@ -45,6 +45,9 @@ pub(crate) struct World {
     /// As the packet filter has them.
     pub(crate) host_ports: BTreeSet<HostPort>,
     pub(crate) host_ports_fail: bool,
+    pub(crate) masqueraded: BTreeSet<IpAddr>,
+    pub(crate) forced: BTreeSet<IfName>,
+    pub(crate) options_fail: bool,
     /// As they were asked for.
     pub(crate) limits: BTreeMap<IfName, Bandwidth>,
     pub(crate) limits_fail: bool,
@@ -64,6 +67,9 @@ impl TestFabric {
             bridge_fails: false,
             host_ports: BTreeSet::new(),
             host_ports_fail: false,
+            masqueraded: BTreeSet::new(),
+            forced: BTreeSet::new(),
+            options_fail: false,
             limits: BTreeMap::new(),
             limits_fail: false,
             next_ifindex: 10,
@@ -149,6 +155,17 @@ impl Fabric for TestFabric {
             return Err("no packet filter".into());
         }
         world.host_ports = published;
+        Ok(())
+    }
+
+    async fn ensure_options(&self) -> Result<(), String> {
+        tokio::task::yield_now().await;
+        let published = self.0.ports.borrow().clone();
+        let mut world = self.world();
+        if world.options_fail {
+            return Err("no packet filter".into());
+        }
+        (world.masqueraded, world.forced) = (published.masqueraded, published.forced);
         Ok(())
     }
 

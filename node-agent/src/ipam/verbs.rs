@@ -57,6 +57,7 @@ impl<F: Fabric> Ipam<F> {
         let key = &reserve.attachment;
         self.bury_dead_holders(&reserve).await;
         let guard = self.claim(key).await?;
+        let was_forced = self.ports.borrow().forced.contains(&reserve.bridge.name);
         let record = {
             let mut state = self.state();
             let record =
@@ -72,7 +73,7 @@ impl<F: Fabric> Ipam<F> {
             written.map(|()| record).map_err(unwritten)
         };
         let wired = match record {
-            Ok(record) => self.offer(conn, &reserve, &network, mtu, &record.addresses).await,
+            Ok(record) => self.offer(conn, &reserve, &network, mtu, &record.addresses, was_forced).await,
             Err(failure) => Err(failure),
         };
         if wired.is_err() {
@@ -217,6 +218,7 @@ impl<F: Fabric> Ipam<F> {
         network: &PodNetwork,
         mtu: u32,
         addresses: &[IpAddr],
+        was_forced: bool,
     ) -> Result<Reservation, Failure> {
         let bridge = self.fabric.ensure_bridge(&reserve.bridge.name).await?;
         {
@@ -236,6 +238,11 @@ impl<F: Fabric> Ipam<F> {
             let unled = |error| try_again("the ports of the host do not lead to the pod yet", error);
             self.fabric.ensure_host_ports().await.map_err(unled)?;
         }
+        let options = &reserve.bridge;
+        if options.masquerade || (options.force_address && !was_forced) {
+            let undone = |error| try_again("what ipMasq or forceAddress ask for is not in place yet", error);
+            self.fabric.ensure_options().await.map_err(undone)?;
+        }
         let subnet = network.subnet;
         let addresses = addresses.iter().filter_map(|address| {
             Some(PodAddress { address: subnet.with_len(*address)?, gateway: subnet.gateway() })
@@ -250,6 +257,7 @@ impl<F: Fabric> Ipam<F> {
             host_ifname: host_ifname(&reserve.attachment),
             ports: reserve.ports.clone(),
             bandwidth: reserve.bandwidth,
+            options: Some(reserve.bridge.clone()),
         })
     }
 

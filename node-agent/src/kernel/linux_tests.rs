@@ -162,6 +162,7 @@ pub(super) fn look_with(kernel: &mut LinuxKernel, desired: &Desired, dev: IfName
         device: Some(dev),
         vtep_mac: "02:00:00:00:00:01".parse().expect("mac"),
         bridges: vec![name("cni0")],
+        forced: Default::default(),
         adopt_flannels: false,
         indices: Default::default(),
     };

@@ -11,7 +11,7 @@ use weft_shared::cni::Code;
 use weft_shared::protocol::Failure;
 
 use super::Node;
-use crate::firewall::host_ports;
+use crate::firewall::{host_ports, pod_masquerade};
 use crate::kernel::{KernelError, LinuxKernel};
 use crate::object::{Key, LinkKind};
 use crate::pods::{DeviceFacts, Fabric, NotReady, PodNetwork};
@@ -95,6 +95,15 @@ impl Fabric for NodeFabric {
 
     fn ensure_host_ports(&self) -> impl Future<Output = Result<(), String>> + Send {
         self.settle(|key| matches!(key, Key::Firewall(part) if host_ports::is_about(part)))
+    }
+
+    fn ensure_options(&self) -> impl Future<Output = Result<(), String>> + Send {
+        let forced = self.0.ports.borrow().forced.clone();
+        self.settle(move |key| match key {
+            Key::Firewall(part) => pod_masquerade::is_about(part),
+            Key::Addr(dev, _) => forced.contains(dev),
+            _ => false,
+        })
     }
 
     fn ensure_limits(&self, veth: &IfName) -> impl Future<Output = Result<(), String>> + Send {

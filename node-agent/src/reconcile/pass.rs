@@ -248,7 +248,8 @@ fn firewall_networks(
         ports: inputs.pods.host_ports.clone(),
         guarded: pods::open_to_loopback(&inputs.pods, kernel)?,
     };
-    Ok(firewall::Networks { overlay: node.config.networks().collect(), local, host_ports })
+    let masqueraded = inputs.pods.masqueraded.clone();
+    Ok(firewall::Networks { overlay: node.config.networks().collect(), local, host_ports, masqueraded })
 }
 
 /// A packet filter that cannot be looked at leaves the rest of the node to be kept: what should be in it, or might have
@@ -287,6 +288,7 @@ fn ownership(node: &NodeInputs, inputs: &Inputs, memory: &Memory) -> Ownership {
         device: node.backend.plane().device().cloned(),
         vtep_mac: node.vtep_mac,
         bridges: inputs.pods.bridges.keys().cloned().collect(),
+        forced: inputs.pods.forced.clone(),
         adopt_flannels: node.first_start && !memory.adopted,
         indices: ports.chain(devices).collect(),
     }

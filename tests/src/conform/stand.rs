@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -111,10 +112,29 @@ impl Stand {
         }
     }
 
-    /// Whether no container has left anything on the node, but for the bridge.
+    /// Whether no container has left anything on the node, but for the bridge. Then an agent's books must be empty too.
     pub fn is_as_new(&self) -> Result<bool> {
         let left: Vec<_> = link_names(self.netns())?.difference(&self.links).cloned().collect();
-        Ok(left.is_empty() || left == ["cni0"])
+        if !left.is_empty() && left != ["cni0"] {
+            return Ok(false);
+        }
+        if self.subject.kind == Kind::Weft {
+            eventually("the agent's books to be empty", GONE, || {
+                let pods = self.node().status()?.pods;
+                if pods.attachments + pods.addresses_used == 0 { Ok(true) } else { bail!("{pods:?}") }
+            })?;
+        }
+        Ok(true)
+    }
+
+    /// Every rule of the node's packet filter.
+    pub fn packet_filter(&self) -> Result<String> {
+        let nft = self.netns().run(Command::new("nft").args(["list", "ruleset"]))?;
+        Ok(nft + &self.iptables()?)
+    }
+
+    pub fn iptables(&self) -> Result<String> {
+        self.netns().run(&mut Command::new("iptables-save"))
     }
 
     /// Interfaces of the node that containers have brought.

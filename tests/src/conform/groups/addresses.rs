@@ -110,7 +110,8 @@ fn known_at_once<'s>(stand: &'s Stand, by_neighbour: bool) -> Checked {
     let asking = if by_neighbour { witness.netns.clone() } else { stand.netns().clone() };
     for _ in 0..ROUNDS {
         let old = owner(stand)?;
-        ping(&asking, address, 10, crate::wait::SECOND)?;
+        ping(&asking, address, 10, crate::wait::SECOND)
+            .map_err(|e| red("the former owner does not answer", format!("{e:#}")))?;
         let former = neighbour(&asking, address)?.context("a neighbour that was just spoken to")?;
         old.del(None)?;
         let new = owner(stand)?;

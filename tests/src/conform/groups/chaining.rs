@@ -1,14 +1,14 @@
 //! In a list with the stock plugins: what is behind finds the interface by our result, and may change what we made.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::Ipv4Addr;
 
 use serde_json::json;
 
-use super::capabilities::{bucketed, mapping};
+use super::capabilities::{at, bucketed, is_heard, mapping, no_rule_left};
 use crate::conform::case::{Case, Checked, Group, expect};
 use crate::conform::container::{printed, refused};
 use crate::conform::stand::Stand;
-use crate::traffic::named::{Named, ask_tcp};
+use crate::traffic::named::Named;
 
 pub(super) const GROUP: Group = Group {
     name: "chaining",
@@ -40,13 +40,12 @@ fn portmap(stand: &Stand) -> Checked {
         .container()?
         .chained("portmap", json!({ "runtimeConfig": { "portMappings": [mapping(9091)] } }));
     let result = container.add()?;
-    let server = Named::start(&container.netns, "web", Ipv4Addr::UNSPECIFIED, 80)?;
-    let place = SocketAddrV4::new(stand.node().net.address, 9091);
-    expect(ask_tcp(stand.outside(), place)?.is_some(), "the port of the host leads nowhere", &result)?;
+    let _server = Named::start(&container.netns, "web", Ipv4Addr::UNSPECIFIED, 80)?;
+    let heard = is_heard(stand.outside(), at(stand, 9091));
+    expect(heard, "the port of the host leads nowhere", &result)?;
     container.must_check(&result)?;
     container.del(Some(&result))?;
-    drop(server);
-    expect(ask_tcp(stand.outside(), place)?.is_none(), "the port of the host leads on after DEL", &result)
+    no_rule_left(stand, 9091)
 }
 
 fn limits() -> serde_json::Value {
@@ -104,8 +103,8 @@ fn oldest_list(stand: &Stand) -> Checked {
     let result = container.add()?;
     expect(result["cniVersion"] == "0.3.1", "the result is of another version", &result)?;
     let _server = Named::start(&container.netns, "web", Ipv4Addr::UNSPECIFIED, 80)?;
-    let place = SocketAddrV4::new(stand.node().net.address, 9093);
-    expect(ask_tcp(stand.outside(), place)?.is_some(), "the port of the host leads nowhere", &result)?;
+    let heard = is_heard(stand.outside(), at(stand, 9093));
+    expect(heard, "the port of the host leads nowhere", &result)?;
     // Before 0.4.0 a runtime has no previous result for DEL.
     container.del(None)?;
     container.must_be_bare("DEL")

@@ -3,12 +3,11 @@
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
-use std::process::Command;
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
-use crate::conform::case::{Case, Checked, Group, expect};
+use crate::conform::case::{Case, Checked, Group, expect, red};
 use crate::conform::container::{Container, Refusal, refused};
 use crate::conform::stand::Stand;
 use crate::kernel::query;
@@ -282,7 +281,8 @@ fn isolation(stand: &Stand) -> Checked {
         &result,
     )?;
     let gateway: Ipv4Addr = stand.address(1)?.parse().context("an address")?;
-    ping(&one.netns, gateway, 10, SECOND)?;
+    ping(&one.netns, gateway, 10, SECOND)
+        .map_err(|e| red("the gateway does not answer", format!("{e:#}")))?;
     let other: Ipv4Addr =
         two.addresses()?[0].split('/').next().unwrap_or_default().parse().context("an address")?;
     expect(ping(&one.netns, other, 2, SECOND).is_err(), "they reach each other", &result)?;
@@ -325,8 +325,8 @@ fn seen_outside(stand: &Stand, container: &Container<'_>) -> Checked<IpAddr> {
     let _server = Named::start(stand.outside(), "outside", Underlay::GATEWAY, 8099)?;
     let node = stand.node().net.address;
     stand.outside().ip(&format!("route replace {} via {node}", stand.subnet()))?;
-    let answer = ask_tcp(&container.netns, SocketAddrV4::new(Underlay::GATEWAY, 8099))?;
-    Ok(answer.context("an answer from outside")?.client)
+    let answer = ask_tcp(&container.netns, SocketAddrV4::new(Underlay::GATEWAY, 8099)).ok().flatten();
+    Ok(answer.ok_or_else(|| red("nobody outside hears the container", ""))?.client)
 }
 
 fn own_address(container: &Container<'_>) -> Result<Ipv4Addr> {
@@ -360,27 +360,22 @@ fn masquerade_inside(stand: &Stand) -> Checked {
     let (container, other) = (masquerading(stand)?, masquerading(stand)?);
     let address = own_address(&other)?;
     let _server = Named::start(&other.netns, "inside", Ipv4Addr::UNSPECIFIED, 8098)?;
-    let answer = ask_tcp(&container.netns, SocketAddrV4::new(address, 8098))?.context("an answer")?;
+    let answer = ask_tcp(&container.netns, SocketAddrV4::new(address, 8098)).ok().flatten();
+    let answer = answer.ok_or_else(|| red("the containers do not reach each other", ""))?;
     expect(answer.client == own_address(&container)?, "it has another", answer.client)?;
     container.del(None)?;
     other.del(None)
 }
 
-/// Every rule of the node's packet filter.
-fn rules(stand: &Stand) -> Result<String> {
-    let nft = stand.netns().run(Command::new("nft").args(["list", "ruleset"]))?;
-    Ok(nft + &stand.netns().run(&mut Command::new("iptables-save"))?)
-}
-
 fn masquerade_goes(stand: &Stand, by_empty_netns: bool) -> Checked {
     let mut container = masquerading(stand)?;
     let address = own_address(&container)?.to_string();
-    expect(rules(stand)?.contains(&address), "there is no rule", "")?;
+    expect(stand.packet_filter()?.contains(&address), "there is no rule", "")?;
     if by_empty_netns {
         container.netns_var = Some(std::path::PathBuf::new());
     }
     container.del(None)?;
-    let left = rules(stand)?;
+    let left = stand.packet_filter()?;
     expect(!left.contains(&address), "a rule is left", left)
 }
 
@@ -390,7 +385,7 @@ fn masquerade_backend(stand: &Stand) -> Checked {
     let client = seen_outside(stand, &container)?;
     expect(client == stand.node().net.address, "it is not masqueraded", client)?;
     let address = own_address(&container)?.to_string();
-    let iptables = stand.netns().run(&mut Command::new("iptables-save"))?;
+    let iptables = stand.iptables()?;
     expect(!iptables.contains(&address), "there is a rule in iptables", iptables)?;
     container.del(None)
 }

@@ -31,11 +31,21 @@ pub(crate) struct Plan {
     pub(crate) alias: String,
     pub(crate) addresses: Vec<Address>,
     pub(crate) routes: Vec<Route>,
+    pub(crate) detects_duplicates: bool,
 }
 
 impl Plan {
-    pub(crate) fn new(attachment: &Attachment, conf: &InterfaceConf, reserved: &Reservation) -> Self {
-        Self {
+    pub(crate) fn new(
+        attachment: &Attachment,
+        conf: &InterfaceConf,
+        reserved: &Reservation,
+    ) -> Result<Self, Failure> {
+        // Nobody would wait for the end of the detection, and an address is not to be used before.
+        if conf.detects_duplicates && reserved.addresses.iter().any(|a| a.address.is_ipv6()) {
+            let msg = "enabledad = true: expected false: IPv6 addresses come from the node's own pool";
+            return Err(Failure::new(Code::UnsupportedField, msg));
+        }
+        Ok(Self {
             host_name: reserved.host_ifname.clone(),
             container_name: attachment.ifname.clone(),
             container_mac: conf.mac,
@@ -45,23 +55,27 @@ impl Plan {
             isolated: conf.bridge.isolated,
             alias: alias(attachment),
             addresses: reserved.addresses.iter().map(|a| a.address).collect(),
-            routes: routes(reserved, conf.is_default_gateway),
-        }
+            routes: routes(reserved, conf)?,
+            detects_duplicates: conf.detects_duplicates,
+        })
     }
 }
 
-/// The default route of each family that has an address, then the overlay's networks.
-fn routes(reserved: &Reservation, default_gateway: bool) -> Vec<Route> {
+/// The default route of each family that has an address, the overlay's networks, then what the configuration names.
+fn routes(reserved: &Reservation, conf: &InterfaceConf) -> Result<Vec<Route>, Failure> {
+    let gateway =
+        |v4: bool| reserved.addresses.iter().map(|a| a.gateway).find(|gateway| gateway.is_ipv4() == v4);
     let mut routes: Vec<Route> = Vec::new();
     for v4 in [true, false] {
-        let Some(gateway) = reserved.addresses.iter().map(|a| a.gateway).find(|g| g.is_ipv4() == v4) else {
-            continue;
-        };
+        let Some(gateway) = gateway(v4) else { continue };
         let any = if v4 { [0; 4].into() } else { [0; 16].into() };
-        let default = Subnet::new(any, 0).filter(|_| default_gateway);
+        let own = Subnet::new(any, 0);
+        // As with the reference, a default route with a gateway of its own stands in for ours.
+        let others = conf.routes.iter().any(|r| r.gw.is_some() && Some(r.dst.into()) == own);
+        let default = own.filter(|_| conf.is_default_gateway && !others);
         let overlay = reserved.overlay.iter().copied().filter(|dst| dst.is_ipv4() == v4);
         for dst in default.into_iter().chain(overlay) {
-            let route = Route { dst, gateway };
+            let route = Route::new(dst, gateway);
             // The subnet itself is on-link: a node that is the whole overlay needs no second route to it.
             let on_link = reserved.addresses.iter().any(|a| Subnet::from(a.address) == dst);
             if !on_link && !routes.contains(&route) {
@@ -69,7 +83,20 @@ fn routes(reserved: &Reservation, default_gateway: bool) -> Vec<Route> {
             }
         }
     }
-    routes
+    for asked in &conf.routes {
+        let Some(gateway) = gateway(asked.dst.is_ipv4()).map(|own| asked.gw.unwrap_or(own)) else {
+            let msg = format!(
+                "ipam.routes[].dst = \"{}\": expected a family in which the pod has an address",
+                asked.dst
+            );
+            return Err(Failure::new(Code::BadConfiguration, msg));
+        };
+        let route = Route { form: asked.form, ..Route::new(asked.dst.into(), gateway) };
+        if !routes.contains(&route) {
+            routes.push(route);
+        }
+    }
+    Ok(routes)
 }
 
 /// For people who look at `ip link`: `network/containerID/ifname`.
@@ -167,7 +194,7 @@ fn configure(plan: &Plan, created: &Link, host: &mut Netlink, pod: &mut Pod) -> 
     };
     let ipv6 = plan.addresses.iter().any(|a| a.is_ipv6());
     pod.netns
-        .enter(|| sysctl::prepare(&plan.container_name, ipv6))
+        .enter(|| sysctl::prepare(&plan.container_name, ipv6, plan.detects_duplicates))
         .map_err(|e| failed("set the interface's sysctls", &e))?;
     pod.netlink
         .configure(index, &plan.addresses, &plan.routes)
@@ -196,7 +223,7 @@ fn await_forwarding(host: &mut Netlink, port: u32, bridge: u32) -> Result<(), Ne
 /// (net/core/link_watch.c): until then its queue drops what it gets, the first look for the pod's MAC above all, and the
 /// second one comes a second later.
 fn forwards(host: &mut Netlink, port: u32, bridge: u32) -> Result<bool, NetlinkError> {
-    Ok(host.link_by_index(port)?.is_some_and(|link| link.forwarding)
+    Ok(host.link_by_index(port)?.is_some_and(|link| link.port.forwarding)
         && host.link_by_index(bridge)?.is_some_and(|link| link.operational))
 }
 
@@ -235,12 +262,19 @@ mod tests {
             host_ifname: "vethabc".parse().expect("name"),
             host_ports: vec![],
             bandwidth: Default::default(),
+            options: None,
         }
     }
 
     fn conf(is_default_gateway: bool) -> InterfaceConf {
-        let bridge =
-            BridgeOptions { name: "cni0".parse().expect("name"), hairpin: true, isolated: false, mtu: None };
+        let bridge = BridgeOptions {
+            name: "cni0".parse().expect("name"),
+            hairpin: true,
+            isolated: false,
+            mtu: None,
+            force_address: false,
+            masquerade: false,
+        };
         InterfaceConf {
             bridge,
             is_default_gateway,
@@ -249,11 +283,18 @@ mod tests {
             mac: None,
             host_ports: vec![],
             bandwidth: Default::default(),
+            routes: vec![],
+            resolv_conf: None,
+            detects_duplicates: false,
         }
     }
 
     fn planned(reserved: &Reservation, default: bool) -> Vec<String> {
-        let plan = Plan::new(&attachment("c"), &conf(default), reserved);
+        planned_with(reserved, &conf(default))
+    }
+
+    fn planned_with(reserved: &Reservation, conf: &InterfaceConf) -> Vec<String> {
+        let plan = Plan::new(&attachment("c"), conf, reserved).expect("plan");
         plan.routes.iter().map(|r| format!("{} via {}", r.dst, r.gateway)).collect()
     }
 
@@ -281,6 +322,37 @@ mod tests {
         );
         let whole = reserved(&[("10.1.2.5/24", "10.1.2.1")], &["10.1.2.0/24"]);
         assert!(planned(&whole, false).is_empty(), "the connected route serves");
+    }
+
+    #[test]
+    fn routes_of_the_configuration_come_last_and_may_replace_the_default() {
+        let v4 = reserved(&[("10.1.2.5/24", "10.1.2.1")], &["10.1.0.0/16"]);
+        let route = |dst: &str, gw: Option<&str>| weft_shared::cni::Route {
+            dst: dst.parse().expect("dst"),
+            gw: gw.map(|gw| gw.parse().expect("gw")),
+            form: Default::default(),
+        };
+        let with = |routes: Vec<_>| InterfaceConf { routes, ..conf(true) };
+        let beside =
+            with(vec![route("192.0.2.0/24", None), route("0.0.0.0/0", None), route("192.0.2.0/24", None)]);
+        assert_eq!(
+            planned_with(&v4, &beside),
+            ["0.0.0.0/0 via 10.1.2.1", "10.1.0.0/16 via 10.1.2.1", "192.0.2.0/24 via 10.1.2.1"]
+        );
+        let instead = with(vec![route("0.0.0.0/0", Some("10.1.2.9"))]);
+        assert_eq!(planned_with(&v4, &instead), ["10.1.0.0/16 via 10.1.2.1", "0.0.0.0/0 via 10.1.2.9"]);
+        let stranger = with(vec![route("fd00::/48", Some("fd00::1"))]);
+        let refused = Plan::new(&attachment("c"), &stranger, &v4).expect_err("no IPv6 here");
+        assert!(refused.is(Code::BadConfiguration) && refused.msg.contains("fd00::/48"), "{refused}");
+    }
+
+    #[test]
+    fn duplicates_are_not_looked_for_where_nobody_would_wait() {
+        let probing = InterfaceConf { detects_duplicates: true, ..conf(true) };
+        let plan =
+            |addresses: &[(&str, &str)]| Plan::new(&attachment("c"), &probing, &reserved(addresses, &[]));
+        assert!(plan(&[("10.1.2.5/24", "10.1.2.1")]).expect("IPv4").detects_duplicates);
+        assert!(plan(&[("fd00::5/64", "fd00::1")]).expect_err("IPv6").is(Code::UnsupportedField));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
+use std::net::IpAddr;
 
 use weft_shared::protocol::{Bandwidth, BridgeOptions, Failure};
 use weft_shared::{IfName, Mac, Subnet};
@@ -23,8 +24,16 @@ pub trait Fabric: Send + Sync + 'static {
     /// Deletes a host-side veth if, and only if, it carries our mark; `Ok` when nothing of ours has that name any more.
     fn delete_veth(&self, name: &IfName) -> impl Future<Output = Result<(), String>> + Send;
 
+    /// Deletes the veth of that index, whatever its name is by now, if it carries our mark. An error while one is there
+    /// that has lost it: whoever still has the other end has the address.
+    fn delete_renamed(&self, ifindex: u32) -> impl Future<Output = Result<(), String>> + Send;
+
     /// Makes host ports lead where [`PodNeeds::host_ports`] says, and nowhere else (published before the call).
     fn ensure_host_ports(&self, old_flows: OldFlows) -> impl Future<Output = Result<(), String>> + Send;
+
+    /// Brings about what [`PodNeeds::masqueraded`] and [`PodNeeds::forced`] say, and nothing else (published before the
+    /// call).
+    fn ensure_options(&self) -> impl Future<Output = Result<(), String>> + Send;
 
     /// Puts a limited attachment's limits in place, as [`PodNeeds::bridge_ports`] names them (published before the call).
     fn ensure_limits(&self, veth: &IfName) -> impl Future<Output = Result<(), String>> + Send;
@@ -83,6 +92,10 @@ pub struct PodNeeds {
     pub bridges: BTreeMap<IfName, BridgeNeed>,
     /// Ports of the host that lead to attachments, from Reserve on: the runtime is told of a pod that can be reached.
     pub host_ports: BTreeSet<HostPort>,
+    /// Addresses of attachments that leave the overlay with the node's, from Reserve on.
+    pub masqueraded: BTreeSet<IpAddr>,
+    /// Bridges that carry no IPv4 addresses but the gateways'.
+    pub forced: BTreeSet<IfName>,
 }
 
 impl PodNeeds {

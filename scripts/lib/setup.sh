@@ -1,6 +1,9 @@
 # What scripts/lab and scripts/test both need before Rust takes over: packages, toolchain, target. Sourced by bash.
 
 TARGET=x86_64-unknown-linux-musl
+GO_LINE="curl -fsSL https://go.dev/dl/go1.26.0.linux-amd64.tar.gz | tar -C /usr/local -xz"
+# What weft's plugin is compared with and chained before.
+REFERENCE_PLUGINS=v1.9.1
 RUSTUP_LINE="curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y --profile minimal"
 
 die() {
@@ -75,4 +78,26 @@ need_target() {
     as_owner rustup toolchain install --no-self-update >/dev/null 2>&1 || as_owner rustup show active-toolchain >/dev/null ||
         die "rustup cannot install the toolchain that rust-toolchain.toml names"
     as_owner rustup target list --installed | grep -qx "$TARGET" || as_owner rustup target add "$TARGET"
+}
+
+# need_go PURPOSE
+need_go() {
+    export PATH="$PATH:/usr/local/go/bin"
+    command -v go >/dev/null || die "Go is missing, $1. Install it with:
+  $GO_LINE
+and start again."
+}
+
+# need_reference_plugins: the CNI project's own, by Go's module proxy, in target/tools/cni-plugins.
+need_reference_plugins() {
+    local dir=$PWD/target/tools/cni-plugins name=github.com/containernetworking/plugins/plugins plugin missing=()
+    for plugin in main/bridge main/loopback ipam/host-local meta/portmap meta/bandwidth meta/tuning; do
+        [ "$(cat "$dir/.version" 2>/dev/null)" = "$REFERENCE_PLUGINS" ] && [ -x "$dir/${plugin#*/}" ] ||
+            missing+=("$name/$plugin@$REFERENCE_PLUGINS")
+    done
+    [ ${#missing[@]} -gt 0 ] || return 0
+    need_go "the reference CNI plugins are built with it"
+    echo "Reference CNI plugins $REFERENCE_PLUGINS ..."
+    as_owner env GOBIN="$dir" CGO_ENABLED=0 go install "${missing[@]}"
+    as_owner sh -c 'echo "$1" >"$0"' "$dir/.version" "$REFERENCE_PLUGINS"
 }

@@ -79,6 +79,23 @@ pub struct BridgeOptions {
     pub isolated: bool,
     /// In bytes, at most the dataplane's MTU; absent means the dataplane's.
     pub mtu: Option<u32>,
+    /// IPv4 addresses on the bridge that weft has not put there go.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub force_address: bool,
+    /// What the pod sends out of the overlay has the node's address, whatever the node does for the others.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub masquerade: bool,
+}
+
+impl BridgeOptions {
+    /// What an older agent would take for absent, and leave undone.
+    pub fn needs_newer_agent(&self) -> bool {
+        self.force_address || self.masquerade
+    }
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -116,6 +133,9 @@ pub struct Reservation {
     /// In the same way; in place from Commit on.
     #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
     pub bandwidth: Bandwidth,
+    /// The request's, as they were understood.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub options: Option<BridgeOptions>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

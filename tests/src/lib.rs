@@ -18,6 +18,7 @@ pub mod books;
 pub mod capture;
 pub mod cgroups;
 pub mod cluster;
+pub mod conform;
 pub mod containerd;
 pub mod dist;
 pub mod etcd;

@@ -1,7 +1,6 @@
 //! A pod: a network namespace that the real plugin has wired to its node.
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 use ipnetwork::IpNetwork;
@@ -105,9 +104,4 @@ pub fn address_of(result: &Value) -> Result<Ipv4Addr> {
         IpAddr::V4(address) => Ok(address),
         IpAddr::V6(address) => bail!("the first address is {address}: expected IPv4"),
     }
-}
-
-/// A path below the bed that no namespace is mounted on.
-pub fn vanished(sandbox: &Sandbox) -> PathBuf {
-    sandbox.netns.path().with_extension("vanished")
 }

@@ -1,12 +1,15 @@
 //! ADD: a transaction that the agent owns. Reserve, wire, Commit on one connection; when it closes early, for whatever
 //! reason, the agent undoes everything, and the alarm makes sure that no plugin wires after its reservation has lapsed.
 
-use std::io::Write;
+use std::fs::OpenOptions;
+use std::io::{Read as _, Write};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use nix::libc;
 use weft_shared::cni::{
-    CniArgs, CniResult, Code, Interface, InterfaceConf, IpConfig, NetConf, Route, Target,
+    CniArgs, CniResult, Code, Dns, Interface, InterfaceConf, IpConfig, NetConf, Route, Target,
 };
 use weft_shared::deadline;
 use weft_shared::protocol::{Attachment, Commit, Failure, Request, Reservation, Reserve};
@@ -31,7 +34,10 @@ pub(crate) fn add(
         return Err(Failure::new(Code::BadConfiguration, msg));
     }
     let args = CniArgs::parse(args)?;
-    let interface = InterfaceConf::parse(conf, &args)?;
+    let mut interface = InterfaceConf::parse(conf, &args)?;
+    if let Some(path) = interface.resolv_conf.as_ref().filter(|_| interface.dns.is_empty()) {
+        interface.dns = read_resolv_conf(path)?;
+    }
     let socket = conf.socket()?;
     let netns = Netns::open(netns_path, own_netns_is_fine).map_err(|e| bad_netns(netns_path, &e))?;
     let mut pod = Pod::open(netns).map_err(|e| bad_netns(netns_path, &e))?;
@@ -51,13 +57,16 @@ pub(crate) fn add(
             bandwidth: interface.bandwidth,
         })
         .map_err(unavailable)?;
-    if (&reserved.host_ports, reserved.bandwidth) != (&interface.host_ports, interface.bandwidth) {
-        let msg = "this weftd does not know of host ports or of bandwidth: expected one of the plugin's version, upgrade it";
+    let unheard =
+        interface.bridge.needs_newer_agent() && reserved.options.as_ref() != Some(&interface.bridge);
+    if unheard || (&reserved.host_ports, reserved.bandwidth) != (&interface.host_ports, interface.bandwidth) {
+        let msg = "this weftd does not know of host ports, of bandwidth, of ipMasq or of forceAddress: expected one of the \
+                   plugin's version, upgrade it";
         return Err(Failure::new(Code::ProtocolMismatch, msg));
     }
 
     let mut host = Netlink::open().map_err(|e| Failure::new(Code::Wiring, format!("netlink socket: {e}")))?;
-    let plan = Plan::new(&attachment, &interface, &reserved);
+    let plan = Plan::new(&attachment, &interface, &reserved)?;
     let wired = wiring::wire(&plan, &mut host, &mut pod)?;
     let commit = Commit {
         attachment: attachment.clone(),
@@ -74,6 +83,19 @@ pub(crate) fn add(
         wiring::undo(&mut host, wired.host_ifindex);
         take_back(&socket, attachment);
     })
+}
+
+/// A few lines, as long as it is one.
+const MAX_RESOLV_CONF: u64 = 64 << 10;
+
+fn read_resolv_conf(path: &Path) -> Result<Dns, Failure> {
+    let mut text = String::new();
+    // A FIFO in its place must not hold the runtime up.
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    file.and_then(|file| file.take(MAX_RESOLV_CONF).read_to_string(&mut text)).map_err(|e| {
+        Failure::new(Code::Io, format!("ipam.resolvConf = {path:?}: expected a file that can be read: {e}"))
+    })?;
+    Ok(Dns::from_resolv_conf(&text))
 }
 
 fn result(
@@ -105,7 +127,7 @@ fn result(
         routes: plan
             .routes
             .iter()
-            .map(|route| Route { dst: route.dst.into(), gw: Some(route.gateway) })
+            .map(|route| Route { dst: route.dst.into(), gw: Some(route.gateway), form: route.form })
             .collect(),
         interfaces,
         dns: interface.dns.clone(),

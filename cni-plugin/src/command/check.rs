@@ -4,16 +4,17 @@
 use std::net::IpAddr;
 use std::time::Instant;
 
-use weft_shared::cni::{CniResult, Code, IpConfig, NetConf, SpecVersion, Target};
+use weft_shared::cni::{CniArgs, CniResult, Code, InterfaceConf, IpConfig, NetConf, SpecVersion, Target};
 use weft_shared::deadline;
 use weft_shared::names::host_ifname;
-use weft_shared::protocol::{Attachment, Failure, Request};
-use weft_shared::{Mac, Subnet};
+use weft_shared::protocol::{Attachment, BridgeOptions, Failure, Request};
+use weft_shared::{IfName, Mac, Subnet};
 
 use super::bad_netns;
 use crate::agent::Agent;
 use crate::netlink::{Link, Netlink, NetlinkError, Route};
 use crate::netns::Netns;
+use crate::sysctl;
 use crate::wiring::Pod;
 
 pub(crate) fn check(
@@ -28,13 +29,15 @@ pub(crate) fn check(
         let msg = "prevResult is missing: expected the result of the ADD";
         return Err(Failure::new(Code::BadConfiguration, msg));
     };
-    let expected = Expected::from_result(&result, target, netns_path)?;
     let attachment = conf.attachment(target);
+    let asked = InterfaceConf::parse(conf, &CniArgs::default())?;
+    let host_name = host_ifname(&attachment);
+    let expected = Expected::from_result(&result, target, netns_path, &host_name, &asked.routes)?;
     let netns = Netns::open(netns_path, own_netns_is_fine).map_err(|e| bad_netns(netns_path, &e))?;
     let mut pod = Pod::open(netns).map_err(|e| bad_netns(netns_path, &e))?;
 
     let container = check_container(pod.netlink(), target, &expected)?;
-    check_host(&attachment, &container, &expected)?;
+    check_host(&attachment, &container, &expected, &asked.bridge)?;
 
     let socket = conf.socket()?;
     let addresses = expected.ips.iter().map(|ip| ip.address.ip()).collect();
@@ -47,13 +50,21 @@ pub(crate) fn check(
 struct Expected {
     mac: Option<Mac>,
     mtu: Option<u32>,
+    /// Of the end on the node.
+    host_mtu: Option<u32>,
     bridge: Option<String>,
     ips: Vec<IpConfig>,
     routes: Vec<Route>,
 }
 
 impl Expected {
-    fn from_result(result: &CniResult, target: &Target, sandbox: &str) -> Result<Self, Failure> {
+    fn from_result(
+        result: &CniResult,
+        target: &Target,
+        sandbox: &str,
+        host_name: &IfName,
+        asked: &[weft_shared::cni::Route],
+    ) -> Result<Self, Failure> {
         let ours = |i: &weft_shared::cni::Interface| {
             i.name == target.ifname.as_str() && !i.sandbox.is_empty() && i.sandbox == sandbox
         };
@@ -61,17 +72,24 @@ impl Expected {
             let msg = format!("prevResult has no interface {} in {sandbox:?}", target.ifname);
             return Err(Failure::new(Code::BadConfiguration, msg));
         };
+        let host_end =
+            result.interfaces.iter().find(|i| i.sandbox.is_empty() && i.name == host_name.as_str());
         let ips: Vec<_> = result.ips.iter().filter(|ip| ip.interface == Some(index)).cloned().collect();
         let gateways: Vec<IpAddr> = ips.iter().filter_map(|ip| ip.gateway).collect();
-        // Routes through other gateways are other plugins'.
+        // Routes through other gateways are other plugins', but for those that the configuration asks for. Results before
+        // 1.1.0 do not say what else these are.
         let route = |r: &weft_shared::cni::Route| {
             let family = |g: &IpAddr| g.is_ipv4() == r.dst.is_ipv4();
             let gateway = r.gw.or_else(|| gateways.iter().copied().find(family))?;
-            gateways.contains(&gateway).then_some(Route { dst: Subnet::from(r.dst), gateway })
+            let asked = asked.iter().find(|a| a.dst == r.dst && a.gw.is_none_or(|gw| gw == gateway));
+            let form = asked.map_or(r.form, |asked| asked.form);
+            let ours = asked.is_some() || gateways.contains(&gateway);
+            ours.then_some(Route { dst: Subnet::from(r.dst), gateway, form })
         };
         Ok(Self {
             mac: result.interfaces[index].mac.parse().ok(),
             mtu: result.interfaces[index].mtu,
+            host_mtu: host_end.and_then(|i| i.mtu),
             bridge: result.interfaces.first().filter(|i| i.sandbox.is_empty()).map(|i| i.name.clone()),
             routes: result.routes.iter().filter_map(route).collect(),
             ips,
@@ -113,14 +131,19 @@ fn check_container(pod: &mut Netlink, target: &Target, expected: &Expected) -> R
             continue;
         }
         let found = pod.routes(link.index, v4).map_err(unreadable)?;
-        if let Some(route) = wanted.find(|route| !found.contains(route)) {
+        if let Some(route) = wanted.find(|wanted| !found.iter().any(|found| found.is(wanted))) {
             return Err(wrong(format!("route to {} via {} on {name} is gone", route.dst, route.gateway)));
         }
     }
     Ok(link)
 }
 
-fn check_host(attachment: &Attachment, container: &Link, expected: &Expected) -> Result<(), Failure> {
+fn check_host(
+    attachment: &Attachment,
+    container: &Link,
+    expected: &Expected,
+    asked: &BridgeOptions,
+) -> Result<(), Failure> {
     let mut host = Netlink::open().map_err(|e| unreadable(e.into()))?;
     let name = host_ifname(attachment);
     let link = host
@@ -136,20 +159,47 @@ fn check_host(attachment: &Attachment, container: &Link, expected: &Expected) ->
             attachment.ifname
         )));
     }
-    let Some(bridge) = &expected.bridge else { return Ok(()) };
-    let found = match bridge.parse() {
-        Ok(bridge) => host.link_by_name(&bridge).map_err(unreadable)?,
-        Err(_) => None,
-    };
-    match found {
-        None => Err(wrong(format!("bridge {bridge} is gone"))),
-        Some(b) if b.kind.as_deref() != Some("bridge") => Err(wrong(format!("{bridge} is not a bridge"))),
-        Some(b) if !b.up => Err(wrong(format!("bridge {bridge} is down"))),
-        Some(b) if link.master != Some(b.index) => {
-            Err(wrong(format!("host interface {name} is not a port of bridge {bridge}")))
-        }
-        Some(_) => Ok(()),
+    if let (Some(expected), Some(found)) = (expected.host_mtu, link.mtu)
+        && found > expected
+    {
+        return Err(wrong(format!("host interface {name} has MTU {found}: expected at most {expected}")));
     }
+    let Some(bridge) = &expected.bridge else { return Ok(()) };
+    let gone = || wrong(format!("bridge {bridge} is gone"));
+    let dev: IfName = bridge.parse().map_err(|_| gone())?;
+    let found = host.link_by_name(&dev).map_err(unreadable)?.ok_or_else(gone)?;
+    if found.kind.as_deref() != Some("bridge") {
+        return Err(wrong(format!("{bridge} is not a bridge")));
+    }
+    if !found.up {
+        return Err(wrong(format!("bridge {bridge} is down")));
+    }
+    if link.master != Some(found.index) {
+        return Err(wrong(format!("host interface {name} is not a port of bridge {bridge}")));
+    }
+    let switched = |on: bool| if on { "on" } else { "off" };
+    for (what, found, expected) in [
+        ("hairpin mode", link.port.hairpin, asked.hairpin),
+        ("port isolation", link.port.isolated, asked.isolated),
+    ] {
+        if found != expected {
+            let (found, expected) = (switched(found), switched(expected));
+            return Err(wrong(format!("{what} of host interface {name} is {found}: expected {expected}")));
+        }
+    }
+    let carried = host.addresses(found.index).map_err(unreadable)?;
+    let gateways = expected.ips.iter().filter_map(|ip| ip.gateway);
+    for gateway in gateways {
+        if !carried.iter().any(|address| address.ip() == gateway) {
+            return Err(wrong(format!("bridge {bridge} does not have the gateway's address {gateway}")));
+        }
+        if gateway.is_ipv4() && sysctl::forwards_ipv4(&dev) == Some(false) {
+            return Err(wrong(format!(
+                "net.ipv4.conf.{bridge}.forwarding = 0: expected 1, for the node to carry the container's packets"
+            )));
+        }
+    }
+    Ok(())
 }
 
 fn wrong(msg: String) -> Failure {

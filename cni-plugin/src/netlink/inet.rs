@@ -4,9 +4,10 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 use weft_shared::Subnet;
+use weft_shared::cni::RouteForm;
 
 use super::link::push_up;
-use super::message::{attribute, attributes, u16_at, u32_at};
+use super::message::{Attributes, attribute, attributes, u16_at, u32_at};
 use super::uapi::*;
 use super::{Netlink, NetlinkError};
 
@@ -18,6 +19,34 @@ pub(crate) type Address = IpNetwork;
 pub(crate) struct Route {
     pub(crate) dst: Subnet,
     pub(crate) gateway: IpAddr,
+    pub(crate) form: RouteForm,
+}
+
+impl Route {
+    /// In the main table, with the kernel's defaults.
+    pub(crate) fn new(dst: Subnet, gateway: IpAddr) -> Self {
+        Self { dst, gateway, form: RouteForm::default() }
+    }
+
+    /// Whether a route that was found is the one that is wanted: what is not said of that is not compared, but for its
+    /// table.
+    pub(crate) fn is(&self, wanted: &Self) -> bool {
+        fn fits<T: PartialEq>(found: Option<T>, wanted: Option<T>) -> bool {
+            wanted.is_none() || found == wanted
+        }
+        let (found, form) = (&self.form, &wanted.form);
+        (self.dst, self.gateway) == (wanted.dst, wanted.gateway)
+            && table(found) == table(form)
+            && fits(found.priority, form.priority)
+            && fits(found.scope, form.scope)
+            && fits(found.mtu, form.mtu)
+            && fits(found.advmss, form.advmss)
+    }
+}
+
+/// 0 is the main table to the kernel as well.
+fn table(form: &RouteForm) -> u32 {
+    form.table.filter(|table| *table != 0).unwrap_or(RT_TABLE_MAIN.into())
 }
 
 impl Netlink {
@@ -43,13 +72,14 @@ impl Netlink {
         }
         push_up(&mut batch, ifindex);
         for route in routes {
-            let fixed = rtmsg(family(route.dst.addr()), route.dst.len());
+            let fixed = rtmsg(family(route.dst.addr()), route.dst.len(), &route.form);
             // Behind an equal route: a pod may have a second interface of ours, and the first one's keeps its place.
             batch.push(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_APPEND, &fixed, |a| {
                 if route.dst.len() > 0 {
                     a.bytes(RTA_DST, &octets(route.dst.addr()));
                 }
                 a.bytes(RTA_GATEWAY, &octets(route.gateway)).u32(RTA_OIF, ifindex);
+                push_form(a, &route.form);
             });
         }
         self.apply(batch)
@@ -63,8 +93,8 @@ impl Netlink {
         Ok(found.into_iter().filter(|(index, _)| *index == ifindex).map(|(_, address)| address).collect())
     }
 
-    /// The routes of the main table that go through a gateway and this interface. A container's table is short and
-    /// quiet, so reading it whole is cheaper and surer than a lookup per destination.
+    /// The routes that go through a gateway and this interface, of every table. A container's tables are short and
+    /// quiet, so reading them whole is cheaper and surer than a lookup per destination.
     pub(crate) fn routes(&mut self, ifindex: u32, v4: bool) -> Result<Vec<Route>, NetlinkError> {
         let mut fixed = [0; 12];
         fixed[0] = if v4 { AF_INET } else { AF_INET6 };
@@ -85,8 +115,29 @@ fn ifaddrmsg(ifindex: u32, family: u8, prefix: u8) -> [u8; 8] {
     [family, prefix, flags, RT_SCOPE_UNIVERSE, a, b, c, d]
 }
 
-fn rtmsg(family: u8, dst_len: u8) -> [u8; 12] {
-    [family, dst_len, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0, 0, 0, 0]
+fn rtmsg(family: u8, dst_len: u8, form: &RouteForm) -> [u8; 12] {
+    // A number that does not fit here is told by attribute.
+    let table = u8::try_from(table(form)).unwrap_or(RT_TABLE_UNSPEC);
+    let scope = form.scope.unwrap_or(RT_SCOPE_UNIVERSE);
+    [family, dst_len, 0, 0, table, RTPROT_BOOT, scope, RTN_UNICAST, 0, 0, 0, 0]
+}
+
+fn push_form(a: &mut Attributes<'_>, form: &RouteForm) {
+    if let Some(priority) = form.priority {
+        a.u32(RTA_PRIORITY, priority);
+    }
+    if table(form) > u8::MAX.into() {
+        a.u32(RTA_TABLE, table(form));
+    }
+    if form.mtu.is_some() || form.advmss.is_some() {
+        a.nest(RTA_METRICS, |a| {
+            for (kind, value) in [(RTAX_MTU, form.mtu), (RTAX_ADVMSS, form.advmss)] {
+                if let Some(value) = value {
+                    a.u32(kind, value);
+                }
+            }
+        });
+    }
 }
 
 fn family(ip: IpAddr) -> u8 {
@@ -122,7 +173,9 @@ fn parse_address(payload: &[u8]) -> Option<(u32, Address)> {
 
 /// One route for each of its next hops: IPv6 joins appended routes into one with several.
 fn parse_route(payload: &[u8]) -> Option<Vec<(u32, Route)>> {
-    let (family, len, table) = (*payload.first()?, *payload.get(1)?, *payload.get(4)?);
+    let (family, len) = (*payload.first()?, *payload.get(1)?);
+    let (mut table, scope) = (u32::from(*payload.get(4)?), *payload.get(6)?);
+    let mut form = RouteForm { scope: Some(scope), ..RouteForm::default() };
     let (mut dst, mut hops) = (None, Vec::new());
     let (mut gateway, mut oif) = (None, None);
     for (kind, value) in attributes(payload.get(12..)?) {
@@ -131,13 +184,20 @@ fn parse_route(payload: &[u8]) -> Option<Vec<(u32, Route)>> {
             RTA_GATEWAY => gateway = ip(value),
             RTA_OIF => oif = u32_at(value, 0),
             RTA_MULTIPATH => hops = next_hops(value),
+            RTA_TABLE => table = u32_at(value, 0)?,
+            RTA_PRIORITY => form.priority = u32_at(value, 0),
+            RTA_METRICS => {
+                form.mtu = attribute(value, RTAX_MTU).and_then(|value| u32_at(value, 0));
+                form.advmss = attribute(value, RTAX_ADVMSS).and_then(|value| u32_at(value, 0));
+            }
             _ => {}
         }
     }
     hops.extend(oif.zip(gateway));
     let zero: IpAddr = if family == AF_INET { [0; 4].into() } else { [0; 16].into() };
-    let dst = Subnet::new(dst.unwrap_or(zero), len).filter(|_| table == RT_TABLE_MAIN)?;
-    Some(hops.into_iter().map(|(oif, gateway)| (oif, Route { dst, gateway })).collect())
+    let dst = Subnet::new(dst.unwrap_or(zero), len)?;
+    form.table = Some(table);
+    Some(hops.into_iter().map(|(oif, gateway)| (oif, Route { dst, gateway, form })).collect())
 }
 
 /// Interface and gateway of each `struct rtnexthop`.
@@ -149,4 +209,45 @@ fn next_hops(mut bytes: &[u8]) -> Vec<(u32, IpAddr)> {
         bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
     }
     hops
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::message::{Batch, messages};
+    use super::*;
+
+    #[test]
+    fn a_route_reads_back_as_it_was_written() {
+        let form = RouteForm {
+            mtu: Some(1400),
+            advmss: Some(1300),
+            priority: Some(7),
+            table: Some(1007),
+            scope: None,
+        };
+        let wanted = Route { form, ..Route::new("192.0.2.0/24".parse().expect("net"), [10, 1, 2, 1].into()) };
+        let mut batch = Batch::starting_at(1);
+        batch.push(RTM_NEWROUTE, 0, &rtmsg(AF_INET, 24, &form), |a| {
+            a.bytes(RTA_DST, &[192, 0, 2, 0]).bytes(RTA_GATEWAY, &[10, 1, 2, 1]).u32(RTA_OIF, 4);
+            push_form(a, &form);
+        });
+        let message = messages(&batch.bytes).next().expect("message");
+        let found = parse_route(message.payload).expect("route");
+        assert!(found[0].0 == 4 && found[0].1.is(&wanted), "{found:?}");
+        for other in [
+            RouteForm { table: None, ..form },
+            RouteForm { priority: Some(8), ..form },
+            RouteForm { mtu: Some(1500), ..form },
+            RouteForm { advmss: Some(1), ..form },
+            RouteForm { scope: Some(253), ..form },
+        ] {
+            assert!(!found[0].1.is(&Route { form: other, ..wanted }), "{other:?}");
+        }
+        let bare = RouteForm { table: form.table, ..RouteForm::default() };
+        assert!(found[0].1.is(&Route { form: bare, ..wanted }), "what is not said is not compared");
+        assert_eq!(
+            (rtmsg(AF_INET, 0, &RouteForm::default())[4], rtmsg(AF_INET, 0, &bare)[4]),
+            (RT_TABLE_MAIN, 0)
+        );
+    }
 }

@@ -21,10 +21,19 @@ pub(crate) struct Link {
     /// Index of a veth's other end, in the other end's namespace.
     pub(crate) peer: Option<u32>,
     pub(crate) kind: Option<String>,
-    /// The bridge port passes frames.
-    pub(crate) forwarding: bool,
     /// Nothing says that it cannot send (RFC 2863, `ifOperStatus`).
     pub(crate) operational: bool,
+    /// What it is as a port of a bridge.
+    pub(crate) port: Port,
+}
+
+/// All of it false for a link that is no port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Port {
+    /// It passes frames.
+    pub(crate) forwarding: bool,
+    pub(crate) hairpin: bool,
+    pub(crate) isolated: bool,
 }
 
 /// A veth pair to create: one end here, a port of a bridge, the other one directly in the container's namespace.
@@ -201,8 +210,8 @@ fn parse_link(payload: &[u8]) -> Option<Link> {
         master: None,
         peer: None,
         kind: None,
-        forwarding: false,
         operational: true,
+        port: Port::default(),
     };
     for (kind, value) in attributes(payload.get(16..)?) {
         match kind {
@@ -215,7 +224,11 @@ fn parse_link(payload: &[u8]) -> Option<Link> {
             IFLA_LINKINFO => {
                 link.kind = attribute(value, IFLA_INFO_KIND).and_then(text);
                 let port = attribute(value, IFLA_INFO_SLAVE_DATA).unwrap_or_default();
-                link.forwarding = attribute(port, IFLA_BRPORT_STATE) == Some(&[BR_STATE_FORWARDING]);
+                link.port = Port {
+                    forwarding: attribute(port, IFLA_BRPORT_STATE) == Some(&[BR_STATE_FORWARDING]),
+                    hairpin: attribute(port, IFLA_BRPORT_MODE) == Some(&[1]),
+                    isolated: attribute(port, IFLA_BRPORT_ISOLATED) == Some(&[1]),
+                };
             }
             _ => {}
         }

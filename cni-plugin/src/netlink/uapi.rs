@@ -26,6 +26,7 @@ pub(super) const RTM_GETADDR: u16 = 22;
 pub(super) const RTM_NEWROUTE: u16 = 24;
 pub(super) const RTM_GETROUTE: u16 = 26;
 pub(super) const RTNLGRP_LINK: u32 = 1;
+pub(super) const RT_TABLE_UNSPEC: u8 = 0;
 pub(super) const RT_TABLE_MAIN: u8 = 254;
 pub(super) const RTPROT_BOOT: u8 = 3;
 pub(super) const RT_SCOPE_UNIVERSE: u8 = 0;
@@ -33,7 +34,12 @@ pub(super) const RTN_UNICAST: u8 = 1;
 pub(super) const RTA_DST: u16 = 1;
 pub(super) const RTA_OIF: u16 = 4;
 pub(super) const RTA_GATEWAY: u16 = 5;
+pub(super) const RTA_PRIORITY: u16 = 6;
+pub(super) const RTA_METRICS: u16 = 8;
 pub(super) const RTA_MULTIPATH: u16 = 9;
+pub(super) const RTA_TABLE: u16 = 15;
+pub(super) const RTAX_MTU: u16 = 2;
+pub(super) const RTAX_ADVMSS: u16 = 8;
 pub(super) const RTEXT_FILTER_SKIP_STATS: u32 = 1 << 3;
 
 // linux/if_link.h, linux/if.h

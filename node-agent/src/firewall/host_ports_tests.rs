@@ -9,7 +9,7 @@ fn networks(ports: &[&str]) -> Networks {
     let local = vec!["10.5.1.0/24".parse().expect("net"), "fd00:1::/64".parse().expect("net")];
     let guarded = (!ports.is_empty()).then(|| "cni0".parse().expect("name")).into_iter().collect();
     let host_ports = HostPorts { ports: ports.iter().map(|text| port(text)).collect(), guarded };
-    Networks { overlay: vec![], local, host_ports }
+    Networks { local, host_ports, ..Networks::default() }
 }
 
 fn keys(parts: &[Part]) -> Vec<String> {

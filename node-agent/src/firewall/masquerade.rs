@@ -20,7 +20,7 @@ pub const HOOK_FORWARD: u32 = 2;
 pub(super) const HOOK_POSTROUTING: u32 = 4;
 /// `NF_IP_PRI_FILTER` and `NF_IP_PRI_NAT_SRC` of linux/netfilter_ipv4.h.
 const PRIORITY_FILTER: i32 = 0;
-const PRIORITY_SRCNAT: i32 = 100;
+pub(super) const PRIORITY_SRCNAT: i32 = 100;
 
 /// flanneld's names for its tables.
 pub fn table_id(family: Family) -> TableId {
@@ -80,7 +80,7 @@ fn masquerade(
     rules
 }
 
-fn multicast(family: Family) -> Subnet {
+pub(super) fn multicast(family: Family) -> Subnet {
     let (addr, len): (std::net::IpAddr, u8) = match family {
         Family::Ip6 => (std::net::Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0).into(), 8),
         _ => (std::net::Ipv4Addr::new(224, 0, 0, 0).into(), 4),

@@ -1,5 +1,5 @@
-//! What weft keeps in the host's packet filter, as values and pure functions: masquerade and host ports in tables of its
-//! own, and accepts in whatever chain of the forward hook would drop pods' packets.
+//! What weft keeps in the host's packet filter, as values and pure functions: masquerade, host ports and what single pods
+//! are masqueraded by in tables of its own, and accepts in whatever chain of the forward hook would drop pods' packets.
 //!
 //! An accept in one chain does not overrule a drop in another: a packet passes the hook only when every base chain on
 //! it lets it through (net/netfilter/nf_tables_core.c). So accepts of our own table are worth nothing on a host whose
@@ -15,10 +15,12 @@ pub mod forward;
 pub mod host_ports;
 pub mod legacy;
 pub mod masquerade;
+pub mod pod_masquerade;
 pub mod rule;
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use weft_shared::Subnet;
@@ -62,6 +64,8 @@ pub struct Networks {
     /// Those whose pods live here: the leased subnet, and older ones with pods left.
     pub local: Vec<Subnet>,
     pub host_ports: HostPorts,
+    /// Pods that leave the overlay with the node's address, whatever the others do.
+    pub masqueraded: BTreeSet<IpAddr>,
 }
 
 impl Networks {
@@ -260,6 +264,7 @@ pub fn desired(settings: &Settings, networks: &Networks, seen: &Ruleset) -> Vec<
         desired.extend(legacy::desired(networks, seen));
     }
     desired.extend(host_ports::desired(networks, seen));
+    desired.extend(pod_masquerade::desired(settings, networks, seen.fully_random));
     desired
 }
 

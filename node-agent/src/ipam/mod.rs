@@ -44,7 +44,7 @@ pub use verbs::verb;
 
 use self::counters::Counters;
 use self::locks::NameLocks;
-use self::records::Records;
+use self::records::{Record, Records};
 use self::table::{Entry, Phase, Table};
 use crate::pods::{Fabric, OldFlows, PodNeeds, SeenVeths};
 use crate::status::{AttachmentStatus, PodStatus};
@@ -257,17 +257,25 @@ impl<F: Fabric> Ipam<F> {
     /// The guard is of this attachment's veth name.
     async fn undo_locked(&self, key: &Attachment, _guard: &locks::NameGuard<'_>) -> Result<(), String> {
         // Time and phase are taken before the deletion: only what was due then has had its last one.
-        let due = {
+        let (due, wired) = {
             let state = self.state();
             if !state.table.may_delete(key) {
                 return Ok(());
             }
-            state.table.is_due(key, (self.clock)())
+            let wired = state.table.get(key).and_then(|entry| entry.record.undone);
+            (state.table.is_due(key, (self.clock)()), wired)
         };
         self.fabric.delete_veth(&host_ifname(key)).await?;
+        // The other end still has the address when somebody has renamed this one.
+        if let Some(ifindex) = wired {
+            self.fabric.delete_renamed(ifindex).await?;
+        }
         // The next pod that gets the address must not get this one's callers.
         if self.has_host_ports(key) {
             self.fabric.ensure_host_ports(OldFlows::MayLag).await?;
+        }
+        if self.is_masqueraded(key) {
+            self.fabric.ensure_options().await?;
         }
         let hash = attachment_hash(key);
         let mut state = self.state();
@@ -291,14 +299,22 @@ impl<F: Fabric> Ipam<F> {
         Ok(())
     }
 
-    /// What is asked for next follows from what is published.
     fn has_host_ports(&self, key: &Attachment) -> bool {
+        self.publish_if(key, |record| !record.host_ports.is_empty())
+    }
+
+    fn is_masqueraded(&self, key: &Attachment) -> bool {
+        self.publish_if(key, |record| record.bridge.masquerade)
+    }
+
+    /// What is asked for next follows from what is published.
+    fn publish_if(&self, key: &Attachment, holds: impl Fn(&Record) -> bool) -> bool {
         let state = self.state();
-        let has = state.table.get(key).is_some_and(|entry| !entry.record.host_ports.is_empty());
-        if has {
+        let holds = state.table.get(key).is_some_and(|entry| holds(&entry.record));
+        if holds {
             self.publish(&state);
         }
-        has
+        holds
     }
 
     /// An attachment is dead when its veth is gone from the kernel; a look that missed it is only the reason to ask.

@@ -36,6 +36,9 @@ pub(super) struct Record {
     pub(super) reserved_at: Boottime,
     /// `None` while the plugin wires.
     pub(super) committed: Option<Wired>,
+    /// Index of the veth of an attachment that is being undone: its address is not free while that is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) undone: Option<u32>,
     pub(super) bridge: BridgeOptions,
     pub(super) mtu: u32,
     pub(super) netns: String,
@@ -349,11 +352,14 @@ mod tests {
             },
             reserved_at: Boottime::from_nanos(7),
             committed: None,
+            undone: None,
             bridge: BridgeOptions {
                 name: "cni0".parse().expect("ifname"),
                 hairpin: true,
                 isolated: false,
                 mtu: None,
+                force_address: false,
+                masquerade: false,
             },
             mtu: 1450,
             netns: "/run/netns/10.5.1.77".into(),

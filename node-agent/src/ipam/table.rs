@@ -192,6 +192,7 @@ impl Table {
             attachment: request.attachment.clone(),
             reserved_at: now,
             committed: None,
+            undone: None,
             bridge: request.bridge.clone(),
             mtu,
             netns: request.netns.clone(),
@@ -246,7 +247,7 @@ impl Table {
             Phase::Reserved { conn } => Phase::Aborted { conn: Some(conn), not_before },
             Phase::Committed { .. } => {
                 // On disk, if it must stay there for a while, it is no attachment any more.
-                entry.record.committed = None;
+                entry.record.undone = entry.record.committed.take().map(|wired| wired.host_ifindex);
                 Phase::Aborted { conn: None, not_before }
             }
             aborted @ Phase::Aborted { .. } => aborted,
@@ -420,6 +421,12 @@ impl Table {
                 need.subnets.push(record.subnet);
             }
             needs.host_ports.extend(HostPort::of(&record.host_ports, &record.addresses));
+            if record.bridge.masquerade {
+                needs.masqueraded.extend(&record.addresses);
+            }
+            if record.bridge.force_address {
+                needs.forced.insert(record.bridge.name.clone());
+            }
             if let Some(wired) = record.committed {
                 let (options, mtu) = (record.bridge.clone(), record.mtu);
                 let (ifindex, limits) = (wired.host_ifindex, record.bandwidth);

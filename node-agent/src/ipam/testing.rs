@@ -39,11 +39,16 @@ pub(crate) struct World {
     pub(crate) veths: BTreeMap<IfName, u32>,
     pub(crate) deleted: Vec<IfName>,
     pub(crate) delete_fails: bool,
+    /// Veths without name and mark, by index.
+    pub(crate) unmarked: BTreeSet<u32>,
     pub(crate) bridge_fails: bool,
     /// As the packet filter has them.
     pub(crate) host_ports: BTreeSet<HostPort>,
     pub(crate) host_ports_fail: bool,
     pub(crate) flows_lag: bool,
+    pub(crate) masqueraded: BTreeSet<IpAddr>,
+    pub(crate) forced: BTreeSet<IfName>,
+    pub(crate) options_fail: bool,
     /// As they were asked for.
     pub(crate) limits: BTreeMap<IfName, Bandwidth>,
     pub(crate) limits_fail: bool,
@@ -59,10 +64,14 @@ impl TestFabric {
             veths: BTreeMap::new(),
             deleted: vec![],
             delete_fails: false,
+            unmarked: BTreeSet::new(),
             bridge_fails: false,
             host_ports: BTreeSet::new(),
             host_ports_fail: false,
             flows_lag: false,
+            masqueraded: BTreeSet::new(),
+            forced: BTreeSet::new(),
+            options_fail: false,
             limits: BTreeMap::new(),
             limits_fail: false,
             next_ifindex: 10,
@@ -127,6 +136,19 @@ impl Fabric for TestFabric {
         Ok(())
     }
 
+    async fn delete_renamed(&self, ifindex: u32) -> Result<(), String> {
+        tokio::task::yield_now().await;
+        let mut world = self.world();
+        if world.unmarked.contains(&ifindex) {
+            return Err("it has lost its mark".into());
+        }
+        if let Some(name) = world.veths.iter().find(|(_, index)| **index == ifindex).map(|(n, _)| n.clone()) {
+            world.veths.remove(&name);
+            world.deleted.push(name);
+        }
+        Ok(())
+    }
+
     async fn ensure_host_ports(&self, old_flows: OldFlows) -> Result<(), String> {
         tokio::task::yield_now().await;
         let published = self.0.needs.borrow().host_ports.clone();
@@ -139,6 +161,17 @@ impl Fabric for TestFabric {
             OldFlows::MustFollow if world.flows_lag => Err("no connection tracking by netlink".into()),
             _ => Ok(()),
         }
+    }
+
+    async fn ensure_options(&self) -> Result<(), String> {
+        tokio::task::yield_now().await;
+        let published = self.0.needs.borrow().clone();
+        let mut world = self.world();
+        if world.options_fail {
+            return Err("no packet filter".into());
+        }
+        (world.masqueraded, world.forced) = (published.masqueraded, published.forced);
+        Ok(())
     }
 
     async fn ensure_limits(&self, veth: &IfName) -> Result<(), String> {
@@ -359,6 +392,8 @@ pub(crate) fn reserve(id: &str) -> Reserve {
             hairpin: true,
             isolated: false,
             mtu: None,
+            force_address: false,
+            masquerade: false,
         },
         pod: Some(format!("default/{id}")),
         host_ports: vec![],

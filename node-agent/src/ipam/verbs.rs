@@ -60,6 +60,7 @@ impl<F: Fabric> Ipam<F> {
         self.every_address_known(Some(key)).await.map_err(|e| try_again("no pod can be added yet", e))?;
         self.bury_dead_holders(&reserve).await;
         let guard = self.claim(key).await?;
+        let was_forced = self.needs.borrow().forced.contains(&reserve.bridge.name);
         let record = {
             let mut state = self.state();
             let record =
@@ -75,7 +76,7 @@ impl<F: Fabric> Ipam<F> {
             written.map(|()| record).map_err(unwritten)
         };
         let wired = match record {
-            Ok(record) => self.offer(conn, &reserve, &network, mtu, &record.addresses).await,
+            Ok(record) => self.offer(conn, &reserve, &network, mtu, &record.addresses, was_forced).await,
             Err(failure) => Err(failure),
         };
         if wired.is_err() {
@@ -251,6 +252,7 @@ impl<F: Fabric> Ipam<F> {
         network: &PodNetwork,
         mtu: u32,
         addresses: &[IpAddr],
+        was_forced: bool,
     ) -> Result<Reservation, Failure> {
         let bridge = self.fabric.ensure_bridge(&reserve.bridge.name).await?;
         {
@@ -273,6 +275,11 @@ impl<F: Fabric> Ipam<F> {
                 if reserve.host_ports.iter().any(is_udp) { OldFlows::MustFollow } else { OldFlows::MayLag };
             self.fabric.ensure_host_ports(flows).await.map_err(unled)?;
         }
+        let options = &reserve.bridge;
+        if options.masquerade || (options.force_address && !was_forced) {
+            let undone = |error| try_again("what ipMasq or forceAddress ask for is not in place yet", error);
+            self.fabric.ensure_options().await.map_err(undone)?;
+        }
         let subnet = network.subnet;
         let addresses = addresses.iter().filter_map(|address| {
             Some(PodAddress { address: subnet.with_len(*address)?, gateway: subnet.gateway() })
@@ -287,6 +294,7 @@ impl<F: Fabric> Ipam<F> {
             host_ifname: host_ifname(&reserve.attachment),
             host_ports: reserve.host_ports.clone(),
             bandwidth: reserve.bandwidth,
+            options: Some(reserve.bridge.clone()),
         })
     }
 

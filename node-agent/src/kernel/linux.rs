@@ -11,10 +11,11 @@ use netlink_packet_route::link::LinkMessage;
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage};
 use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage};
 use weft_shared::IfName;
+use weft_shared::names::LINK_GROUP;
 
 use super::apply::{self, Indices};
 use super::nft::Firewall;
-use super::socket::{Request, RouteSocket};
+use super::socket::RouteSocket;
 use super::{Dump, Errno, FoundAddr, FoundLink, Kernel, KernelError, decode, encode, shaping, sysctl};
 use crate::firewall::Ruleset;
 use crate::object::{LinkKind, Object, Op, Route};
@@ -74,18 +75,29 @@ impl LinuxKernel {
 
     /// Deletes a host-side veth if it carries our mark. `Ok(false)`: there is no such veth of ours.
     pub fn delete_veth(&mut self, name: &IfName) -> Result<bool, KernelError> {
-        let found = match self.socket.get(encode::link_by_name(name)) {
-            Ok(Some(Message::NewLink(message))) => decode::link(&message),
-            Ok(_) | Err(KernelError::Refused(Errno(nix::libc::ENODEV))) => None,
-            Err(other) => return Err(other),
-        };
-        let Some((_, found, _)) = found.filter(|(_, link, _)| link.is_our_veth(name)) else {
-            return Ok(false);
-        };
-        let message = Message::DelLink(encode::link_by_index(found.index));
-        match self.socket.request(Request { message, flags: 0 }) {
-            Ok(()) => Ok(true),
-            Err(KernelError::Refused(Errno(nix::libc::ENODEV))) => Ok(false),
+        match self.link(encode::link_by_name(name))? {
+            Some((_, found)) if found.is_our_veth(name) => self.delete_link(found.index).map(|()| true),
+            _ => Ok(false),
+        }
+    }
+
+    /// Deletes the veth of that index under whatever name, if it has our link group.
+    pub fn delete_veth_of(&mut self, index: u32) -> Result<(), KernelError> {
+        match self.link(Message::GetLink(encode::link_by_index(index)))? {
+            Some((name, found)) if found.is_veth() && found.group != LINK_GROUP => {
+                Err(KernelError::Unmarked(name))
+            }
+            Some((_, found)) if found.is_veth() => self.delete_link(index),
+            _ => Ok(()),
+        }
+    }
+
+    fn link(&mut self, question: Message) -> Result<Option<(IfName, FoundLink)>, KernelError> {
+        match self.socket.get(question) {
+            Ok(Some(Message::NewLink(message))) => {
+                Ok(decode::link(&message).map(|(name, found, _)| (name, found)))
+            }
+            Ok(_) | Err(KernelError::Refused(Errno(nix::libc::ENODEV))) => Ok(None),
             Err(other) => Err(other),
         }
     }

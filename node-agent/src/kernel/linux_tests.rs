@@ -162,6 +162,7 @@ pub(super) fn look_with(kernel: &mut LinuxKernel, desired: &Desired, dev: IfName
         device: Some(dev),
         vtep_mac: "02:00:00:00:00:01".parse().expect("mac"),
         bridges: vec![name("cni0")],
+        forced: Default::default(),
         adopt_flannels: false,
         indices: Default::default(),
     };
@@ -630,6 +631,23 @@ fn only_a_veth_with_our_mark_is_deleted() {
         assert_eq!(kernel.delete_veth(&veth_name()), Ok(false));
         let (links, _) = kernel.links_and_addrs().expect("dump");
         assert!(links.contains_key(&name("vethaaaaaaaaaaa")) && !links.contains_key(&name("pod0")));
+    });
+}
+
+#[test]
+fn a_renamed_veth_is_deleted_by_its_index_and_one_without_our_mark_is_named() {
+    in_namespace(|| {
+        let mut kernel = LinuxKernel::open().expect("netlink");
+        underlay(&mut kernel);
+        let index = kernel.links_and_addrs().expect("dump").0[&veth_name()].index;
+        ip(&format!("link set {} name renamed0", veth_name()));
+        ip("link set renamed0 group 0");
+        assert_eq!(kernel.delete_veth_of(index), Err(KernelError::Unmarked(name("renamed0"))));
+        ip(&format!("link set renamed0 group {LINK_GROUP}"));
+        assert_eq!(kernel.delete_veth_of(index), Ok(()));
+        assert_eq!(kernel.delete_veth_of(index), Ok(()), "it is gone");
+        let bridge = kernel.links_and_addrs().expect("dump").0[&name("eth0")].index;
+        assert_eq!(kernel.delete_veth_of(bridge + 100), Ok(()), "there never was one");
     });
 }
 

@@ -27,7 +27,7 @@ use weft_shared::names::{LINK_GROUP, is_host_ifname};
 use weft_shared::{IfName, Mac, Subnet};
 
 use crate::firewall::Ruleset;
-use crate::object::{AddrForm, AddrScope, BridgePort, FdbPath, Link, Object, Obstacle, Op, Route};
+use crate::object::{AddrForm, AddrScope, BridgePort, FdbPath, Link, LinkKind, Object, Obstacle, Op, Route};
 
 pub use linux::LinuxKernel;
 pub use monitor::{Monitor, Neighbours};
@@ -83,6 +83,10 @@ impl FoundLink {
     pub fn is_our_veth(&self, name: &IfName) -> bool {
         self.group == LINK_GROUP && is_host_ifname(name.as_str())
     }
+
+    pub fn is_veth(&self) -> bool {
+        matches!(&self.link.kind, LinkKind::Other(kind) if kind == "veth")
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,6 +107,10 @@ pub enum KernelError {
     Interrupted(u32),
     #[error("device {0} does not exist")]
     NoDevice(IfName),
+    #[error(
+        "veth {0} was made for a pod and bears neither weft's name nor its mark: delete it, its pod still has the address"
+    )]
+    Unmarked(IfName),
     #[error("{name} exists and is a {kind}, not a bridge")]
     NotABridge { name: IfName, kind: String },
     #[error(

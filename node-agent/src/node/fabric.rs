@@ -10,7 +10,7 @@ use weft_shared::deadline::IN_KERNEL;
 use weft_shared::protocol::Failure;
 
 use super::Node;
-use crate::firewall::{PartKey, host_ports};
+use crate::firewall::{PartKey, host_ports, pod_masquerade};
 use crate::kernel::{KernelError, LinuxKernel};
 use crate::object::{Key, LinkKind};
 use crate::pods::{DeviceFacts, Fabric, NotReady, OldFlows, PodNetwork};
@@ -85,9 +85,24 @@ impl Fabric for NodeFabric {
         in_kernel(move |kernel| kernel.delete_veth(&name).map(|_| ())).await
     }
 
+    async fn delete_renamed(&self, ifindex: u32) -> Result<(), String> {
+        in_kernel(move |kernel| kernel.delete_veth_of(ifindex)).await
+    }
+
     async fn ensure_host_ports(&self, old_flows: OldFlows) -> Result<(), String> {
         self.0.pass_on_pod_needs();
         settle(&self.0.reconcile, |key| is_of_host_ports(key, old_flows)).await.map(drop)
+    }
+
+    async fn ensure_options(&self) -> Result<(), String> {
+        self.0.pass_on_pod_needs();
+        let forced = self.0.pod_needs.borrow().forced.clone();
+        let is_of_options = |key: &Key| match key {
+            Key::Firewall(part) => pod_masquerade::is_about(part),
+            Key::Addr(dev, _) => forced.contains(dev),
+            _ => false,
+        };
+        settle(&self.0.reconcile, is_of_options).await.map(drop)
     }
 
     async fn ensure_limits(&self, veth: &IfName) -> Result<(), String> {

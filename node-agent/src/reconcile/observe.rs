@@ -30,6 +30,8 @@ pub struct Ownership {
     /// This node's, whatever its backend is now.
     pub vtep_mac: Mac,
     pub bridges: Vec<IfName>,
+    /// Those of them whose every IPv4 address is ours to remove.
+    pub forced: BTreeSet<IfName>,
     /// Until the first complete pass of a first start: host-gw routes of a flanneld that ran here count as ours.
     pub adopt_flannels: bool,
     /// Indices of our devices as they were last in place: an index outlives a name, and is not used twice.
@@ -52,7 +54,8 @@ impl Ownership {
 
     fn owns_addr(&self, dev: &IfName, addr: Subnet) -> bool {
         let our_device = self.device.as_ref() == Some(dev) || self.bridges.contains(dev);
-        our_device && self.networks.iter().any(|n| n.covers(addr))
+        let forced = addr.is_ipv4() && self.forced.contains(dev);
+        forced || (our_device && self.networks.iter().any(|n| n.covers(addr)))
     }
 
     /// A tunnel's end: of a backend that this node had before, nothing is left; or what a pod that is gone was limited by.
@@ -151,7 +154,7 @@ pub fn observe(
         }
         see(object, ownership.owns_link(name, found));
         // Its mark may be what somebody took away: a name of ours for which a port is on record tells as well.
-        let on_record = is_veth(found) && desired.get(&Key::BridgePort(name.clone())).is_some();
+        let on_record = found.is_veth() && desired.get(&Key::BridgePort(name.clone())).is_some();
         if found.is_our_veth(name) || on_record {
             see(Object::BridgePort { veth: name.clone(), port: found.port.clone() }, false);
         }
@@ -206,8 +209,4 @@ fn words(dst: Subnet, route: &Route) -> String {
         words.push_str(&format!(" dev {dev}"));
     }
     format!("{words} proto {} metric {}", route.protocol, route.form.metric.unwrap_or(0))
-}
-
-fn is_veth(found: &FoundLink) -> bool {
-    matches!(&found.link.kind, LinkKind::Other(kind) if kind == "veth")
 }

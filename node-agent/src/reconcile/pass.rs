@@ -314,7 +314,8 @@ fn networks_of_pods(mut local: Vec<Subnet>, inputs: &Inputs, way: &WayToLoopback
     local.sort_unstable();
     local.dedup();
     let host_ports = HostPorts { ports: inputs.pods.host_ports.clone(), guarded: way.open.clone() };
-    Networks { overlay: Vec::new(), local, host_ports }
+    let masqueraded = inputs.pods.masqueraded.clone();
+    Networks { overlay: Vec::new(), local, host_ports, masqueraded }
 }
 
 /// A packet filter that cannot be looked at leaves the rest of the node to be kept: what should be in it, or might have
@@ -357,6 +358,7 @@ fn ownership(node: &NodeInputs, inputs: &Inputs, memory: &Memory) -> Ownership {
         device: node.backend.plane().device().cloned(),
         vtep_mac: node.vtep_mac,
         bridges: inputs.pods.bridges.keys().cloned().collect(),
+        forced: inputs.pods.forced.clone(),
         adopt_flannels: node.first_start && !memory.adopted,
         indices: ports.chain(devices).collect(),
     }

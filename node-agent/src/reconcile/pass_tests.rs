@@ -640,8 +640,14 @@ fn a_pods_limits_are_kept_and_go_with_its_veth() {
     inputs.pods.bridges.insert(bridge.clone(), need);
     let veth: IfName = "vethab2cd3ef4gh".parse().expect("name");
     let ifb: IfName = "wifbab2cd3ef4gh".parse().expect("name");
-    let options =
-        weft_shared::protocol::BridgeOptions { name: bridge, hairpin: true, isolated: false, mtu: None };
+    let options = weft_shared::protocol::BridgeOptions {
+        name: bridge,
+        hairpin: true,
+        isolated: false,
+        mtu: None,
+        force_address: false,
+        masquerade: false,
+    };
     let limit = Some(weft_shared::protocol::Limit { rate: 1000, burst: 3000 });
     let limits = weft_shared::protocol::Bandwidth { ingress: limit, egress: limit };
     let port = crate::pods::BridgePortNeed { ifindex: 0, options, mtu: 1450, limits };

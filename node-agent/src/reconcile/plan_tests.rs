@@ -1,6 +1,6 @@
 //! Properties of planning against a kernel in memory: random worlds, random faults.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
 use proptest::prelude::*;
@@ -158,6 +158,7 @@ fn ownership() -> Ownership {
         device: Some(device()),
         vtep_mac: mac(1),
         bridges: vec![name("cni0")],
+        forced: BTreeSet::new(),
         adopt_flannels: false,
         // As `kernel_after` makes them.
         indices: veths().into_iter().zip(4..).collect(),
@@ -502,4 +503,23 @@ fn a_changed_peer_is_replaced_before_the_old_entry_goes() {
             "remove fdb 02:00:00:00:00:0a dev flannel.1",
         ]
     );
+}
+
+#[test]
+fn a_forced_bridge_keeps_no_foreign_ipv4_address() {
+    let mut kernel = FakeKernel::with_underlay("eth0");
+    let cni0 = name("cni0");
+    for addr in ["192.0.2.9/24", "fd99::1/64"] {
+        kernel.dump.addrs.push(found_addr(&cni0, addr.parse().expect("net")));
+    }
+    kernel.dump.addrs.push(found_addr(&name("eth0"), "198.51.100.1/24".parse().expect("net")));
+    let dump = kernel.dump(None).expect("the fake always answers");
+    let removed = |forced: BTreeSet<IfName>| {
+        let ownership = Ownership { forced, ..ownership() };
+        let observed = observe(&dump, &BTreeMap::new(), &Desired::default(), &ownership);
+        plan(&Desired::default(), &observed, true).iter().map(|op| op.key().to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(removed(BTreeSet::new()), [""; 0]);
+    let gone = removed([cni0].into());
+    assert!(gone.len() == 1 && gone[0].contains("192.0.2.9"), "{gone:?}");
 }

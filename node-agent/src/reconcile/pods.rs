@@ -31,6 +31,9 @@ pub(super) fn desired(pods: &PodNeeds, node: Ipv4Addr, dump: &Dump) -> Desired {
         };
         let link = Link { kind: LinkKind::Bridge, mac, mtu: need.mtu, up: true, altered };
         desired.insert(Object::Link { name: name.clone(), link });
+        // No pod is to give the node routes.
+        let path = format!("net/ipv6/conf/{name}/accept_ra");
+        desired.insert(Object::Sysctl { path, value: "0".into() });
         for subnet in &need.subnets {
             let Some(addr) = subnet.with_len(subnet.gateway()) else { continue };
             let form = AddrForm::default();

@@ -2,17 +2,22 @@
 //! users set, the requested addresses, and a refusal for every key that would silently not be honoured.
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 
+use ipnetwork::IpNetwork;
 use serde_json::Value;
 
 use super::args::{parse_ip, parse_mac};
-use super::{CniArgs, Code, Dns, Failure, NetConf, SpecVersion, bandwidth, port_mappings};
-use crate::json::Keys;
+use super::{CniArgs, Code, Dns, Failure, NetConf, Route, RouteForm, SpecVersion, bandwidth, port_mappings};
+use crate::json::{Case, Keys};
 use crate::names::DEFAULT_BRIDGE;
 use crate::protocol::{Bandwidth, BridgeOptions, PortMapping};
-use crate::{BadValue, IfName, Mac};
+use crate::{BadValue, IfName, Mac, Subnet};
 
 const MAX_REQUESTED: usize = 16;
+const MAX_ROUTES: usize = 4096;
+/// What of the reference's `host-local` is not about which addresses there are.
+const OF_IPAM: [&str; 3] = ["type", "routes", "resolvConf"];
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InterfaceConf {
@@ -25,6 +30,12 @@ pub struct InterfaceConf {
     /// Ports of the host that lead here; no two of them would have the same packet.
     pub host_ports: Vec<PortMapping>,
     pub bandwidth: Bandwidth,
+    /// Routes of the pod beside its default route and those to the overlay.
+    pub routes: Vec<Route>,
+    /// The file that says what `dns` is, should the configuration not say so itself.
+    pub resolv_conf: Option<PathBuf>,
+    /// IPv6 addresses are probed for before they are used (RFC 4862, section 5.4).
+    pub detects_duplicates: bool,
 }
 
 impl InterfaceConf {
@@ -41,6 +52,8 @@ impl InterfaceConf {
                 hairpin: keys.bool("hairpinMode", true)?,
                 isolated: keys.bool("portIsolation", false)?,
                 mtu: mtu(&keys)?,
+                force_address: keys.bool("forceAddress", false)?,
+                masquerade: keys.bool("ipMasq", false)?,
             },
             is_default_gateway: keys.bool("isDefaultGateway", true)?,
             dns: dns(&keys)?,
@@ -51,6 +64,9 @@ impl InterfaceConf {
             },
             host_ports: port_mappings::parse(&runtime)?,
             bandwidth: bandwidth::parse(&runtime)?,
+            routes: routes(&keys)?,
+            resolv_conf: resolv_conf(&keys)?,
+            detects_duplicates: keys.bool("enabledad", false)?,
         })
     }
 }
@@ -61,10 +77,7 @@ fn refuse_unsupported(keys: &Keys<'_>) -> Result<(), Failure> {
     for (key, expected) in [
         ("promiscMode", "false: the bridge is not put into promiscuous mode"),
         ("macspoofchk", "false: there is no MAC spoofing filter"),
-        ("ipMasq", "false: weftd masquerades, for the whole node, with --ip-masq (FLANNELD_IP_MASQ=true)"),
         ("disableContainerInterface", "false: the interface is always brought up"),
-        ("enabledad", "false: addresses come from the node's own pool and are not probed for"),
-        ("forceAddress", "false: weftd owns the bridge's addresses"),
     ] {
         if keys.bool(key, false)? {
             return Err(unsupported(keys.bad(key, expected)));
@@ -92,7 +105,11 @@ fn refuse_unsupported(keys: &Keys<'_>) -> Result<(), Failure> {
             ipam.bad("type", "\"weft\", or no ipam: addresses come from the node's lease"),
         ));
     }
-    if let Some(key) = ipam.names().find(|key| *key != "type" && ipam.get(key).is_some()) {
+    let backend = keys.str("ipMasqBackend", "\"nftables\"")?.filter(|backend| !backend.is_empty());
+    if backend.is_some_and(|backend| backend != "nftables") {
+        return Err(unsupported(keys.bad("ipMasqBackend", "\"nftables\", by which weftd masquerades")));
+    }
+    if let Some(key) = ipam.names().find(|key| !OF_IPAM.contains(key) && ipam.get(key).is_some()) {
         return Err(unsupported(ipam.bad(key, "no such key: addresses come from the node's lease")));
     }
     refuse_portmaps(keys)?;
@@ -148,6 +165,51 @@ fn dns(keys: &Keys<'_>) -> Result<Dns, BadValue> {
         // serde also reads a struct from a list
         Some(value) if value.is_object() => Dns::from_value(value).map_err(|_| keys.bad("dns", expected)),
         Some(_) => Err(keys.bad("dns", expected)),
+    }
+}
+
+/// `ipam.routes`, which flannel's plugin hands on too.
+fn routes(keys: &Keys<'_>) -> Result<Vec<Route>, Failure> {
+    let ipam = keys.object("ipam", "an object")?;
+    let expected = "a list of {\"dst\": \"192.0.2.0/24\", \"gw\": \"10.1.2.1\"}";
+    let items = ipam.objects("routes", Case::Exact, expected)?;
+    if items.len() > MAX_ROUTES {
+        let msg = format!("ipam.routes has {} routes: expected at most {MAX_ROUTES}", items.len());
+        return Err(Failure::new(Code::BadConfiguration, msg));
+    }
+    items.iter().map(|item| route(item).map_err(Failure::from)).collect()
+}
+
+fn route(item: &Keys<'_>) -> Result<Route, BadValue> {
+    let expected = "a prefix such as 192.0.2.0/24";
+    let dst = item.str("dst", expected)?.filter(|text| text.contains('/'));
+    let dst: IpNetwork = dst.and_then(|text| text.parse().ok()).ok_or_else(|| item.bad("dst", expected))?;
+    let expected = "an address of the destination's family";
+    let gw = match item.str("gw", expected)?.filter(|text| !text.is_empty()) {
+        None => None,
+        Some(text) => {
+            let gw = text.parse::<IpAddr>().ok().filter(|gw| gw.is_ipv4() == dst.is_ipv4());
+            Some(gw.ok_or_else(|| item.bad("gw", expected))?)
+        }
+    };
+    let number = |key: &str| item.integer::<u32>(key, "a number up to 4294967295");
+    let form = RouteForm {
+        mtu: number("mtu")?.filter(|mtu| *mtu != 0),
+        advmss: number("advmss")?.filter(|mss| *mss != 0),
+        priority: number("priority")?.filter(|priority| *priority != 0),
+        table: number("table")?,
+        scope: item.integer::<u8>("scope", "a number up to 255")?,
+    };
+    Ok(Route { dst: Subnet::from(dst).into(), gw, form })
+}
+
+fn resolv_conf(keys: &Keys<'_>) -> Result<Option<PathBuf>, BadValue> {
+    let ipam = keys.object("ipam", "an object")?;
+    let expected = "the absolute path of a resolv.conf";
+    match ipam.str("resolvConf", expected)?.filter(|path| !path.is_empty()) {
+        None => Ok(None),
+        Some(path) if path.starts_with('/') => Ok(Some(path.into())),
+        Some(_) => Err(ipam.bad("resolvConf", expected)),
     }
 }
 
@@ -230,6 +292,25 @@ mod tests {
     }
 
     #[test]
+    fn options_of_the_reference() {
+        let conf = with(
+            r#","forceAddress":true,"ipMasq":true,"ipMasqBackend":"nftables","enabledad":true,
+               "ipam":{"type":"weft","resolvConf":"/etc/resolv.conf","routes":[{"dst":"192.0.2.7/24"},
+               {"dst":"fd00::/48","gw":"fd00::1","priority":7,"table":0,"scope":0,"mtu":1400,"advmss":0}]}"#,
+            "",
+        )
+        .expect("good");
+        assert!(conf.bridge.force_address && conf.bridge.masquerade && conf.detects_duplicates);
+        assert_eq!(conf.resolv_conf.as_deref(), Some(std::path::Path::new("/etc/resolv.conf")));
+        assert_eq!((conf.routes[0].dst.to_string(), conf.routes[0].gw), ("192.0.2.0/24".to_owned(), None));
+        let form =
+            RouteForm { mtu: Some(1400), priority: Some(7), table: Some(0), scope: Some(0), advmss: None };
+        assert_eq!(conf.routes[1].form, form);
+        let bare = with("", "").expect("bare");
+        assert!(!bare.bridge.needs_newer_agent() && !bare.detects_duplicates && bare.routes.is_empty());
+    }
+
+    #[test]
     fn requested_addresses_unite_and_macs_have_precedence() {
         let both = r#","runtimeConfig":{"ips":["10.1.0.5/24","10.1.0.6"],"mac":"02:00:00:00:00:01"},
                       "args":{"cni":{"ips":["10.1.0.6","fd00::7"],"mac":"02:00:00:00:00:02"}}"#;
@@ -265,13 +346,8 @@ mod tests {
             (r#""vlanTrunk":[{"id":5}]"#, "vlanTrunk = [{\"id\":5}]"),
             (r#""promiscMode":true"#, "promiscMode = true"),
             (r#""macspoofchk":true"#, "macspoofchk = true"),
-            (
-                r#""ipMasq":true"#,
-                "ipMasq = true: expected false: weftd masquerades, for the whole node, with --ip-masq",
-            ),
+            (r#""ipMasqBackend":"iptables""#, "ipMasqBackend = \"iptables\": expected \"nftables\""),
             (r#""disableContainerInterface":true"#, "disableContainerInterface = true"),
-            (r#""enabledad":true"#, "enabledad = true"),
-            (r#""forceAddress":true"#, "forceAddress = true"),
             (r#""isGateway":false,"isDefaultGateway":false"#, "isGateway = false"),
             (
                 r#""delegate":{"hairpinMode":true,"isDefaultGateway":true}"#,
@@ -279,6 +355,7 @@ mod tests {
             ),
             (r#""ipam":{"type":"host-local"}"#, "ipam.type = \"host-local\""),
             (r#""ipam":{"type":"weft","subnet":"10.0.0.0/24"}"#, "ipam.subnet = \"10.0.0.0/24\""),
+            (r#""ipam":{"routes":[],"dataDir":"/run/x"}"#, "ipam.dataDir = \"/run/x\""),
             (r#""runtimeConfig":{"ipRanges":[[{"subnet":"10.0.0.0/24"}]]}"#, "runtimeConfig.ipRanges"),
             (r#""snat":false"#, "snat = false: expected true: such rules"),
             (r#""masqAll":true"#, "masqAll = true: expected false"),
@@ -310,6 +387,23 @@ mod tests {
             (r#""dns":{"search":"a"}"#, "dns = "),
             (r#""ipam":[]"#, "ipam = []"),
             (r#""vlan":"x""#, "vlan = \"x\""),
+            (r#""forceAddress":1"#, "forceAddress = 1"),
+            (r#""ipMasqBackend":5"#, "ipMasqBackend = 5"),
+            (r#""ipam":{"routes":{}}"#, "ipam.routes = {}: expected a list of"),
+            (
+                r#""ipam":{"routes":[{"dst":"192.0.2.1"}]}"#,
+                "ipam.routes[0].dst = \"192.0.2.1\": expected a prefix",
+            ),
+            (r#""ipam":{"routes":[{"gw":"10.1.2.1"}]}"#, "ipam.routes[0].dst = null: expected a prefix"),
+            (
+                r#""ipam":{"routes":[{"dst":"0.0.0.0/0","gw":"fd00::1"}]}"#,
+                "ipam.routes[0].gw = \"fd00::1\": expected an",
+            ),
+            (r#""ipam":{"routes":[{"dst":"0.0.0.0/0","table":-1}]}"#, "ipam.routes[0].table = -1"),
+            (
+                r#""ipam":{"resolvConf":"resolv.conf"}"#,
+                "ipam.resolvConf = \"resolv.conf\": expected the absolute",
+            ),
             (r#""runtimeConfig":{"ips":["x"]}"#, "runtimeConfig.ips = \"x\""),
             (r#""args":{"cni":{"ips":["x"]}}"#, "args.cni.ips = \"x\""),
             (r#""runtimeConfig":{"ips":"10.0.0.1"}"#, "runtimeConfig.ips = \"10.0.0.1\""),

@@ -21,5 +21,5 @@ pub use env::{Call, Target};
 pub use error::{Code, ErrorObject, Failure};
 pub use identifier::{BadIdentifier, ContainerId, NetworkName};
 pub use interface::InterfaceConf;
-pub use result::{CniResult, Dns, Interface, IpConfig, Route};
+pub use result::{CniResult, Dns, Interface, IpConfig, Route, RouteForm};
 pub use version::{SpecVersion, VersionReply};

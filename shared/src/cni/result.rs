@@ -48,6 +48,25 @@ pub struct Route {
     /// Without one the gateway of the family's address holds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gw: Option<IpAddr>,
+    #[serde(flatten)]
+    pub form: RouteForm,
+}
+
+/// What a route may be besides; told from 1.1.0 on. A `table` or `scope` of 0 is one, an absent one is the kernel's
+/// default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RouteForm {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advmss: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub priority: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub table: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scope: Option<u8>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -64,6 +83,22 @@ pub struct Dns {
 }
 
 impl Dns {
+    /// What a resolv.conf(5) says. Of `domain` and `search` the file's last word counts, of servers and options each.
+    pub fn from_resolv_conf(text: &str) -> Self {
+        let mut dns = Self::default();
+        for line in text.lines() {
+            let mut words = line.split_whitespace().map(str::to_owned);
+            match words.next().as_deref() {
+                Some("nameserver") => dns.nameservers.extend(words.next()),
+                Some("domain") => dns.domain = words.next().unwrap_or_default(),
+                Some("search") => dns.search = words.collect(),
+                Some("options") => dns.options.extend(words),
+                _ => {}
+            }
+        }
+        dns
+    }
+
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
@@ -115,8 +150,8 @@ struct Shape<'a> {
     cni_version: SpecVersion,
     interfaces: Vec<Interface>,
     ips: Vec<PrintedIp>,
-    #[serde(skip_serializing_if = "<[_]>::is_empty")]
-    routes: &'a [Route],
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    routes: Vec<Route>,
     #[serde(skip_serializing_if = "Option::is_none")]
     dns: Option<&'a Dns>,
 }
@@ -146,11 +181,16 @@ impl<'a> Shape<'a> {
             cni_version: version,
             interfaces: result.interfaces.iter().map(interface).collect(),
             ips: result.ips.iter().map(ip).collect(),
-            routes: &result.routes,
+            routes: routes(&result.routes, version),
             // Older readers expect the object even when it is empty.
             dns: Some(&result.dns).filter(|dns| version < SpecVersion::V1_0_0 || !dns.is_empty()),
         }
     }
+}
+
+fn routes(routes: &[Route], version: SpecVersion) -> Vec<Route> {
+    let form = |form: RouteForm| if version >= SpecVersion::V1_1_0 { form } else { RouteForm::default() };
+    routes.iter().map(|route| Route { form: form(route.form), ..route.clone() }).collect()
 }
 
 /// A `prevResult` from 0.3.0 on: Go writes an absent list as `null`.
@@ -202,8 +242,8 @@ mod legacy {
         pub(super) fn of(result: &CniResult, version: SpecVersion) -> Result<Self, Failure> {
             let family = |v4: bool| {
                 let ip = result.ips.iter().find(|ip| ip.address.is_ipv4() == v4)?;
-                let routes: Vec<_> =
-                    result.routes.iter().filter(|r| r.dst.is_ipv4() == v4).cloned().collect();
+                let mut routes = super::routes(&result.routes, version);
+                routes.retain(|route| route.dst.is_ipv4() == v4);
                 Some(Family {
                     ip: ip.address,
                     gateway: ip.gateway,

@@ -75,6 +75,24 @@ async fn an_attachment_is_dead_when_its_veth_is_gone_from_a_later_look() {
 }
 
 #[tokio::test]
+async fn an_address_is_held_while_its_renamed_veth_is_there() {
+    let mut node = Node::new();
+    node.attach("a").await;
+    let ifindex = node.fabric.world().veths.remove(&host_ifname(&key("a"))).expect("veth");
+    node.fabric.world().veths.insert("renamed".parse().expect("name"), ifindex);
+    // Somebody has taken its mark as well.
+    node.fabric.world().unmarked.insert(ifindex);
+    node.ipam().release(&key("a")).await.expect_err("it carries the address");
+    assert_eq!(node.states()["a"], "aborted");
+    // The next agent knows as much.
+    node.restart();
+    node.ipam().release(&key("a")).await.expect_err("it carries the address still");
+    node.fabric.world().unmarked.clear();
+    node.ipam().release(&key("a")).await.expect("by its index");
+    node.assert_empty();
+}
+
+#[tokio::test]
 async fn a_veth_without_a_record_goes_after_a_while() {
     let node = Node::new();
     node.fabric.wire(&host_ifname(&key("ghost")));

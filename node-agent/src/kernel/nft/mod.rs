@@ -34,6 +34,7 @@ use crate::firewall::masquerade::{self, HOOK_FORWARD};
 use crate::firewall::rule::{Side, Step};
 use crate::firewall::{
     Chain, ChainId, ChainPolicy, Expr, Family, Hook, HostPort, Part, Rule, Ruleset, TableId, host_ports,
+    pod_masquerade,
 };
 
 pub(super) use monitor::{Commit, listen};
@@ -331,7 +332,8 @@ fn list(socket: &mut NftSocket) -> Result<Option<Ruleset>, KernelError> {
             return Ok(None);
         };
         let tables: BTreeMap<String, TableFlags> = tables.into_iter().collect();
-        let names = [masquerade::table_id(family), host_ports::table_id(family)];
+        let names =
+            [masquerade::table_id, host_ports::table_id, pod_masquerade::table_id].map(|id| id(family));
         let own: Vec<TableId> = names.into_iter().filter(|_| family != Family::Inet).collect();
         for id in own.iter().filter(|id| tables.contains_key(&id.name)) {
             let Some(part) = own_table(socket, id, &chains, tables[&id.name].dormant)? else {

@@ -14,8 +14,11 @@ fn full() -> CniResult {
         address: address.parse().expect("address"),
         gateway: Some(gateway.parse().expect("gateway")),
     };
-    let route =
-        |dst: &str, gw: &str| Route { dst: dst.parse().expect("dst"), gw: Some(gw.parse().expect("gw")) };
+    let route = |dst: &str, gw: &str| Route {
+        dst: dst.parse().expect("dst"),
+        gw: Some(gw.parse().expect("gw")),
+        form: RouteForm::default(),
+    };
     CniResult {
         interfaces: vec![
             interface("cni0", "02:00:00:00:00:01", ""),
@@ -135,4 +138,27 @@ fn go_nulls_and_foreign_fields_are_tolerated_and_nonsense_is_not() {
         let failure = CniResult::parse(&bad, SpecVersion::V1_0_0).expect_err("nonsense");
         assert!(failure.is(Code::Decode) && failure.msg.starts_with("prevResult"), "{bad}: {failure}");
     }
+}
+
+#[test]
+fn a_routes_form_is_told_from_1_1_0_on() {
+    let form = RouteForm { priority: Some(77), table: Some(0), ..RouteForm::default() };
+    let route = Route { dst: "192.0.2.0/24".parse().expect("dst"), gw: None, form };
+    let result = CniResult { routes: vec![route], ..CniResult::default() };
+    let printed = |version: SpecVersion| result.render(version).expect("render");
+    assert!(
+        printed(SpecVersion::V1_1_0).contains(r#""routes":[{"dst":"192.0.2.0/24","priority":77,"table":0}]"#)
+    );
+    assert!(printed(SpecVersion::V1_0_0).contains(r#""routes":[{"dst":"192.0.2.0/24"}]"#));
+}
+
+#[test]
+fn a_resolv_conf_is_read_line_by_line() {
+    let text = "# nameserver 10.0.0.1\n; x\n\n  nameserver 10.0.0.53\nnameserver fd00::53 # two\ndomain a.test\nsearch b.test\n\
+                search c.test d.test\noptions ndots:5\noptions edns0 rotate\nsortlist 10.0.0.0\nnameserver\n";
+    let dns = Dns::from_resolv_conf(text);
+    assert_eq!(dns.nameservers, ["10.0.0.53", "fd00::53"]);
+    assert_eq!((dns.domain.as_str(), dns.search.join(" ")), ("a.test", "c.test d.test".to_owned()));
+    assert_eq!(dns.options, ["ndots:5", "edns0", "rotate"]);
+    assert!(Dns::from_resolv_conf("").is_empty());
 }

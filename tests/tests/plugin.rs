@@ -12,7 +12,7 @@ use e2e::books::{invariant, live_veths};
 use e2e::cluster::{Backend, READY, Spec, scenario};
 use e2e::kernel::query;
 use e2e::plugin::{finish, netconf};
-use e2e::pod::{Pod, Sandbox, host_veth, vanished};
+use e2e::pod::{Pod, Sandbox, host_veth};
 use e2e::random::{Moments, Random};
 use e2e::report;
 use e2e::traffic::echo::ping;

@@ -80,7 +80,7 @@ pub(super) const GROUP: Group = Group {
         ),
         Case::run(
             "ipam-routes-1.1.0",
-            "ipam.routes: priority, table and scope are the kernel's route's",
+            "ipam.routes: priority and table are the route's in the kernel",
             route_attributes,
         ),
         Case::run(

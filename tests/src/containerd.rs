@@ -1,5 +1,5 @@
 //! Debian's containerd on a machine, with the config.toml of its package: not a byte of it is changed. What a test
-//! machine cannot give is kept from runc instead, behind containerd's back (see [`RUNC`]).
+//! machine cannot give is kept from runc instead, behind containerd's back.
 
 use anyhow::{Result, ensure};
 

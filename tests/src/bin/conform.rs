@@ -42,7 +42,7 @@ fn main() {
         Ok(true) => {}
         Ok(false) => exit(1),
         Err(error) => {
-            complain(&format!("{error:#}"));
+            complain(format!("{error:#}"));
             exit(2);
         }
     }
@@ -62,10 +62,10 @@ fn judge(arguments: &Arguments) -> Result<bool> {
     }
     let first = subjects.first().context("--only: no plugin of that name")?.name.clone();
     let told = |subject: &str, group: &str, case: &str, verdict: &Verdict| match verdict {
-        Verdict::Green => say(&format!("{subject:<8} yes  {group}/{case}")),
-        Verdict::ByDesign(why) => say(&format!("{subject:<8} -    {group}/{case}: it {why}")),
+        Verdict::Green => say(format!("{subject:<8} yes  {group}/{case}")),
+        Verdict::ByDesign(why) => say(format!("{subject:<8} -    {group}/{case}: it {why}")),
         Verdict::Red { says, seen } => {
-            say(&format!("{subject:<8} NO   {group}/{case}: {says}\n              {seen}"))
+            say(format!("{subject:<8} NO   {group}/{case}: {says}\n              {seen}"))
         }
     };
     if let Some(name) = &arguments.group {
@@ -84,7 +84,7 @@ fn judge(arguments: &Arguments) -> Result<bool> {
         .collect::<Result<Vec<_>>>()?;
     for column in &columns {
         let count = column.count();
-        say(&format!(
+        say(format!(
             "{}: {} yes, {} no, {} not to be asked",
             column.name, count.green, count.red, count.by_design
         ));
@@ -92,7 +92,7 @@ fn judge(arguments: &Arguments) -> Result<bool> {
     if arguments.plugins.is_empty() && arguments.only.is_none() {
         fs::write(&arguments.out, matrix::page(&columns))
             .with_context(|| arguments.out.display().to_string())?;
-        say(&format!("wrote {}", arguments.out.display()));
+        say(format!("wrote {}", arguments.out.display()));
     }
     Ok(columns.first().is_some_and(|column| column.count().red == 0))
 }

@@ -396,16 +396,21 @@ fn usual_add(node: &Node) -> Duration {
 }
 
 #[test]
-fn an_agent_that_knows_neither_host_ports_nor_bandwidth_is_found_out_and_nothing_is_wired() {
+fn an_agent_that_does_not_know_what_is_asked_is_found_out_and_nothing_is_wired() {
     let (node, pod) = (Node::new(), Namespace::new());
     let agent = node.agent().behaving(Behaviour { is_old: true, ..Behaviour::default() });
     for asked in [
-        json!({"portMappings": [{"hostPort": 8080, "containerPort": 80}]}),
-        json!({"bandwidth": {"ingressRate": 8000, "ingressBurst": 80000}}),
+        json!({"runtimeConfig": {"portMappings": [{"hostPort": 8080, "containerPort": 80}]}}),
+        json!({"runtimeConfig": {"bandwidth": {"ingressRate": 8000, "ingressBurst": 80000}}}),
+        json!({"ipMasq": true}),
+        json!({"forceAddress": true}),
     ] {
-        let conf = node.conf("1.1.0", json!({"runtimeConfig": asked}));
+        let conf = node.conf("1.1.0", asked);
         let text = node.call("ADD", "c1", &pod.path(), &conf).run().refused(103);
-        assert!(text.contains("does not know of host ports or of bandwidth"), "{text}");
+        assert!(
+            text.contains("does not know of host ports, of bandwidth, of ipMasq or of forceAddress"),
+            "{text}"
+        );
         assert_eq!(pod.link_names(), [""; 0]);
     }
     eventually("the agent forgets", || agent.books().records.is_empty());

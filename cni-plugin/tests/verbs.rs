@@ -236,6 +236,14 @@ fn check_looks_at_the_host_side_and_into_the_books() {
     node.ns.ip(&["link", "set", &veth, "nomaster"]);
     assert!(check(&chained).refused(104).contains("not a port of bridge cni0"));
     node.ns.ip(&["link", "set", &veth, "master", "cni0"]);
+    assert!(check(&chained).refused(104).contains("hairpin mode"), "a new port has none");
+    node.ns.ip(&["link", "set", &veth, "type", "bridge_slave", "hairpin", "on"]);
+    node.ns.ip(&["link", "set", &veth, "mtu", "1460"]);
+    assert!(check(&chained).refused(104).contains("MTU 1460"));
+    node.ns.ip(&["link", "set", &veth, "mtu", "1450"]);
+    node.ns.write("/proc/sys/net/ipv4/conf/cni0/forwarding", "0");
+    assert!(check(&chained).refused(104).contains("net.ipv4.conf.cni0.forwarding"));
+    node.ns.write("/proc/sys/net/ipv4/conf/cni0/forwarding", "1");
     node.ns.ip(&["link", "set", &veth, "down"]);
     assert!(check(&chained).refused(104).contains("down"));
     node.ns.ip(&["link", "set", &veth, "up"]);

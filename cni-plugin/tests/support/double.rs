@@ -166,6 +166,7 @@ fn answer(books: &mut Books, host: &Host, request: Request) -> Option<Reply> {
             let record =
                 Record { addresses: addresses.iter().map(|a| a.address.ip()).collect(), committed: false };
             books.records.insert(reserve.attachment.clone(), record);
+            let options = Some(reserve.bridge.clone());
             Reply::Reserved(Reservation {
                 addresses,
                 overlay: ["10.76.0.0/15", "fd00::/8"].map(|o| o.parse().expect("subnet")).to_vec(),
@@ -177,6 +178,7 @@ fn answer(books: &mut Books, host: &Host, request: Request) -> Option<Reply> {
                 host_ifname: host_ifname(&reserve.attachment),
                 host_ports: if behaviour.is_old { vec![] } else { reserve.host_ports },
                 bandwidth: if behaviour.is_old { Default::default() } else { reserve.bandwidth },
+                options: options.filter(|_| !behaviour.is_old),
             })
         }
         Request::Commit(_) if behaviour.close_at_commit => return None,

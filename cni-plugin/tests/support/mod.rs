@@ -71,6 +71,11 @@ impl Namespace {
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
+    pub(crate) fn write(&self, path: &str, value: &str) {
+        let status = self.command("sh").args(["-c", "echo \"$1\" >\"$0\"", path, value]).status();
+        assert!(status.is_ok_and(|status| status.success()), "{path} = {value}");
+    }
+
     pub(crate) fn pings(&self, address: &str) -> bool {
         let mut ping = self.command("ping");
         ping.args(["-c1", "-W2", "-q", address]).stdout(Stdio::null()).status().expect("ping").success()
@@ -105,6 +110,7 @@ impl Node {
         ns.ip(&["address", "add", "10.77.0.1/24", "dev", "cni0"]);
         ns.ip(&["-6", "address", "add", "fd77::1/64", "dev", "cni0", "nodad"]);
         ns.ip(&["link", "set", "cni0", "up"]);
+        ns.write("/proc/sys/net/ipv4/ip_forward", "1");
         Self { ns, dir: TempDir::new().expect("temporary directory") }
     }
 

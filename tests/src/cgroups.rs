@@ -17,7 +17,7 @@ impl Cgroups {
     }
 
     /// What is there of them now, deepest first.
-    pub fn left(&self) -> Vec<PathBuf> {
+    fn left(&self) -> Vec<PathBuf> {
         let mut find = Command::new("find");
         find.args([ROOT, "-depth", "-type", "d", "("]);
         for (n, path) in self.0.iter().enumerate() {

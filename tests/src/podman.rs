@@ -27,6 +27,7 @@ cni_plugin_dirs = ["/usr/lib/cni"]
 impl Host {
     /// podman with an image; weft's list comes before the one that podman's package brings.
     pub fn podman(&self) -> Result<()> {
+        self.cgroups.add("libpod_parent/*".to_owned());
         for package in packages()? {
             let name = package.file_name().context("a file")?.to_string_lossy().into_owned();
             self.machine.copy(&package, &format!("/root/{name}"))?;

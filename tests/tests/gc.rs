@@ -233,7 +233,7 @@ fn by_damaged_records() -> Result<()> {
 fn an_agent_that_sees_no_namespace_frees_nothing_that_lives() -> Result<()> {
     scenario(Spec::embedded(1, Backend::Vxlan).flag("--resync=1"), |cluster| {
         let node = &mut cluster.nodes[0];
-        let before = [node.pod("a").context("A")?, node.pod("b").context("B")?];
+        let before = [node.pod("a")?, node.pod("b")?];
         node.agent.stop()?;
         node.agent.launcher = ["unshare", "--mount", "--propagation", "private", "sh", "-c"]
             .map(str::to_owned)
@@ -243,7 +243,7 @@ fn an_agent_that_sees_no_namespace_frees_nothing_that_lives() -> Result<()> {
             .collect();
         node.agent.restart(READY)?;
         let pods: Vec<Pod> = before.into_iter().chain([node.pod("c")?]).collect();
-        let agent = fs::read_link(format!("/proc/{}/ns/mnt", node.agent.pid()?)).context("C")?;
+        let agent = fs::read_link(format!("/proc/{}/ns/mnt", node.agent.pid()?))?;
         ensure!(agent != fs::read_link("/proc/self/ns/mnt")?, "the agent sees what everybody sees");
 
         let mut call = pods[0].call.clone();

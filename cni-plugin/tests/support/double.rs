@@ -171,7 +171,6 @@ fn answer(books: &mut Books, host: &Host, request: Request) -> Option<Reply> {
                 addresses,
                 overlay: ["10.76.0.0/15", "fd00::/8"].map(|o| o.parse().expect("subnet")).to_vec(),
                 mtu: reserve.bridge.mtu.unwrap_or(1450),
-                options: (!behaviour.is_old).then(|| reserve.bridge.clone()),
                 bridge: reserve.bridge.name,
                 bridge_ifindex: host.bridge_ifindex,
                 bridge_mac: host.bridge_mac.parse().expect("mac"),

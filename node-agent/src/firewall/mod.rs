@@ -264,8 +264,14 @@ pub fn desired(settings: &Settings, networks: &Networks, seen: &Ruleset) -> Vec<
         desired.extend(legacy::desired(networks, seen));
     }
     desired.extend(host_ports::desired(networks, seen));
-    desired.extend(pod_masquerade::desired(settings, networks, seen.fully_random));
+    desired.extend(pod_masquerade::desired(settings, networks, seen));
     desired
+}
+
+/// Tables that follow from pods: one that nobody wants may still have to be emptied.
+pub fn tables_of_pods() -> impl Iterator<Item = TableId> {
+    let families = [Family::Ip, Family::Ip6].into_iter();
+    families.flat_map(|family| [host_ports::table_id(family), pod_masquerade::table_id(family)])
 }
 
 /// What of ours is there, whether it is wanted or not.

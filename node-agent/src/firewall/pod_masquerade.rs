@@ -11,7 +11,7 @@ use weft_shared::Subnet;
 
 use super::masquerade::{HOOK_POSTROUTING, PRIORITY_SRCNAT, base_chain, multicast};
 use super::rule::{Side, is_address, within};
-use super::{Expr, Family, Networks, Part, PartKey, Rule, Settings, TableId};
+use super::{Expr, Family, Networks, Part, PartKey, Rule, Ruleset, Settings, TableId};
 
 const TABLE: &str = "weft-masquerade";
 
@@ -24,31 +24,29 @@ pub fn is_about(key: &PartKey) -> bool {
     matches!(key, PartKey::Table(id) if id.name == TABLE)
 }
 
-pub(super) fn desired(settings: &Settings, networks: &Networks, kernel_knows_random: bool) -> Vec<Part> {
+pub(super) fn desired(settings: &Settings, networks: &Networks, seen: &Ruleset) -> Vec<Part> {
     let families = [Family::Ip, Family::Ip6].into_iter();
-    families.filter_map(|family| table(settings, networks, family, kernel_knows_random)).collect()
+    families.filter_map(|family| table(settings, networks, family, seen)).collect()
 }
 
-fn table(
-    settings: &Settings,
-    networks: &Networks,
-    family: Family,
-    kernel_knows_random: bool,
-) -> Option<Part> {
+fn table(settings: &Settings, networks: &Networks, family: Family, seen: &Ruleset) -> Option<Part> {
+    let id = table_id(family);
     let of_family = |subnet: &Subnet| Family::of(*subnet) == family;
     let pods = networks.masqueraded.iter().copied().filter(|pod: &IpAddr| of_family(&Subnet::host(*pod)));
-    let masquerade = Expr::Masquerade { fully_random: settings.fully_random && kernel_knows_random };
+    let masquerade = Expr::Masquerade { fully_random: settings.fully_random && seen.fully_random };
     let pods: Vec<Rule> =
         pods.map(|pod| Rule::new(vec![is_address(Side::Source, pod)], masquerade.clone())).collect();
     if pods.is_empty() {
-        return None;
+        // A full one is emptied before it is removed: that may have to wait, and the address is another pod's by then.
+        let is_full = |part: &Part| matches!(part, Part::Table { id: found, chains } if *found == id && !chains.is_empty());
+        return seen.own.iter().any(is_full).then(|| Part::table(id, Vec::new()));
     }
     let never = networks.overlay.iter().chain(&settings.never_masqueraded).copied().filter(of_family);
     let stays = never.chain([multicast(family)]);
     let stays = stays.map(|to| Rule::new(vec![within(Side::Destination, to, true)], Expr::Return));
     let rules = stays.chain(pods).collect();
     let chain = base_chain("postrouting", "nat", HOOK_POSTROUTING, PRIORITY_SRCNAT, rules);
-    Some(Part::table(table_id(family), vec![chain]))
+    Some(Part::table(id, vec![chain]))
 }
 
 #[cfg(test)]
@@ -68,8 +66,14 @@ mod tests {
     fn only_the_pods_that_ask_for_it_and_only_out_of_the_overlay() {
         let settings =
             Settings { never_masqueraded: vec!["192.0.2.0/24".parse().expect("net")], ..Settings::default() };
-        assert!(desired(&settings, &networks(&[]), true).is_empty());
-        let parts = desired(&settings, &networks(&["10.5.1.7", "10.5.1.9"]), true);
+        let mut seen = Ruleset::default();
+        assert!(desired(&settings, &networks(&[]), &seen).is_empty());
+        let parts = desired(&settings, &networks(&["10.5.1.7", "10.5.1.9"]), &seen);
+        seen.own = parts.clone();
+        let emptied = desired(&settings, &networks(&[]), &seen);
+        assert_eq!(emptied, [Part::table(table_id(Family::Ip), vec![])], "removal may have to wait");
+        seen.own = emptied;
+        assert!(desired(&settings, &networks(&[]), &seen).is_empty());
         let [Part::Table { id, chains }] = parts.as_slice() else { panic!("{parts:?}") };
         assert_eq!(id.to_string(), "ip weft-masquerade");
         let [Chain { rules, hook: Some(hook), .. }] = chains.as_slice() else { panic!("{chains:?}") };

@@ -17,7 +17,7 @@ use super::restless::Restless;
 use super::{Aborted, Inputs, NodeInputs, PeerReport, Pending, Report};
 use crate::dataplane::{LocalNode, PeerPlan};
 use crate::firewall::legacy::LegacyFilter;
-use crate::firewall::{self, Family, HostPorts, Networks, Part, PartKey, Ruleset, advice, host_ports};
+use crate::firewall::{self, HostPorts, Networks, Part, PartKey, Ruleset, advice, host_ports};
 use crate::kernel::{Dump, Kernel, KernelError};
 use crate::object::{Desired, Found, Key, Object, Observed, Obstacle, Op};
 use crate::pods::{DeviceFacts, PodNeeds, SeenVeth};
@@ -341,7 +341,7 @@ fn look_at_firewall(
                 firewall::desired(&inputs.firewall, networks, &nothing).iter().map(Part::key).collect();
             // A table that is to be emptied is not wanted by anybody, and may be there all the same.
             if error != KernelError::NoNftables {
-                keys.extend([Family::Ip, Family::Ip6].map(|f| PartKey::Table(host_ports::table_id(f))));
+                keys.extend(firewall::tables_of_pods().map(PartKey::Table));
             }
             (nothing, keys.into_iter().map(|key| (Key::Firewall(key), error.clone())).collect())
         }

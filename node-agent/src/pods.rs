@@ -28,12 +28,8 @@ pub trait Fabric: Send + Sync + 'static {
     /// that has lost it: whoever still has the other end has the address.
     fn delete_renamed(&self, ifindex: u32) -> impl Future<Output = Result<(), String>> + Send;
 
-    /// Makes host ports lead where [`PodNeeds::host_ports`] says, and nowhere else (published before the call).
-    fn ensure_host_ports(&self, old_flows: OldFlows) -> impl Future<Output = Result<(), String>> + Send;
-
-    /// Brings about what [`PodNeeds::masqueraded`] and [`PodNeeds::forced`] say, and nothing else (published before the
-    /// call).
-    fn ensure_options(&self) -> impl Future<Output = Result<(), String>> + Send;
+    /// Makes the node as [`PodNeeds`] says (published before the call); fails for what is named here alone.
+    fn ensure(&self, extras: Extras) -> impl Future<Output = Result<(), String>> + Send;
 
     /// Puts a limited attachment's limits in place, as [`PodNeeds::bridge_ports`] names them (published before the call).
     fn ensure_limits(&self, veth: &IfName) -> impl Future<Output = Result<(), String>> + Send;
@@ -41,6 +37,18 @@ pub trait Fabric: Send + Sync + 'static {
     /// Whether a link of this index exists in the node's namespace, whatever its name and mark: asked before an
     /// attachment counts as dead.
     fn link_exists(&self, ifindex: u32) -> impl Future<Output = Result<bool, String>> + Send;
+}
+
+/// What an attachment has beside its port and its address, to be in place before its ADD is answered and gone before its
+/// address is free.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Extras {
+    /// Host ports lead where [`PodNeeds::host_ports`] says, and nowhere else.
+    pub host_ports: Option<OldFlows>,
+    /// Just the addresses of [`PodNeeds::masqueraded`] are masqueraded.
+    pub masquerade: bool,
+    /// This bridge carries no other addresses than its gateways.
+    pub forced: Option<IfName>,
 }
 
 /// UDP flows that began before their host port led where it leads now.

@@ -18,8 +18,8 @@ pub const FORWARDING: Duration = Duration::from_secs(1);
 pub const TAKE_BACK: Duration = Duration::from_secs(3);
 /// ADD, the agent: Reserve is answered. What takes longer goes on and is settled.
 pub const RESERVE_ANSWER: Duration = Duration::from_secs(8);
-/// ADD and DEL, the agent: the kernel is as a pod needs it. Reserve waits for that twice (bridge, host ports), Commit and
-/// Release once, and each has to say what is not there.
+/// ADD and DEL, the agent: the kernel is as a pod needs it. Reserve waits for that twice (the bridge, then what the pod has
+/// beside its port), Commit and Release once, and each has to say what is not there.
 pub const IN_KERNEL: Duration = Duration::from_secs(3);
 /// ADD, the agent: this long after Reserve a plugin certainly wires no more. The same span for a veth with our mark and
 /// without a record: it may be one that is just being made.

@@ -63,7 +63,7 @@ pub struct Reserve {
     #[serde(default)]
     pub pod: Option<String>,
     /// Ports of the host that lead to the pod.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, rename = "ports", skip_serializing_if = "Vec::is_empty")]
     pub host_ports: Vec<PortMapping>,
     #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
     pub bandwidth: Bandwidth,
@@ -128,7 +128,7 @@ pub struct Reservation {
     pub bridge_mac: Mac,
     pub host_ifname: IfName,
     /// Those of the request, in place. An agent that knows nothing of them answers none, and is found out by that.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, rename = "ports", skip_serializing_if = "Vec::is_empty")]
     pub host_ports: Vec<PortMapping>,
     /// In the same way; in place from Commit on.
     #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]

@@ -44,9 +44,9 @@ pub use verbs::verb;
 
 use self::counters::Counters;
 use self::locks::NameLocks;
-use self::records::{Record, Records};
+use self::records::Records;
 use self::table::{Entry, Phase, Table};
-use crate::pods::{Fabric, OldFlows, PodNeeds, SeenVeths};
+use crate::pods::{Extras, Fabric, OldFlows, PodNeeds, SeenVeths};
 use crate::status::{AttachmentStatus, PodStatus};
 
 /// Reads the time; the agent passes [`Boottime::now`].
@@ -263,6 +263,13 @@ impl<F: Fabric> Ipam<F> {
                 return Ok(());
             }
             let wired = state.table.get(key).and_then(|entry| entry.record.undone);
+            // What is said to be deleted must not be attached again for the next agent.
+            if wired.is_some()
+                && let Some(entry) = state.table.get(key)
+                && let Err(error) = state.records.write(&entry.record)
+            {
+                warn!(attachment = ?key, %error, "record not rewritten");
+            }
             (state.table.is_due(key, (self.clock)()), wired)
         };
         self.fabric.delete_veth(&host_ifname(key)).await?;
@@ -270,12 +277,9 @@ impl<F: Fabric> Ipam<F> {
         if let Some(ifindex) = wired {
             self.fabric.delete_renamed(ifindex).await?;
         }
-        // The next pod that gets the address must not get this one's callers.
-        if self.has_host_ports(key) {
-            self.fabric.ensure_host_ports(OldFlows::MayLag).await?;
-        }
-        if self.is_masqueraded(key) {
-            self.fabric.ensure_options().await?;
+        // The next pod that gets the address must not get this one's callers, nor leave by the node's address.
+        if let Some(extras) = self.extras_to_undo(key) {
+            self.fabric.ensure(extras).await?;
         }
         let hash = attachment_hash(key);
         let mut state = self.state();
@@ -289,32 +293,21 @@ impl<F: Fabric> Ipam<F> {
         if due {
             state.table.remove(key);
             debug!(attachment = ?key, "freed");
-        } else if let Some(entry) = state.table.get(key)
-            && let Err(error) = state.records.write(&entry.record)
-        {
-            // What is said to be deleted must not be attached again for the next agent.
-            warn!(attachment = ?key, %error, "record not rewritten");
         }
         self.publish(&state);
         Ok(())
     }
 
-    fn has_host_ports(&self, key: &Attachment) -> bool {
-        self.publish_if(key, |record| !record.host_ports.is_empty())
-    }
-
-    fn is_masqueraded(&self, key: &Attachment) -> bool {
-        self.publish_if(key, |record| record.bridge.masquerade)
-    }
-
     /// What is asked for next follows from what is published.
-    fn publish_if(&self, key: &Attachment, holds: impl Fn(&Record) -> bool) -> bool {
+    fn extras_to_undo(&self, key: &Attachment) -> Option<Extras> {
         let state = self.state();
-        let holds = state.table.get(key).is_some_and(|entry| holds(&entry.record));
-        if holds {
+        let record = &state.table.get(key)?.record;
+        let host_ports = (!record.host_ports.is_empty()).then_some(OldFlows::MayLag);
+        let extras = Extras { host_ports, masquerade: record.bridge.masquerade, forced: None };
+        (extras != Extras::default()).then(|| {
             self.publish(&state);
-        }
-        holds
+            extras
+        })
     }
 
     /// An attachment is dead when its veth is gone from the kernel; a look that missed it is only the reason to ask.

@@ -44,8 +44,7 @@ pub(super) struct Record {
     pub(super) netns: String,
     pub(super) netns_cookie: Option<u64>,
     pub(super) pod: Option<String>,
-    /// `ports` in the records of earlier agents.
-    #[serde(default, alias = "ports", skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, rename = "ports", skip_serializing_if = "Vec::is_empty")]
     pub(super) host_ports: Vec<PortMapping>,
     #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
     pub(super) bandwidth: Bandwidth,

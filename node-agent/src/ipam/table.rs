@@ -119,7 +119,9 @@ impl Table {
                 None => {
                     // A time of reservation in the future is none of this boot's.
                     record.reserved_at = record.reserved_at.min(now);
-                    let not_before = wiring_over(&record).max(held_until(&record));
+                    // One that was wired has no plugin any more.
+                    let wiring = record.undone.map_or_else(|| wiring_over(&record), |_| Boottime::default());
+                    let not_before = wiring.max(held_until(&record));
                     Phase::Aborted { conn: None, not_before }
                 }
             };

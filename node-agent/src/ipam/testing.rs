@@ -149,29 +149,22 @@ impl Fabric for TestFabric {
         Ok(())
     }
 
-    async fn ensure_host_ports(&self, old_flows: OldFlows) -> Result<(), String> {
-        tokio::task::yield_now().await;
-        let published = self.0.needs.borrow().host_ports.clone();
-        let mut world = self.world();
-        if world.host_ports_fail {
-            return Err("no packet filter".into());
-        }
-        world.host_ports = published;
-        match old_flows {
-            OldFlows::MustFollow if world.flows_lag => Err("no connection tracking by netlink".into()),
-            _ => Ok(()),
-        }
-    }
-
-    async fn ensure_options(&self) -> Result<(), String> {
+    async fn ensure(&self, extras: Extras) -> Result<(), String> {
         tokio::task::yield_now().await;
         let published = self.0.needs.borrow().clone();
         let mut world = self.world();
-        if world.options_fail {
+        if extras.host_ports.is_some() && world.host_ports_fail {
             return Err("no packet filter".into());
         }
+        if (extras.masquerade || extras.forced.is_some()) && world.options_fail {
+            return Err("no packet filter".into());
+        }
+        world.host_ports = published.host_ports;
         (world.masqueraded, world.forced) = (published.masqueraded, published.forced);
-        Ok(())
+        match extras.host_ports {
+            Some(OldFlows::MustFollow) if world.flows_lag => Err("no connection tracking by netlink".into()),
+            _ => Ok(()),
+        }
     }
 
     async fn ensure_limits(&self, veth: &IfName) -> Result<(), String> {

@@ -18,7 +18,7 @@ use super::locks::NameGuard;
 use super::pool::PoolError;
 use super::table::{CommitRefusal, ConnId, ReserveRefusal, Standing};
 use super::{Ipam, request};
-use crate::pods::{Fabric, NotReady, OldFlows, PodNetwork};
+use crate::pods::{Extras, Fabric, NotReady, OldFlows, PodNetwork};
 
 /// Readiness is put together from several places, none of which announces it.
 const READY_EVERY: Duration = Duration::from_millis(10);
@@ -57,10 +57,11 @@ impl<F: Fabric> Ipam<F> {
         request::check_bandwidth(&reserve, mtu)?;
         self.fabric.may_be_bridge(&reserve.bridge.name).await?;
         let key = &reserve.attachment;
-        self.every_address_known(Some(key)).await.map_err(|e| try_again("no pod can be added yet", e))?;
+        self.every_address_known(Some(key), self.config.patience)
+            .await
+            .map_err(|e| try_again("no pod can be added yet", e))?;
         self.bury_dead_holders(&reserve).await;
         let guard = self.claim(key).await?;
-        let was_forced = self.needs.borrow().forced.contains(&reserve.bridge.name);
         let record = {
             let mut state = self.state();
             let record =
@@ -76,7 +77,7 @@ impl<F: Fabric> Ipam<F> {
             written.map(|()| record).map_err(unwritten)
         };
         let wired = match record {
-            Ok(record) => self.offer(conn, &reserve, &network, mtu, &record.addresses, was_forced).await,
+            Ok(record) => self.offer(conn, &reserve, &network, mtu, &record.addresses).await,
             Err(failure) => Err(failure),
         };
         if wired.is_err() {
@@ -190,7 +191,7 @@ impl<F: Fabric> Ipam<F> {
             NotReady::Waiting(_) => unavailable(Code::NotAvailable, reason.to_string()),
             NotReady::Degraded(_) => unavailable(Code::NotAvailableAndDegraded, reason.to_string()),
         })?;
-        let recorded = self.every_address_known(None).await;
+        let recorded = self.every_address_known(None, Duration::ZERO).await;
         recorded.map_err(|strays| unavailable(Code::NotAvailable, strays))?;
         let mut state = self.state();
         state.table.set_network(&network);
@@ -218,9 +219,13 @@ impl<F: Fabric> Ipam<F> {
     /// Records can be lost (`/run` emptied by a foreign hand) while pods live. Their veths go in the sweep; until then
     /// nobody knows their addresses, and any address that is handed out may be one of them. `added` is about to replace
     /// its own.
-    async fn every_address_known(&self, added: Option<&Attachment>) -> Result<(), String> {
+    async fn every_address_known(
+        &self,
+        added: Option<&Attachment>,
+        patience: Duration,
+    ) -> Result<(), String> {
         let mut looks = self.seen.clone();
-        let _ = timeout(self.config.patience, looks.wait_for(|seen| seen.pass > 0)).await;
+        let _ = timeout(patience, looks.wait_for(|seen| seen.pass > 0)).await;
         let seen = looks.borrow().clone();
         if seen.pass == 0 {
             return Err("waiting for the first look at the kernel".into());
@@ -252,7 +257,6 @@ impl<F: Fabric> Ipam<F> {
         network: &PodNetwork,
         mtu: u32,
         addresses: &[IpAddr],
-        was_forced: bool,
     ) -> Result<Reservation, Failure> {
         let bridge = self.fabric.ensure_bridge(&reserve.bridge.name).await?;
         {
@@ -268,17 +272,17 @@ impl<F: Fabric> Ipam<F> {
                 self.publish(&state);
             }
         }
-        if !reserve.host_ports.is_empty() {
-            let unled = |error| try_again("the ports of the host do not lead to the pod yet", error);
-            let is_udp = |port: &PortMapping| port.protocol == Protocol::Udp;
-            let flows =
-                if reserve.host_ports.iter().any(is_udp) { OldFlows::MustFollow } else { OldFlows::MayLag };
-            self.fabric.ensure_host_ports(flows).await.map_err(unled)?;
-        }
-        let options = &reserve.bridge;
-        if options.masquerade || (options.force_address && !was_forced) {
-            let undone = |error| try_again("what ipMasq or forceAddress ask for is not in place yet", error);
-            self.fabric.ensure_options().await.map_err(undone)?;
+        let is_udp = |port: &PortMapping| port.protocol == Protocol::Udp;
+        let old_flows =
+            if reserve.host_ports.iter().any(is_udp) { OldFlows::MustFollow } else { OldFlows::MayLag };
+        let extras = Extras {
+            host_ports: (!reserve.host_ports.is_empty()).then_some(old_flows),
+            masquerade: reserve.bridge.masquerade,
+            forced: reserve.bridge.force_address.then(|| reserve.bridge.name.clone()),
+        };
+        if extras != Extras::default() {
+            let lacks = |error| try_again("host ports, ipMasq or forceAddress are not in place yet", error);
+            self.fabric.ensure(extras).await.map_err(lacks)?;
         }
         let subnet = network.subnet;
         let addresses = addresses.iter().filter_map(|address| {
@@ -329,7 +333,11 @@ impl<F: Fabric> Ipam<F> {
             let standing = self.state().table.standing(key, (self.clock)());
             match standing {
                 Standing::Free => {
+                    let renamed = self.state().table.get(key).and_then(|entry| entry.record.undone);
                     self.fabric.delete_veth(&name).await.map_err(unsettled)?;
+                    if let Some(ifindex) = renamed {
+                        self.fabric.delete_renamed(ifindex).await.map_err(unsettled)?;
+                    }
                     return Ok(guard);
                 }
                 Standing::Undone => self.undo_locked(key, &guard).await.map_err(unsettled)?,

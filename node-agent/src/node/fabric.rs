@@ -13,7 +13,7 @@ use super::Node;
 use crate::firewall::{PartKey, host_ports, pod_masquerade};
 use crate::kernel::{KernelError, LinuxKernel};
 use crate::object::{Key, LinkKind};
-use crate::pods::{DeviceFacts, Fabric, NotReady, OldFlows, PodNetwork};
+use crate::pods::{DeviceFacts, Extras, Fabric, NotReady, OldFlows, PodNetwork};
 use crate::reconcile::{Handle, Report, is_limit_of};
 
 /// What address management asks of the node.
@@ -89,26 +89,18 @@ impl Fabric for NodeFabric {
         in_kernel(move |kernel| kernel.delete_veth_of(ifindex)).await
     }
 
-    async fn ensure_host_ports(&self, old_flows: OldFlows) -> Result<(), String> {
+    async fn ensure(&self, extras: Extras) -> Result<(), String> {
         self.0.pass_on_pod_needs();
-        settle(&self.0.reconcile, |key| is_of_host_ports(key, old_flows)).await.map(drop)
-    }
-
-    async fn ensure_options(&self) -> Result<(), String> {
-        self.0.pass_on_pod_needs();
-        let forced = self.0.pod_needs.borrow().forced.clone();
-        let is_of_options = |key: &Key| match key {
-            Key::Firewall(part) => pod_masquerade::is_about(part),
-            Key::Addr(dev, _) => forced.contains(dev),
-            _ => false,
-        };
-        settle(&self.0.reconcile, is_of_options).await.map(drop)
+        let report = settle(&self.0.reconcile, |key| is_of(key, &extras)).await?;
+        // Host ports alone are kept on a node that is not known yet.
+        let is_kept = report.at.is_some() || (!extras.masquerade && extras.forced.is_none());
+        is_kept.then_some(()).ok_or_else(not_looked_at)
     }
 
     async fn ensure_limits(&self, veth: &IfName) -> Result<(), String> {
         self.0.pass_on_pod_needs();
         let report = settle(&self.0.reconcile, |key| is_limit_of(veth, key)).await?;
-        report.at.map(drop).ok_or_else(|| "the node's kernel is not looked at before it has a lease".into())
+        report.at.map(drop).ok_or_else(not_looked_at)
     }
 
     async fn link_exists(&self, ifindex: u32) -> Result<bool, String> {
@@ -142,6 +134,19 @@ fn is_of_host_ports(key: &Key, old_flows: OldFlows) -> bool {
         Key::Firewall(part) => host_ports::is_about(part),
         _ => false,
     }
+}
+
+fn is_of(key: &Key, extras: &Extras) -> bool {
+    match key {
+        Key::Firewall(part) if pod_masquerade::is_about(part) => extras.masquerade,
+        Key::Firewall(_) => extras.host_ports.is_some_and(|old_flows| is_of_host_ports(key, old_flows)),
+        Key::Addr(dev, _) => Some(dev) == extras.forced.as_ref(),
+        _ => false,
+    }
+}
+
+fn not_looked_at() -> String {
+    "the node's kernel is not looked at before it has a lease".into()
 }
 
 fn silence() -> String {

@@ -84,8 +84,9 @@ async fn an_address_is_held_while_its_renamed_veth_is_there() {
     node.fabric.world().unmarked.insert(ifindex);
     node.ipam().release(&key("a")).await.expect_err("it carries the address");
     assert_eq!(node.states()["a"], "aborted");
-    // The next agent knows as much.
+    // The next agent knows as much, and that it is no attachment any more.
     node.restart();
+    assert_eq!(node.states()["a"], "aborted");
     node.ipam().release(&key("a")).await.expect_err("it carries the address still");
     node.fabric.world().unmarked.clear();
     node.ipam().release(&key("a")).await.expect("by its index");

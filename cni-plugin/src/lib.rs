@@ -5,8 +5,8 @@
 //!                                          |------> wiring: netns, netlink, sysctl
 //!                                          `------> result or error on stdout
 //! ```
-//! Short-lived and synchronous. It allocates nothing, reads no side files and keeps no state: all of that is the
-//! agent's, so a plugin killed at any instruction leaves nothing that the agent cannot find.
+//! Short-lived and synchronous. It allocates nothing, reads no side files but the resolv.conf that a list names, and keeps
+//! no state: all of that is the agent's, so a plugin killed at any instruction leaves nothing that the agent cannot find.
 //! Under the name `loopback` it is that plugin instead, and asks no agent.
 
 mod agent;

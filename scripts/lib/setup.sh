@@ -1,4 +1,4 @@
-# What scripts/lab and scripts/test both need before Rust takes over: packages, toolchain, target. Sourced by bash.
+# What the scripts need before Rust takes over: packages, toolchain, target. Sourced by bash.
 
 TARGET=x86_64-unknown-linux-musl
 GO_LINE="curl -fsSL https://go.dev/dl/go1.26.0.linux-amd64.tar.gz | tar -C /usr/local -xz"

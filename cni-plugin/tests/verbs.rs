@@ -44,7 +44,7 @@ fn add_wires_the_pod_check_agrees_and_del_leaves_nothing() {
         json!({
             "cniVersion": "1.1.0",
             "interfaces": [
-                {"name": "cni0", "mac": BRIDGE_MAC, "mtu": 1450, "sandbox": ""},
+                {"name": "cni0", "mac": BRIDGE_MAC, "sandbox": ""},
                 {"name": host_veth("c1"), "mac": host["address"], "mtu": 1450, "sandbox": ""},
                 {"name": "eth0", "mac": eth0["address"], "mtu": 1450, "sandbox": pod.path()},
             ],

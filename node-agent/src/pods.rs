@@ -81,6 +81,8 @@ pub struct PodNetwork {
     pub overlay: Vec<Subnet>,
     /// The dataplane's MTU.
     pub mtu: u32,
+    /// The UDP port that the peers' packets come to.
+    pub tunnel_port: Option<u16>,
 }
 
 /// A device as it stands in the kernel.

@@ -232,6 +232,9 @@ pub struct PodStatus {
     pub addresses_used: usize,
     pub addresses_total: usize,
     pub bridges: Vec<IfName>,
+    /// Living veths of whose addresses no record can be read. No pod can be added meanwhile.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unknown: Vec<IfName>,
     /// Pods that still live in a subnet which this node has no more.
     #[serde(default)]
     pub stranded: Vec<StrandedStatus>,
@@ -407,6 +410,7 @@ pub(crate) mod sample {
                 addresses_used: 2,
                 addresses_total: 253,
                 bridges: vec!["cni0".parse().expect("name")],
+                unknown: vec![],
                 stranded: vec![],
                 list: vec![
                     attachment(

@@ -87,6 +87,15 @@ impl BackendConfig {
             Self::Udp(_) => "udp",
         }
     }
+
+    /// By which peers send to each other, if not by plain routes.
+    pub fn udp_port(&self) -> Option<u16> {
+        match self {
+            Self::Vxlan(vxlan) => Some(vxlan.port),
+            Self::HostGw => None,
+            Self::Udp(udp) => Some(udp.port),
+        }
+    }
 }
 
 impl Range {

@@ -111,8 +111,10 @@ fn result(
         mtu: Some(plan.mtu),
         sandbox: sandbox.to_owned(),
     };
+    // A list may give its pods less than the bridge's MTU, which the agent keeps.
+    let bridge = Interface { mtu: None, ..link(&reserved.bridge, reserved.bridge_mac, "") };
     let interfaces = vec![
-        link(&reserved.bridge, reserved.bridge_mac, ""),
+        bridge,
         link(&plan.host_name, wired.host_mac, ""),
         link(&plan.container_name, wired.container_mac, sandbox),
     ];

@@ -34,6 +34,7 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use weft_shared::IfName;
+use weft_shared::deadline;
 use weft_shared::names::{attachment_hash, host_ifname};
 use weft_shared::protocol::Attachment;
 
@@ -212,6 +213,7 @@ impl<F: Fabric> Ipam<F> {
             addresses_used,
             addresses_total,
             bridges: self.needs(&state).bridges.into_keys().collect(),
+            unknown: state.table.long_unknown(&self.seen.borrow(), (self.clock)()),
             stranded: state.table.stranded(),
             list,
             counters: self.counters.snapshot(),
@@ -355,7 +357,7 @@ impl<F: Fabric> Ipam<F> {
         }
         match self.fabric.delete_veth(name).await {
             Ok(()) => {
-                info!(veth = %name, "deleted: our mark, no record");
+                warn!(veth = %name, "deleted: our mark, no record; a pod that had it is cut off");
                 self.counters.orphans_removed.inc();
                 self.state().table.forget_stray(name);
             }
@@ -402,6 +404,19 @@ impl<F: Fabric> Drop for Connection<F> {
             self.ipam.wake.notify_one();
         }
     }
+}
+
+/// Why nothing can be added while these veths live; `None` when there are none.
+pub fn addresses_unknown(veths: &[IfName]) -> Option<String> {
+    let names: Vec<&str> = veths.iter().map(IfName::as_str).collect();
+    (!names.is_empty()).then(|| {
+        format!(
+            "the end of {}: no record tells its pod's address (without any record it is deleted within {} s; with a \
+             damaged one, delete the pod)",
+            names.join(", "),
+            deadline::WIRING.as_secs(),
+        )
+    })
 }
 
 fn attachment_status(key: &Attachment, entry: &Entry) -> AttachmentStatus {

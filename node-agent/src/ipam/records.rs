@@ -311,7 +311,11 @@ impl Records {
     fn note_damaged(&self, loaded: &mut Loaded, hash: &str, content: &[u8]) {
         let Some(host_ifname) = host_ifname_of_hash(hash) else { return };
         let addresses = salvage(content);
-        warn!(veth = %host_ifname, ?addresses, "addresses of an unreadable record stay blocked while its veth lives");
+        if addresses.is_empty() {
+            warn!(veth = %host_ifname, "no address is left in an unreadable record: none is given while its veth lives");
+        } else {
+            warn!(veth = %host_ifname, ?addresses, "addresses of an unreadable record stay blocked while its veth lives");
+        }
         loaded.damaged.insert(hash.to_owned(), Damaged { host_ifname, addresses });
     }
 }

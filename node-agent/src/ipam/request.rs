@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use weft_shared::cni::Code;
-use weft_shared::protocol::{Failure, Limit, PortMapping, Reserve, WrongMapping};
+use weft_shared::protocol::{Failure, Limit, PortMapping, Protocol, Reserve, WrongMapping};
 
 use crate::pods::PodNetwork;
 
@@ -56,6 +56,13 @@ pub(super) fn check_ports(reserve: &Reserve, network: &PodNetwork) -> Result<(),
         };
         invalid(format!("{what}: {wrong}"))
     })?;
+    let is_tunnels =
+        |port: &&PortMapping| port.protocol == Protocol::Udp && Some(port.host_port) == network.tunnel_port;
+    if let Some(port) = ports.iter().find(is_tunnels) {
+        return Err(invalid(format!(
+            "hostPort of port {port}: expected another than the overlay's own, by which this node's peers reach it"
+        )));
+    }
     let ipv4 = network.subnet.is_ipv4();
     let out_of_reach =
         |port: &&PortMapping| port.host_ip.is_some_and(|ip| !ip.is_unspecified() && ip.is_ipv4() != ipv4);

@@ -11,6 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use weft_shared::deadline;
 use weft_shared::names::{attachment_hash, host_ifname};
@@ -91,6 +92,9 @@ pub(super) struct Suspects {
     /// Unreadable records whose veth was not seen.
     pub(super) damaged: Vec<String>,
 }
+
+/// What was still in a look and is not a moment later was deleted in between.
+const SETTLED: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default)]
 pub(super) struct Table {
@@ -370,6 +374,13 @@ impl Table {
             !self.names.contains_key(name) && damaged.is_none_or(|damaged| damaged.addresses.is_empty())
         };
         seen.veths.iter().filter(|veth| is_unknown(&veth.name)).cloned().collect()
+    }
+
+    /// Those that are no pod's that was deleted since the look.
+    pub(super) fn long_unknown(&self, seen: &SeenVeths, now: Boottime) -> Vec<IfName> {
+        let is_fresh = |veth: &SeenVeth| self.strays.get(veth).is_some_and(|first| now < first.plus(SETTLED));
+        let unknown = self.unknown(seen).into_iter();
+        unknown.filter(|veth| self.owns(&veth.name) || !is_fresh(veth)).map(|veth| veth.name).collect()
     }
 
     /// Veths with our mark that nobody has claimed for as long as an ADD can last.

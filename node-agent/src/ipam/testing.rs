@@ -57,8 +57,12 @@ pub(crate) struct World {
 
 impl TestFabric {
     fn new(needs: watch::Receiver<PodNeeds>) -> Self {
-        let network =
-            PodNetwork { subnet: subnet("10.5.1.0/24"), overlay: vec![subnet("10.5.0.0/16")], mtu: 1450 };
+        let network = PodNetwork {
+            subnet: subnet("10.5.1.0/24"),
+            overlay: vec![subnet("10.5.0.0/16")],
+            mtu: 1450,
+            tunnel_port: Some(8472),
+        };
         let world = World {
             network: Ok(network),
             veths: BTreeMap::new(),

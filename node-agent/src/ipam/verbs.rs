@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout, timeout_at};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 use weft_shared::cni::{Code, NetworkName};
 use weft_shared::deadline;
 use weft_shared::names::host_ifname;
@@ -17,7 +17,7 @@ use weft_shared::protocol::{
 use super::locks::NameGuard;
 use super::pool::PoolError;
 use super::table::{CommitRefusal, ConnId, ReserveRefusal, Standing};
-use super::{Ipam, request};
+use super::{Ipam, addresses_unknown, request};
 use crate::pods::{Extras, Fabric, NotReady, OldFlows, PodNetwork};
 
 /// Readiness is put together from several places, none of which announces it.
@@ -38,6 +38,11 @@ impl<F: Fabric> Ipam<F> {
         };
         done.unwrap_or_else(|failure| {
             self.count_failure(verb, failure.code);
+            match verb {
+                // A runtime asks every few seconds.
+                "status" => debug!(verb, %failure, "refused"),
+                _ => info!(verb, %failure, "refused"),
+            }
             Reply::Failed(failure)
         })
     }
@@ -195,6 +200,11 @@ impl<F: Fabric> Ipam<F> {
         recorded.map_err(|strays| unavailable(Code::NotAvailable, strays))?;
         let mut state = self.state();
         state.table.set_network(&network);
+        // As an ADD would: a full or read-only run directory shows in nothing else.
+        let written = state.records.write_continuity(&state.table.continuity());
+        written.map_err(|e| {
+            unavailable(Code::NotAvailable, format!("the agent cannot write its records: {e}"))
+        })?;
         match state.table.usage() {
             (used, total) if used < total => Ok(()),
             (_, total) => {
@@ -236,17 +246,10 @@ impl<F: Fabric> Ipam<F> {
         for veth in unknown.filter(|veth| replaced.as_ref() != Some(&veth.name)) {
             // Most belonged to a pod that was deleted after the look.
             if self.fabric.link_exists(veth.ifindex).await? {
-                living.push(veth.name.to_string());
+                living.push(veth.name);
             }
         }
-        if living.is_empty() {
-            return Ok(());
-        }
-        Err(format!(
-            "nobody knows the addresses behind {}: no readable record (a veth without any is removed within {} s)",
-            living.join(", "),
-            deadline::WIRING.as_secs(),
-        ))
+        addresses_unknown(&living).map_or(Ok(()), Err)
     }
 
     /// The bridge made real, and everything the plugin needs to wire.

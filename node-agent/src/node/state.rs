@@ -149,7 +149,8 @@ impl Serving {
             return Err(NotReady::Waiting(format!("the first list of leases from the store{detail}")));
         }
         let overlay: Vec<Subnet> = vec![self.config.v4.network];
-        Ok(PodNetwork { subnet: key.v4, overlay, mtu: self.pod_mtu(report) })
+        let tunnel_port = self.config.backend.udp_port();
+        Ok(PodNetwork { subnet: key.v4, overlay, mtu: self.pod_mtu(report), tunnel_port })
     }
 
     /// Others read subnet.env when they hear that the node is ready, so it is not before the file says what pods get.
@@ -337,7 +338,8 @@ mod tests {
     #[test]
     fn a_node_is_ready_when_subnet_env_says_what_pods_get() {
         let mut serving = serving(held());
-        let network = PodNetwork { subnet: "10.5.1.0/24".parse().expect("net"), overlay: vec![], mtu: 1450 };
+        let subnet = "10.5.1.0/24".parse().expect("net");
+        let network = PodNetwork { subnet, overlay: vec![], mtu: 1450, tunnel_port: None };
         let refused = serving.has_told(&network).expect_err("not written by this agent");
         assert_eq!(refused, NotReady::Waiting("the subnet file to be written".into()));
         let env = SubnetEnv {

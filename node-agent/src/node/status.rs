@@ -9,6 +9,7 @@ use weft_shared::netconf::{BackendConfig, NetworkConfig};
 use super::{Node, Serving};
 use crate::durable::snapshot::seconds;
 use crate::firewall::advice::Advice;
+use crate::ipam::addresses_unknown;
 use crate::kernel::Monitor;
 use crate::lease::LeaseStore;
 use crate::reconcile::{Pending, Report};
@@ -26,7 +27,9 @@ impl Node {
         let serving = stage.serving();
         let ready = self
             .pod_network(&stage, &report)
-            .and_then(|network| serving.map_or(Ok(()), |serving| serving.has_told(&network)));
+            .and_then(|network| serving.map_or(Ok(()), |serving| serving.has_told(&network)))
+            .map_err(|reason| reason.to_string())
+            .and_then(|()| addresses_unknown(&pods.unknown).map_or(Ok(()), Err));
         let now = SystemTime::now();
         if let Some(serving) = serving {
             serving.name_owners(&mut pods);
@@ -35,7 +38,7 @@ impl Node {
             version: env!("CARGO_PKG_VERSION").into(),
             node: self.name.clone(),
             ready: ready.is_ok(),
-            waiting_for: ready.err().map(|e| e.to_string()).into_iter().collect(),
+            waiting_for: ready.err().into_iter().collect(),
             store: StoreStatus {
                 kind: self.store.kind().into(),
                 location: self.store.location(),
@@ -133,11 +136,11 @@ impl From<&Pending> for PendingObject {
 }
 
 fn network_status(config: &NetworkConfig, serving: Option<&Serving>) -> NetworkStatus {
-    let (port, vni) = match &config.backend {
-        BackendConfig::Vxlan(vxlan) => (Some(vxlan.port), Some(vxlan.vni)),
-        BackendConfig::HostGw => (None, None),
-        BackendConfig::Udp(udp) => (Some(udp.port), None),
+    let vni = match &config.backend {
+        BackendConfig::Vxlan(vxlan) => Some(vxlan.vni),
+        BackendConfig::HostGw | BackendConfig::Udp(_) => None,
     };
+    let port = config.backend.udp_port();
     let notice = serving.and_then(|serving| serving.config_notice.as_ref());
     NetworkStatus {
         network: config.v4.network,

@@ -53,6 +53,14 @@ async fn a_port_leads_before_the_plugin_is_told_and_no_more_when_a_del_is_answer
 }
 
 #[tokio::test]
+async fn the_overlays_own_port_is_not_a_pods() {
+    let node = Node::new();
+    let refused = node.add_with(with("a", vec![udp(8472)])).await.expect_err("the peers' packets come there");
+    assert!(refused.is(Code::BadConfiguration) && refused.details.contains("8472/udp"), "{refused:?}");
+    node.add_with(with("a", vec![mapping(None, 8472)])).await.expect("TCP is another's");
+}
+
+#[tokio::test]
 async fn an_address_is_kept_until_no_port_leads_to_it() {
     let node = Node::new();
     attach(&node, "a", 8080).await;

@@ -130,12 +130,28 @@ async fn nothing_is_added_while_the_address_behind_a_veth_is_unknown() {
         let named = host_ifname(&key("a"));
         assert!(refused.is(Code::TryAgainLater) && refused.details.contains(named.as_str()), "{refused:?}");
         assert!(node.ipam().can_add().await.expect_err("no ADD can succeed").is(Code::NotAvailable));
+        node.look().await;
+        node.pass_time(STEP);
+        assert_eq!(node.ipam().status().unknown, [named]);
         // A veth deleted since the look does not count.
         node.fabric.world().veths.clear();
         node.attach("b").await;
         node.look().await;
         node.assert_consistent();
+        assert!(node.ipam().status().unknown.is_empty());
     }
+}
+
+#[tokio::test]
+async fn without_room_for_records_no_add_is_promised() {
+    let node = Node::new();
+    node.ipam().can_add().await.expect("room");
+    fs::remove_dir_all(node.run_dir().join("attachments")).expect("there");
+    let refused = node.ipam().can_add().await.expect_err("nowhere to write");
+    assert!(
+        refused.is(Code::NotAvailable) && refused.details.contains("cannot write its records"),
+        "{refused:?}"
+    );
 }
 
 #[tokio::test]

@@ -26,7 +26,7 @@ pub trait Fabric: Send + Sync + 'static {
 
     /// Deletes the veth of that index, whatever its name is by now, if it carries our mark. An error while one is there
     /// that has lost it: whoever still has the other end has the address.
-    fn delete_renamed(&self, ifindex: u32) -> impl Future<Output = Result<(), String>> + Send;
+    fn delete_by_index(&self, ifindex: u32) -> impl Future<Output = Result<(), String>> + Send;
 
     /// Makes the node as [`PodNeeds`] says (published before the call); fails for what is named here alone.
     fn ensure(&self, extras: Extras) -> impl Future<Output = Result<(), String>> + Send;
@@ -132,7 +132,7 @@ pub struct BridgeNeed {
     pub mac: Option<Mac>,
 }
 
-/// A host-side veth with our mark, as the last pass over the kernel saw it.
+/// A host-side veth with our link group, under whatever name, as the last pass over the kernel saw it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct SeenVeth {
     pub name: IfName,

@@ -141,6 +141,16 @@ fn can_be_had(node: &Node, probe: &Sandbox, address: Ipv4Addr) -> Result<bool> {
     Ok(true)
 }
 
+/// Not ready while living veths have no record, until they are deleted.
+fn start(node: &mut Node, lost: bool) -> Result<()> {
+    if !lost {
+        return node.agent.restart(READY);
+    }
+    node.agent.start()?;
+    let named = || Ok(!node.status()?.pods.unknown.is_empty());
+    eventually("veths without a record to be named", READY, named).map(drop)
+}
+
 fn valid(list: Known, cells: &[Cell]) -> Value {
     let entry = |id: &str, ifname: &str| json!({ "containerID": id, "ifname": ifname });
     let ids = || cells.iter().map(|cell| cell.pod.name.as_str());
@@ -165,7 +175,7 @@ fn round(node: &mut Node, list: Known, record: Known) -> Result<()> {
     for (n, cell) in cells.iter().enumerate() {
         cell.tamper(node, record, &cells[(n + 5) % cells.len()]).with_context(|| cell.pod.name.clone())?;
     }
-    node.agent.restart(READY)?;
+    start(node, record == Empty)?;
 
     let probe = Sandbox::create(node, "probe")?;
     let mut call = probe.call.clone();
@@ -226,6 +236,43 @@ fn by_stale_records() -> Result<()> {
 #[test]
 fn by_damaged_records() -> Result<()> {
     rounds(Wrong)
+}
+
+/// Whoever renames a veth or takes its link group away leaves the other end with its address.
+#[test]
+fn a_veth_without_its_name_or_mark_keeps_its_address() -> Result<()> {
+    scenario(Spec::embedded(1, Backend::Vxlan), |cluster| {
+        let node = &mut cluster.nodes[0];
+        for (lost, hand) in [
+            (false, "name elsewhere"),
+            (false, "group default"),
+            (false, "name elsewhere group default"),
+            (true, "name elsewhere"),
+        ] {
+            let told = || format!("record lost: {lost}, {hand}");
+            let cell = Cell::create(node, "renamed".to_owned(), Right, Right)?;
+            node.agent.kill()?;
+            let (file, veth) = (cell.record(node)?, cell.pod.host_veth()?);
+            if lost {
+                fs::remove_file(&file)?;
+            } else {
+                let content = fs::read(&file)?;
+                fs::write(&file, &content[..content.len() - 2])?;
+            }
+            node.netns().ip(&format!("link set {veth} {hand}"))?;
+            start(node, lost)?;
+            let probe = Sandbox::create(node, "probe")?;
+            ensure!(!can_be_had(node, &probe, cell.pod.address)?, "{}: it lives and can be had", told());
+            let gone = "link delete elsewhere";
+            let _ = node.netns().ip(gone).or_else(|_| node.netns().ip(&format!("link delete {veth}")));
+            cell.pod.call.del().with_context(told)?;
+            eventually("the address to be free", READY, || can_be_had(node, &probe, cell.pod.address))
+                .with_context(told)?;
+            probe.netns.remove()?;
+            cell.pod.netns.remove()?;
+        }
+        invariant(node, &[])
+    })
 }
 
 /// As in a container without mount propagation: every path of a namespace is a plain file there.

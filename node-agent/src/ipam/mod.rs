@@ -47,7 +47,7 @@ use self::counters::Counters;
 use self::locks::NameLocks;
 use self::records::Records;
 use self::table::{Entry, Phase, Table};
-use crate::pods::{Extras, Fabric, OldFlows, PodNeeds, SeenVeths};
+use crate::pods::{Extras, Fabric, OldFlows, PodNeeds, SeenVeth, SeenVeths};
 use crate::status::{AttachmentStatus, PodStatus};
 
 /// Reads the time; the agent passes [`Boottime::now`].
@@ -197,10 +197,10 @@ impl<F: Fabric> Ipam<F> {
             self.bury_if_dead(&key, ifindex).await;
         }
         for hash in suspects.damaged {
-            self.forget_damaged(&hash);
+            self.bury_damaged(&hash).await;
         }
-        for name in strays {
-            self.remove_stray(&name).await;
+        for veth in strays {
+            self.remove_stray(&veth).await;
         }
     }
 
@@ -264,7 +264,9 @@ impl<F: Fabric> Ipam<F> {
             if !state.table.may_delete(key) {
                 return Ok(());
             }
-            let wired = state.table.get(key).and_then(|entry| entry.record.undone);
+            let undone = state.table.get(key).and_then(|entry| entry.record.undone);
+            let damaged = || state.table.damaged(&attachment_hash(key))?.host_ifindex;
+            let wired = undone.or_else(damaged);
             // What is said to be deleted must not be attached again for the next agent.
             if wired.is_some()
                 && let Some(entry) = state.table.get(key)
@@ -277,7 +279,7 @@ impl<F: Fabric> Ipam<F> {
         self.fabric.delete_veth(&host_ifname(key)).await?;
         // The other end still has the address when somebody has renamed this one.
         if let Some(ifindex) = wired {
-            self.fabric.delete_renamed(ifindex).await?;
+            self.fabric.delete_by_index(ifindex).await?;
         }
         // The next pod that gets the address must not get this one's callers, nor leave by the node's address.
         if let Some(extras) = self.extras_to_undo(key) {
@@ -338,7 +340,18 @@ impl<F: Fabric> Ipam<F> {
         }
     }
 
-    fn forget_damaged(&self, hash: &str) {
+    /// Its veth was not seen with our marks; one that has lost them still has its index.
+    async fn bury_damaged(&self, hash: &str) {
+        let host_ifindex = self.state().table.damaged(hash).and_then(|damaged| damaged.host_ifindex);
+        if let Some(ifindex) = host_ifindex {
+            match self.fabric.link_exists(ifindex).await {
+                Ok(false) => {}
+                Ok(true) => {
+                    return debug!(hash, ifindex, "an unreadable record's veth has lost name or mark");
+                }
+                Err(error) => return warn!(hash, ifindex, %error, "cannot tell whether its veth is alive"),
+            }
+        }
         let mut state = self.state();
         if state.table.remove_damaged(hash) {
             info!(hash, "veth of an unreadable record is gone, addresses freed");
@@ -348,20 +361,20 @@ impl<F: Fabric> Ipam<F> {
         }
     }
 
-    async fn remove_stray(&self, name: &IfName) {
-        let _guard = self.locks.lock(name).await;
-        let owned = self.state().table.owns(name);
+    async fn remove_stray(&self, veth: &SeenVeth) {
+        let _guard = self.locks.lock(&veth.name).await;
+        let owned = self.state().table.owns(&veth.name);
         if owned {
-            self.state().table.forget_stray(name);
+            self.state().table.forget_stray(veth);
             return;
         }
-        match self.fabric.delete_veth(name).await {
+        match self.fabric.delete_by_index(veth.ifindex).await {
             Ok(()) => {
-                warn!(veth = %name, "deleted: our mark, no record; a pod that had it is cut off");
+                warn!(veth = %veth.name, "deleted: our mark, no record; a pod that had it is cut off");
                 self.counters.orphans_removed.inc();
-                self.state().table.forget_stray(name);
+                self.state().table.forget_stray(veth);
             }
-            Err(error) => warn!(veth = %name, %error, "veth without a record not deleted yet"),
+            Err(error) => warn!(veth = %veth.name, %error, "veth without a record not deleted yet"),
         }
     }
 

@@ -21,6 +21,7 @@ use weft_shared::replace::{Survive, is_leftover, replace_file};
 use weft_shared::{IfName, Mac, Subnet};
 
 use super::boottime::Boottime;
+use crate::pods::SeenVeth;
 
 /// What the agent has promised to one attachment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,7 +68,15 @@ pub(super) struct Wired {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Damaged {
     pub(super) host_ifname: IfName,
+    /// Of its veth, whatever that is called by now.
+    pub(super) host_ifindex: Option<u32>,
     pub(super) addresses: Vec<IpAddr>,
+}
+
+impl Damaged {
+    pub(super) fn is_of(&self, veth: &SeenVeth) -> bool {
+        veth.name == self.host_ifname || Some(veth.ifindex) == self.host_ifindex
+    }
 }
 
 /// What must outlive single attachments: where round robin stands, and which bridges Reserve has named.
@@ -316,7 +325,10 @@ impl Records {
         } else {
             warn!(veth = %host_ifname, ?addresses, "addresses of an unreadable record stay blocked while its veth lives");
         }
-        loaded.damaged.insert(hash.to_owned(), Damaged { host_ifname, addresses });
+        loaded.damaged.insert(
+            hash.to_owned(),
+            Damaged { host_ifname, host_ifindex: salvage_ifindex(content), addresses },
+        );
     }
 }
 
@@ -327,6 +339,13 @@ fn salvage(content: &[u8]) -> Vec<IpAddr> {
     found.sort();
     found.dedup();
     found
+}
+
+fn salvage_ifindex(content: &[u8]) -> Option<u32> {
+    let text = String::from_utf8_lossy(content);
+    let (_, after) = text.split_once("\"host_ifindex\":")?;
+    // Without what follows it may be cut off.
+    after.split_once(|c: char| !c.is_ascii_digit())?.0.parse().ok()
 }
 
 fn is_hash(stem: &str) -> bool {

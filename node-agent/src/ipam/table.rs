@@ -312,6 +312,10 @@ impl Table {
         self.free(entry.record.addresses.iter().copied().chain(held));
     }
 
+    pub(super) fn damaged(&self, hash: &str) -> Option<&Damaged> {
+        self.damaged.get(hash)
+    }
+
     pub(super) fn remove_damaged(&mut self, hash: &str) -> bool {
         let Some(damaged) = self.damaged.remove(hash) else { return false };
         self.free(damaged.addresses.into_iter());
@@ -350,7 +354,7 @@ impl Table {
             return suspects;
         }
         for (hash, damaged) in &self.damaged {
-            if !present.iter().any(|veth| veth.name == damaged.host_ifname) {
+            if !present.iter().any(|veth| damaged.is_of(veth)) {
                 suspects.damaged.push(hash.clone());
             }
         }
@@ -359,7 +363,9 @@ impl Table {
         }
         self.last_look = seen.pass;
         let mut strays = BTreeMap::new();
-        for veth in seen.veths.iter().filter(|veth| !self.owns(&veth.name)) {
+        let known = self.known_indices();
+        for veth in seen.veths.iter().filter(|veth| !self.owns(&veth.name) && !known.contains(&veth.ifindex))
+        {
             strays.insert(veth.clone(), self.strays.get(veth).copied().unwrap_or(now));
         }
         self.strays = strays;
@@ -369,28 +375,38 @@ impl Table {
     /// Veths with our mark that carry addresses unknown to us: those without a record, and those whose record is so
     /// damaged that not even an address is left in it.
     pub(super) fn unknown(&self, seen: &SeenVeths) -> Vec<SeenVeth> {
-        let is_unknown = |name: &IfName| {
-            let damaged = self.damaged.values().find(|damaged| damaged.host_ifname == *name);
-            !self.names.contains_key(name) && damaged.is_none_or(|damaged| damaged.addresses.is_empty())
+        let known = self.known_indices();
+        let is_unknown = |veth: &&SeenVeth| {
+            let damaged = self.damaged.values().find(|damaged| damaged.is_of(veth));
+            let is_known = self.names.contains_key(&veth.name) || known.contains(&veth.ifindex);
+            damaged.map_or(!is_known, |damaged| damaged.addresses.is_empty())
         };
-        seen.veths.iter().filter(|veth| is_unknown(&veth.name)).cloned().collect()
+        seen.veths.iter().filter(is_unknown).cloned().collect()
     }
 
     /// Those that are no pod's that was deleted since the look.
     pub(super) fn long_unknown(&self, seen: &SeenVeths, now: Boottime) -> Vec<IfName> {
         let is_fresh = |veth: &SeenVeth| self.strays.get(veth).is_some_and(|first| now < first.plus(SETTLED));
         let unknown = self.unknown(seen).into_iter();
-        unknown.filter(|veth| self.owns(&veth.name) || !is_fresh(veth)).map(|veth| veth.name).collect()
+        unknown.filter(|veth| !is_fresh(veth)).map(|veth| veth.name).collect()
     }
 
     /// Veths with our mark that nobody has claimed for as long as an ADD can last.
-    pub(super) fn strays_due(&self, now: Boottime) -> Vec<IfName> {
+    pub(super) fn strays_due(&self, now: Boottime) -> Vec<SeenVeth> {
         let old = self.strays.iter().filter(|(_, first)| now >= first.plus(deadline::WIRING));
-        old.map(|(veth, _)| veth.name.clone()).collect()
+        old.map(|(veth, _)| veth.clone()).collect()
     }
 
-    pub(super) fn forget_stray(&mut self, name: &IfName) {
-        self.strays.retain(|veth, _| veth.name != *name);
+    pub(super) fn forget_stray(&mut self, veth: &SeenVeth) {
+        self.strays.remove(veth);
+    }
+
+    /// Of the veths that records speak of, also of those that are to be deleted.
+    fn known_indices(&self) -> BTreeSet<u32> {
+        let wired =
+            |entry: &Entry| entry.record.committed.map(|wired| wired.host_ifindex).or(entry.record.undone);
+        let damaged = self.damaged.values().filter_map(|damaged| damaged.host_ifindex);
+        self.entries.values().filter_map(wired).chain(damaged).collect()
     }
 
     /// Whether a record stands behind a veth of this name.

@@ -140,7 +140,7 @@ impl Fabric for TestFabric {
         Ok(())
     }
 
-    async fn delete_renamed(&self, ifindex: u32) -> Result<(), String> {
+    async fn delete_by_index(&self, ifindex: u32) -> Result<(), String> {
         tokio::task::yield_now().await;
         let mut world = self.world();
         if world.unmarked.contains(&ifindex) {

@@ -339,7 +339,7 @@ impl<F: Fabric> Ipam<F> {
                     let renamed = self.state().table.get(key).and_then(|entry| entry.record.undone);
                     self.fabric.delete_veth(&name).await.map_err(unsettled)?;
                     if let Some(ifindex) = renamed {
-                        self.fabric.delete_renamed(ifindex).await.map_err(unsettled)?;
+                        self.fabric.delete_by_index(ifindex).await.map_err(unsettled)?;
                     }
                     return Ok(guard);
                 }

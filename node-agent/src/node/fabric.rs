@@ -85,7 +85,7 @@ impl Fabric for NodeFabric {
         in_kernel(move |kernel| kernel.delete_veth(&name).map(|_| ())).await
     }
 
-    async fn delete_renamed(&self, ifindex: u32) -> Result<(), String> {
+    async fn delete_by_index(&self, ifindex: u32) -> Result<(), String> {
         in_kernel(move |kernel| kernel.delete_veth_of(ifindex)).await
     }
 

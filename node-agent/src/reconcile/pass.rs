@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use ipnetwork::IpNetwork;
 use tracing::{debug, info};
 use weft_shared::lease::{Lease, LeaseKey};
+use weft_shared::names::LINK_GROUP;
 use weft_shared::names::is_egress_ifname;
 use weft_shared::{IfName, Subnet};
 
@@ -436,7 +437,7 @@ fn finish(
             _ => {}
         }
     }
-    let ours = dump.links.iter().filter(|(name, link)| link.is_our_veth(name));
+    let ours = dump.links.iter().filter(|(_, link)| link.is_veth() && link.group == LINK_GROUP);
     report.veths.veths = ours.map(|(name, l)| SeenVeth { name: name.clone(), ifindex: l.index }).collect();
 }
 

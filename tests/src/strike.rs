@@ -84,7 +84,16 @@ impl Strike {
     fn start(leader: Pid, nth: u64, counting: bool) -> Result<Self> {
         let leash = Leash(Arc::new(Mutex::new(Some(leader))));
         let (attached, wait) = mpsc::channel();
-        let tracer = Tracer { leader, nth, counting, calls: 0, struck: None, new: BTreeSet::new(), attached };
+        let tracer = Tracer {
+            leader,
+            nth,
+            counting,
+            calls: 0,
+            struck: None,
+            letting_go: false,
+            new: BTreeSet::new(),
+            attached,
+        };
         let thread = thread::Builder::new().name("strike".into()).spawn({
             let leash = leash.clone();
             move || {
@@ -133,6 +142,7 @@ struct Tracer {
     counting: bool,
     calls: u64,
     struck: Option<Place>,
+    letting_go: bool,
     /// Threads that have not stopped yet for the first time.
     new: BTreeSet<Pid>,
     /// Told when there is none of these any more.
@@ -143,7 +153,11 @@ impl Tracer {
     fn run(mut self) -> Result<End> {
         self.attach().with_context(|| format!("attach to {}", self.leader))?;
         loop {
-            match wait_for(None, ANY_CHANGE)? {
+            let change = match wait_for(None, ANY_CHANGE) {
+                Err(Errno::ECHILD) if self.letting_go => return Ok(self.result()),
+                change => change?,
+            };
+            match change {
                 WaitStatus::Exited(tid, _) | WaitStatus::Signaled(tid, ..) => {
                     if tid == self.leader {
                         return Ok(self.result());
@@ -157,8 +171,8 @@ impl Tracer {
                     }
                 }
                 WaitStatus::PtraceEvent(tid, signal, event) => {
-                    if take_stop(tid)? && self.at_event(tid, signal, event)? {
-                        return Ok(self.result());
+                    if take_stop(tid)? {
+                        self.at_event(tid, signal, event)?;
                     }
                 }
                 other => bail!("{other:?} of a traced process"),
@@ -177,8 +191,7 @@ impl Tracer {
         let mut seen = BTreeSet::new();
         loop {
             let before = seen.len();
-            for task in std::fs::read_dir(format!("/proc/{}/task", self.leader))? {
-                let tid = Pid::from_raw(task?.file_name().to_string_lossy().parse()?);
+            for tid in self.threads()? {
                 if !seen.insert(tid) {
                     continue;
                 }
@@ -206,7 +219,8 @@ impl Tracer {
             Err(Errno::ESRCH) => return Ok(()),
             at => at?,
         };
-        if at == SYSCALL_EXIT && self.struck.is_none() {
+        let counts = at == SYSCALL_EXIT && self.new.is_empty() && !self.letting_go;
+        if counts && self.struck.is_none() {
             self.calls += 1;
             if self.calls == self.nth {
                 self.struck = Some(Place { call: self.nth, name: self.name_of_call(tid) });
@@ -217,33 +231,49 @@ impl Tracer {
         self.resume(tid, None)
     }
 
-    /// True when it shall be let go.
-    fn at_event(&mut self, tid: Pid, signal: Signal, event: i32) -> Result<bool> {
+    fn at_event(&mut self, tid: Pid, signal: Signal, event: i32) -> Result<()> {
         self.is_attached(tid);
         match (event, signal) {
-            (0, LET_GO) => return Ok(self.struck.is_none()),
+            (0, LET_GO) => {
+                self.letting_go = true;
+                // Each has to stop once more to be released.
+                for task in self.threads()? {
+                    let _ = ptrace::interrupt(task);
+                }
+                self.resume(tid, None)
+            }
             // Of a held program: it is held no more.
-            (0, Signal::SIGSTOP) => self.resume(tid, None)?,
+            (0, Signal::SIGSTOP) => self.resume(tid, None),
             (libc::PTRACE_EVENT_STOP, Signal::SIGSTOP) => {
                 self.resume(tid, None)?;
-                kill(self.leader, Signal::SIGCONT)?;
+                Ok(kill(self.leader, Signal::SIGCONT)?)
             }
-            (0, _) => self.resume(tid, Some(signal))?,
+            (0, _) => self.resume(tid, Some(signal)),
             (event, _) => {
                 self.counting |= event == libc::PTRACE_EVENT_EXEC;
-                self.resume(tid, None)?;
+                self.resume(tid, None)
             }
         }
-        Ok(false)
     }
 
     fn resume(&self, tid: Pid, signal: Option<Signal>) -> Result<()> {
-        let resumed = if self.counting { ptrace::syscall(tid, signal) } else { ptrace::cont(tid, signal) };
+        let resumed = if self.letting_go {
+            ptrace::detach(tid, signal)
+        } else if self.counting {
+            ptrace::syscall(tid, signal)
+        } else {
+            ptrace::cont(tid, signal)
+        };
         match resumed {
             // Killed meanwhile.
             Err(Errno::ESRCH) => Ok(()),
             other => Ok(other?),
         }
+    }
+
+    fn threads(&self) -> Result<Vec<Pid>> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.leader))?;
+        tasks.map(|task| Ok(Pid::from_raw(task?.file_name().to_string_lossy().parse()?))).collect()
     }
 
     /// Of the call that it has just done (proc_pid_syscall(5)).
@@ -390,5 +420,48 @@ fn name_of(number: libc::c_long) -> String {
         SYS_wait4 => "wait4",
         SYS_write => "write",
         SYS_writev => "writev",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_program_is_struck_at_each_of_its_calls_until_there_are_no_more() {
+        let mut names = Vec::new();
+        let calls = loop {
+            let mut child = held(Path::new("/bin/true")).spawn().expect("start");
+            let nth = names.len() as u64 + 1;
+            let end = Strike::at_held(&child, nth).expect("traced").end().expect("an end");
+            let status = child.wait().expect("collected");
+            match end {
+                End::Struck(place) => {
+                    assert_eq!((place.call, status.signal()), (nth, Some(Signal::SIGKILL as i32)));
+                    names.push(place.name);
+                }
+                End::Spared { calls } => {
+                    assert!(status.success(), "{status}");
+                    break calls;
+                }
+            }
+        };
+        assert_eq!(names[0], "execve");
+        assert_eq!(names.len() as u64, calls, "{names:?}");
+    }
+
+    #[test]
+    fn a_process_that_is_let_go_lives_on() {
+        let mut child = Command::new("sleep").arg("600").spawn().expect("start");
+        for _ in 0..2 {
+            let strike = Strike::at_running(pid_of(&child), u64::MAX).expect("traced");
+            strike.leash().let_go().expect("told");
+            assert!(matches!(strike.end().expect("an end"), End::Spared { .. }));
+            assert!(child.try_wait().expect("asked").is_none(), "it has ended");
+        }
+        child.kill().expect("killed");
+        child.wait().expect("collected");
     }
 }

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -272,6 +273,8 @@ fn strike_all(
     strike: impl Fn(&mut Node, &Sandbox, u64, Then) -> Result<Option<Place>> + Sync,
 ) -> Result<Tally> {
     let count = nodes.len() as u64;
+    // One failure is told, and the others need not find out what it broke.
+    let failed = AtomicBool::new(false);
     let work = |node: &mut Node, share: u64| {
         let template = Sandbox::create(node, &format!("{}-struck", node.name()))?;
         let mut tally = Tally::default();
@@ -280,9 +283,16 @@ fn strike_all(
             ensure!(nth < TOO_MANY, "no run has ended before its call number {nth}");
             for then in EACH {
                 let sandbox = container(&template, &format!("{}-{nth}-{then:?}", node.name()));
-                match strike(node, &sandbox, nth, then)? {
-                    Some(place) => tally.struck(place),
-                    None => return Ok(tally),
+                match strike(node, &sandbox, nth, then) {
+                    Ok(Some(place)) => tally.struck(place),
+                    Ok(None) => return Ok(tally),
+                    Err(error) => {
+                        failed.store(true, Ordering::Relaxed);
+                        return Err(error);
+                    }
+                }
+                if failed.load(Ordering::Relaxed) {
+                    return Ok(tally);
                 }
             }
             nth += count * stride;

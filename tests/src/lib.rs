@@ -42,6 +42,7 @@ pub mod promise;
 pub mod random;
 pub mod relay;
 pub mod report;
+pub mod strike;
 pub mod tangle;
 pub mod traffic;
 pub mod underlay;

@@ -49,7 +49,11 @@ impl Call {
 
     /// Starts it and hands it its configuration.
     pub fn spawn(&self, verb: &str) -> Result<Child> {
-        let mut command = Command::new(&self.binary);
+        self.spawn_by(Command::new(&self.binary), verb)
+    }
+
+    /// The same by a command that starts the plugin.
+    pub fn spawn_by(&self, mut command: Command, verb: &str) -> Result<Child> {
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         command.env("CNI_COMMAND", verb).env("CNI_CONTAINERID", &self.container_id);
         command

@@ -47,8 +47,8 @@ impl Call {
         finish(child)
     }
 
-    /// Starts it and hands it its configuration.
-    pub fn spawn(&self, verb: &str) -> Result<Child> {
+    /// Without its standard streams.
+    pub fn command(&self, verb: &str) -> Command {
         let mut command = Command::new(&self.binary);
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         command.env("CNI_COMMAND", verb).env("CNI_CONTAINERID", &self.container_id);
@@ -61,6 +61,12 @@ impl Call {
         if let Some(args) = &self.args {
             command.env("CNI_ARGS", args);
         }
+        command
+    }
+
+    /// Starts it and hands it its configuration.
+    pub fn spawn(&self, verb: &str) -> Result<Child> {
+        let mut command = self.command(verb);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = self.node.spawn(&mut command)?;
         let mut stdin = child.stdin.take().context("stdin of the plugin")?;

@@ -9,6 +9,7 @@
 //! noted and costs its own cell; results are written after every round.
 
 pub mod choice;
+pub mod cni;
 pub mod cpu;
 pub mod goals;
 pub mod interrupt;
@@ -88,6 +89,15 @@ pub fn run(options: &Options, interrupt: &Interrupt) -> Result<()> {
 
 /// Page and picture anew from an earlier run's figures, and the summary into the document that shows it.
 pub fn render(from: &Path, out: &Path, readme: Option<&Path>) -> Result<()> {
+    let text = fs::read_to_string(from).with_context(|| format!("read {}", from.display()))?;
+    if cni::result::is_ours(&text) {
+        ensure!(
+            readme.is_none(),
+            "--readme: the summary is of the dataplanes, {} of plugins",
+            from.display()
+        );
+        return cni::render(from, out);
+    }
     let results = Results::load(from)?;
     if let Some(path) = readme {
         let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;

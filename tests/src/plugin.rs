@@ -54,6 +54,23 @@ impl Call {
 
     /// The same by a command that starts the plugin.
     pub fn spawn_by(&self, mut command: Command, verb: &str) -> Result<Child> {
+        self.fill(&mut command, verb);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = self.node.spawn(&mut command)?;
+        let mut stdin = child.stdin.take().context("stdin of the plugin")?;
+        // A plugin that ends before it has read everything is judged by its answer, not by the pipe.
+        let _ = stdin.write_all(self.config.to_string().as_bytes());
+        Ok(child)
+    }
+
+    /// Without its standard streams.
+    pub fn command(&self, verb: &str) -> Command {
+        let mut command = Command::new(&self.binary);
+        self.fill(&mut command, verb);
+        command
+    }
+
+    fn fill(&self, command: &mut Command, verb: &str) {
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         command.env("CNI_COMMAND", verb).env("CNI_CONTAINERID", &self.container_id);
         command
@@ -65,12 +82,6 @@ impl Call {
         if let Some(args) = &self.args {
             command.env("CNI_ARGS", args);
         }
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = self.node.spawn(&mut command)?;
-        let mut stdin = child.stdin.take().context("stdin of the plugin")?;
-        // A plugin that ends before it has read everything is judged by its answer, not by the pipe.
-        let _ = stdin.write_all(self.config.to_string().as_bytes());
-        Ok(child)
     }
 
     /// ADD that must succeed.

@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::bench::choice::{Configuration, Load, Setting};
+use e2e::bench::cni::{self, Verb};
 use e2e::bench::result::{Cell, Figure, Results};
 use e2e::binaries::Binaries;
 use e2e::capture::Capture;
@@ -137,6 +138,84 @@ fn every_load_is_measured_in_turns_and_nothing_is_left() -> Result<()> {
     bench.is_gone()
 }
 
+/// Every plugin, every kind of pod, few calls: what they took is this machine's affair.
+#[test]
+fn plugins_are_measured_in_turns_and_nothing_is_left() -> Result<()> {
+    use cni::choice::{HostPorts, Load, Plugin};
+    use cni::result::{Cell, Figure, Results};
+
+    let bench = Bench::new()?;
+    let output = bench.command("cni --rounds 2 --pods 3 --only alone,10").output()?;
+    let text = both(&output);
+    ensure!(output.status.success(), "{}: {text}", output.status);
+    let results = Results::load(&bench.out.path().join("cni.json"))?;
+    for (host_ports, load, plugin) in cni::choice::Selection::of(["alone", "10"])?.cells() {
+        let cell = Cell { host_ports, load, plugin };
+        let samples = results.samples.get(&cell).with_context(|| format!("{cell:?}"))?;
+        assert_eq!(samples.keys().collect::<Vec<_>>(), [&0, &1], "{cell:?}");
+        for sample in samples.values() {
+            for batch in [&sample.add, &sample.del] {
+                let calls = if load == Load::Alone { 3 } else { 10 };
+                assert!(
+                    batch.times_ms.len() == calls && batch.times_ms.iter().all(|time| *time > 0.0),
+                    "{cell:?} {batch:?}"
+                );
+                let longest = batch.times_ms.iter().copied().fold(0.0, f64::max);
+                assert!(batch.wall_ms >= longest && batch.plugin_cpu_ms > 0.0, "{cell:?} {batch:?}");
+                assert_eq!(batch.agent_cpu_ms > 0.0, plugin == Plugin::Weft, "{cell:?} {batch:?}");
+            }
+            assert!(sample.gone_ms >= sample.del.wall_ms, "{cell:?} {sample:?}");
+        }
+        assert!(results.summary(cell, Figure::Cpu).is_some_and(|cpu| cpu.n == 2));
+        assert!(results.of_all_calls(cell, Verb::Add, 0.99) >= results.of_all_calls(cell, Verb::Add, 0.5));
+    }
+    let floor = Cell { host_ports: HostPorts::None, load: Load::Alone, plugin: Plugin::Weft };
+    assert!(results.ratio(floor, Plugin::Floor, Figure::AddP50).is_some_and(|ratio| ratio.n == 2));
+    let names: Vec<_> = results.executables.keys().map(String::as_str).collect();
+    assert_eq!(names, ["bridge", "host-local", "portmap", "weft"]);
+    for (name, executable) in &results.executables {
+        assert!(executable.bytes > 100_000, "{name} {executable:?}");
+        let peak = executable.peak.map(|peak| peak.kib);
+        assert!(
+            if name == "host-local" { peak.is_none() } else { peak > Some(100) },
+            "{name} {executable:?}"
+        );
+    }
+    assert!(bench.file("cni.svg")?.starts_with("<svg "));
+    let page = bench.file("cni.md")?;
+    assert!(page.contains("| ADD alone, p50 | the floor program's | ≤ 1.50 |"), "{page}");
+    assert!(page.contains("weft of the test") && text.contains(&page), "{page}");
+
+    let again = bench.out.path().join("cni.json");
+    let output = bench.command(&format!("render {}", again.display())).output()?;
+    assert!(output.status.success() && bench.file("cni.md")? == page, "{}", both(&output));
+    bench.is_gone()
+}
+
+/// A plugin that fails costs what it was to give, and the next one finds the pods as they were.
+#[test]
+fn a_plugin_that_fails_costs_its_own_cells_only() -> Result<()> {
+    use cni::choice::{HostPorts, Load, Plugin};
+    use cni::result::{Cell, Results};
+
+    let bench = Bench::new()?;
+    let (run, netns) = bench.start("cni --rounds 20 --pods 10 --only floor,weft,alone,no-port", "pod-9")?;
+    let node = Netns::at(&netns.path().with_file_name("floor"));
+    eventually("a pod of the floor program", READY, || Ok(node.ip("-o link show")?.contains("floor7")))?;
+    node.ip("link delete cni0")?;
+    let output = run.wait_with_output()?;
+    let text = both(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("FAILED: ") && text.contains("## What failed"), "{text}");
+    let results = Results::load(&bench.out.path().join("cni.json"))?;
+    let rounds = |plugin| {
+        let cell = Cell { host_ports: HostPorts::None, load: Load::Alone, plugin };
+        results.samples.get(&cell).map_or(0, |samples| samples.len())
+    };
+    assert!(rounds(Plugin::Floor) < 20 && rounds(Plugin::Weft) == 20, "{text}");
+    bench.is_gone()
+}
+
 /// The alternative must be what it is said to be: flannel's wire format, one packet per datagram.
 #[test]
 fn the_naive_forwarder_sends_one_packet_per_datagram() -> Result<()> {
@@ -215,10 +294,17 @@ fn bad_input_is_refused_before_anything_is_made() -> Result<()> {
         ("dataplane --only udp,upd", "\"upd\": expected some of node, host-gw"),
         ("dataplane --colour", "--colour"),
         ("dataplane now", "now"),
+        ("cni --rounds 0", "1 to 1000"),
+        ("cni --pods 0", "1 to 100"),
+        ("cni --pods 101", "101"),
+        ("cni --seconds 1", "--seconds"),
+        ("cni --only weft,wefd", "\"wefd\": expected some of floor, weft"),
+        ("cni --only floor,port", "maps none"),
         ("network", "network"),
         ("render", "dataplane.json"),
         ("render /nonexistent.json", "/nonexistent.json"),
         ("render /etc/hostname", "not the figures of a run"),
+        ("render", "cni.json"),
     ] {
         let mut command = Command::new(&script);
         let bin_dir = Path::new(env!("CARGO_BIN_EXE_bench")).parent().context("where bench is")?;

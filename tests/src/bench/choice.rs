@@ -178,7 +178,7 @@ fn known_names() -> impl Iterator<Item = &'static str> {
     configurations.chain(Setting::ALL.iter().map(|s| s.name())).chain(Load::ALL.iter().map(|l| l.name()))
 }
 
-fn some_or_all<T: Copy>(all: Vec<T>, is_wanted: impl Fn(&T) -> bool) -> Vec<T> {
+pub(super) fn some_or_all<T: Copy>(all: Vec<T>, is_wanted: impl Fn(&T) -> bool) -> Vec<T> {
     let some: Vec<T> = all.iter().copied().filter(is_wanted).collect();
     if some.is_empty() { all } else { some }
 }

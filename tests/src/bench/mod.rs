@@ -9,6 +9,7 @@
 //! noted and costs its own cell; results are written after every round.
 
 pub mod choice;
+pub mod cni;
 pub mod cpu;
 pub mod goals;
 pub mod interrupt;
@@ -20,13 +21,13 @@ pub mod picture;
 pub mod program;
 pub mod result;
 pub mod stats;
+pub mod surroundings;
 mod sys;
 pub mod table;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -39,10 +40,9 @@ use interrupt::Interrupt;
 use load::Timing;
 use pair::Pair;
 use result::{Cell, Conditions, Results};
+use surroundings::{Surroundings, TheftWatch};
 
 const ROOT: &str = "/run/weft-bench";
-/// The commit that the programs are built from, said by the script that builds them.
-pub const COMMIT: &str = "WEFT_COMMIT";
 
 /// Between these a document has the summary of a run.
 const BEGIN: &str = "<!-- summary of docs/benchmarks: begin -->";
@@ -89,6 +89,15 @@ pub fn run(options: &Options, interrupt: &Interrupt) -> Result<()> {
 
 /// Page and picture anew from an earlier run's figures, and the summary into the document that shows it.
 pub fn render(from: &Path, out: &Path, readme: Option<&Path>) -> Result<()> {
+    let text = fs::read_to_string(from).with_context(|| format!("read {}", from.display()))?;
+    if cni::result::is_ours(&text) {
+        ensure!(
+            readme.is_none(),
+            "--readme: the summary is of the dataplanes, {} of plugins",
+            from.display()
+        );
+        return cni::render(from, out);
+    }
     let results = Results::load(from)?;
     if let Some(path) = readme {
         let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
@@ -140,7 +149,7 @@ fn measure(
     results: &mut Results,
     interrupt: &Interrupt,
 ) -> Result<()> {
-    let (start, stolen) = (Instant::now(), cpu::stolen()?);
+    let watch = TheftWatch::start()?;
     for round in 0..options.rounds {
         for setting in &options.selection.settings {
             let on = if setting.is_pinned() { cores.last() } else { cores.both() };
@@ -172,20 +181,18 @@ fn measure(
                 }
             }
         }
-        let elapsed = start.elapsed();
-        let all = elapsed.as_secs_f64() * f64::from(std::thread::available_parallelism()?.get() as u32);
-        results.conditions.stolen = (cpu::stolen()?.saturating_sub(stolen)).as_secs_f64() / all;
+        results.conditions.surroundings.stolen = watch.share()?;
         save(results, &options.out)?;
-        let left = elapsed / (round + 1) as u32 * (options.rounds - round - 1) as u32;
-        say(format!(
-            "Round {} of {} after {} s, about {} s to go.",
-            round + 1,
-            options.rounds,
-            elapsed.as_secs(),
-            left.as_secs()
-        ));
+        say(progress(round, options.rounds, watch.elapsed()));
     }
     Ok(())
+}
+
+/// After a round, counted from 0.
+fn progress(round: usize, rounds: usize, elapsed: Duration) -> String {
+    let left = elapsed / (round + 1) as u32 * (rounds - round - 1) as u32;
+    let (elapsed, left) = (elapsed.as_secs(), left.as_secs());
+    format!("Round {} of {rounds} after {elapsed} s, about {left} s to go.", round + 1)
 }
 
 /// Those that could be set; what a pair cannot be set to must not be measured as if it were.
@@ -230,27 +237,8 @@ fn save(results: &Results, out: &Path) -> Result<()> {
 }
 
 fn conditions(options: &Options) -> Result<Conditions> {
-    let read = |path: &str| fs::read_to_string(path).with_context(|| path.to_owned());
-    let model = read("/proc/cpuinfo")?;
-    let model = model.lines().find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1));
-    let load = read("/proc/loadavg")?;
-    let load = load.split(' ').next().context("/proc/loadavg")?.parse().context("/proc/loadavg")?;
-    let mut commit = std::env::var(COMMIT).unwrap_or_else(|_| "of an unknown commit".to_owned());
-    if cfg!(debug_assertions) {
-        commit += " (DEBUG BUILD: these figures say nothing)";
-    }
-    let date = Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"]).output().context("date")?;
     Ok(Conditions {
-        machine: format!(
-            "{}, {} cores",
-            model.unwrap_or("unknown processor"),
-            std::thread::available_parallelism()?
-        ),
-        kernel: read("/proc/sys/kernel/osrelease")?.trim().to_owned(),
-        commit,
-        date: String::from_utf8_lossy(&date.stdout).trim().to_owned(),
-        load_average_before: load,
-        stolen: 0.0,
+        surroundings: Surroundings::now()?,
         rounds: options.rounds,
         seconds: options.window.as_secs_f64(),
         warm_up_seconds: options.timing().warm_up.as_secs_f64(),
@@ -275,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn conditions_name_machine_and_kernel() -> Result<()> {
+    fn the_warm_up_follows_from_the_window() -> Result<()> {
         let options = Options {
             rounds: 3,
             window: Duration::from_millis(500),
@@ -283,9 +271,6 @@ mod tests {
             out: PathBuf::from("."),
         };
         let conditions = conditions(&options)?;
-        assert!(conditions.machine.contains("cores"), "{conditions:?}");
-        assert!(conditions.kernel.contains('.'), "{conditions:?}");
-        assert!(conditions.date.ends_with("UTC"), "{conditions:?}");
         assert!((conditions.warm_up_seconds - 0.2).abs() < 1e-9);
         Ok(())
     }

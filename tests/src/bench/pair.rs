@@ -31,7 +31,7 @@ use crate::pod::{Pod, Sandbox};
 use crate::traffic::echo::ping;
 use crate::underlay::{NodeNet, NodeNumber};
 
-const UNDERLAY: &str = "eth0";
+pub(super) const UNDERLAY: &str = "eth0";
 const NETWORK: &str = "10.5.0.0/16";
 /// flannel's for the udp backend: 28 bytes of IPv4 and UDP header.
 const TUNNEL_MTU: usize = 1500 - 28;
@@ -209,7 +209,7 @@ fn connect(bed: &Bed, configuration: Configuration) -> Result<[NodeNet; 2]> {
     Ok(nets)
 }
 
-fn agent_flags(node: &Node, store: &Path, config: &Value) -> Result<Vec<String>> {
+pub(super) fn agent_flags(node: &Node, store: &Path, config: &Value) -> Result<Vec<String>> {
     let file = node.agent.dir().join("net-conf.json");
     fs::write(&file, config.to_string())?;
     Ok(vec![

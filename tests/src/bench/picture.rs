@@ -9,6 +9,7 @@ use std::fmt::Write as _;
 use super::choice::{Configuration, Load, Setting};
 use super::result::{Cell, Figure, Results};
 use super::stats::Summary;
+use super::surroundings::Surroundings;
 use super::table::number;
 
 const ROWS: [(&str, Load, Figure); 6] = [
@@ -20,32 +21,42 @@ const ROWS: [(&str, Load, Figure); 6] = [
     ("request/response, 16 connections, exchanges per second", Load::Exchange16, Figure::PerSecond),
 ];
 
-const LABELS: usize = 172;
-const PANEL: usize = 236;
+pub(super) const LABELS: usize = 172;
+pub(super) const PANEL: usize = 236;
 const BAR: f64 = 128.0;
-const LINE: usize = 17;
-const HEAD: usize = 62;
-const ROW_HEAD: usize = 30;
+pub(super) const LINE: usize = 17;
+pub(super) const HEAD: usize = 62;
+pub(super) const ROW_HEAD: usize = 30;
 
-const STYLE: &str = "\
-<style>
-.ground { fill: #ffffff }
-text { font: 12px 'DejaVu Sans', Verdana, sans-serif; fill: #1f2328 }
-.title { font-size: 15px; font-weight: bold }
-.row { font-weight: bold }
-.faint { fill: #59636e; font-size: 11px }
-.line { stroke: #d1d9e0; stroke-width: 1 }
-.whisker { stroke: #1f2328; stroke-width: 1.2 }
+const COLOURS: &str = "\
 .node { fill: #8c959f } .host-gw { fill: #2da44e } .vxlan { fill: #0969da }
-.udp { fill: #bc4c00 } .udp-plain { fill: #e9a26b } .naive { fill: #a475f9 }
-@media (prefers-color-scheme: dark) {
-.ground { fill: #0d1117 }
-text { fill: #f0f6fc } .faint { fill: #9198a1 } .line { stroke: #3d444d } .whisker { stroke: #f0f6fc }
+.udp { fill: #bc4c00 } .udp-plain { fill: #e9a26b } .naive { fill: #a475f9 }";
+const DARK_COLOURS: &str = "\
 .node { fill: #656c76 } .host-gw { fill: #238636 } .vxlan { fill: #1f6feb }
-.udp { fill: #db6d28 } .udp-plain { fill: #9b5a2c } .naive { fill: #8957e5 }
-}
+.udp { fill: #db6d28 } .udp-plain { fill: #9b5a2c } .naive { fill: #8957e5 }";
+
+/// With the colours of the bars by class, on light and on dark ground.
+pub(super) fn style(colours: &str, dark_colours: &str) -> String {
+    format!(
+        "\
+<style>
+.ground {{ fill: #ffffff }}
+text {{ font: 12px 'DejaVu Sans', Verdana, sans-serif; fill: #1f2328 }}
+.title {{ font-size: 15px; font-weight: bold }}
+.row {{ font-weight: bold }}
+.faint {{ fill: #59636e; font-size: 11px }}
+.line {{ stroke: #d1d9e0; stroke-width: 1 }}
+.whisker {{ stroke: #1f2328; stroke-width: 1.2 }}
+{colours}
+@media (prefers-color-scheme: dark) {{
+.ground {{ fill: #0d1117 }}
+text {{ fill: #f0f6fc }} .faint {{ fill: #9198a1 }} .line {{ stroke: #3d444d }} .whisker {{ stroke: #f0f6fc }}
+{dark_colours}
+}}
 </style>
-";
+"
+    )
+}
 
 pub fn svg(results: &Results) -> String {
     let selection = results.selection();
@@ -55,7 +66,8 @@ pub fn svg(results: &Results) -> String {
     let height = HEAD + row_height * rows.len() + 44;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" role=\"img\" \
-         aria-label=\"Throughput and latency of weft's dataplanes side by side\">\n{STYLE}"
+         aria-label=\"Throughput and latency of weft's dataplanes side by side\">\n{}",
+        style(COLOURS, DARK_COLOURS)
     );
     let _ = writeln!(svg, "<rect class=\"ground\" width=\"{width}\" height=\"{height}\" rx=\"6\"/>");
     text(&mut svg, 8, 22, "title", "weft's dataplanes side by side");
@@ -75,15 +87,31 @@ pub fn svg(results: &Results) -> String {
             for (column, setting) in selection.settings.iter().enumerate() {
                 let cell = Cell { setting: *setting, load: *load, configuration: *configuration };
                 let largest = largest(results, *setting, *load, *figure);
-                bar(&mut svg, results, cell, *figure, largest, (LABELS + PANEL * column, y));
+                let ratio = (*configuration != Configuration::Node)
+                    .then(|| results.ratio(cell, Configuration::Node, *figure))
+                    .flatten()
+                    .map(|ratio| ratio.median);
+                let bar = Bar {
+                    class: configuration.name(),
+                    value: results.summary(cell, *figure),
+                    ratio,
+                    largest,
+                    at: (LABELS + PANEL * column, y),
+                };
+                bar.draw(&mut svg);
             }
         }
     }
-    let c = &results.conditions;
-    let whose = format!("{}, Linux {}, weft {}, {}", c.machine, c.kernel, c.commit, c.date);
-    let what = format!("medians of {} rounds, whiskers: quartiles, ×: ratio to node to node", c.rounds);
+    let rounds = results.conditions.rounds;
+    let what = format!("medians of {rounds} rounds, whiskers: quartiles, ×: ratio to node to node");
+    close(svg, height, &results.conditions.surroundings, &what)
+}
+
+/// The last lines: where and when, and what is shown.
+pub(super) fn close(mut svg: String, height: usize, s: &Surroundings, what: &str) -> String {
+    let whose = format!("{}, Linux {}, weft {}, {}", s.machine, s.kernel, s.commit, s.date);
     text(&mut svg, 8, height - 24, "faint", &whose);
-    text(&mut svg, 8, height - 9, "faint", &what);
+    text(&mut svg, 8, height - 9, "faint", what);
     svg + "</svg>\n"
 }
 
@@ -103,41 +131,46 @@ fn largest(results: &Results, setting: Setting, load: Load, figure: Figure) -> f
     values.fold(0.0, f64::max)
 }
 
-fn bar(
-    svg: &mut String,
-    results: &Results,
-    cell: Cell,
-    figure: Figure,
-    largest: f64,
-    (x, y): (usize, usize),
-) {
-    let Some(Summary { median, q1, q3, .. }) = results.summary(cell, figure) else {
-        return text(svg, x, y + 12, "faint", "not measured");
-    };
-    let at = |value: f64| if largest > 0.0 { value / largest * BAR } else { 0.0 };
-    let _ = writeln!(
-        svg,
-        "<rect class=\"{}\" x=\"{x}\" y=\"{}\" width=\"{:.1}\" height=\"{}\"/>",
-        cell.configuration,
-        y + 2,
-        at(median).max(1.0),
-        LINE - 5
-    );
-    let (from, to, middle) = (x as f64 + at(q1), x as f64 + at(q3), y as f64 + 2.0 + (LINE - 5) as f64 / 2.0);
-    let _ = writeln!(svg, "<path class=\"whisker\" d=\"M{from:.1} {middle:.1}H{to:.1}\"/>");
-    let ratio = (cell.configuration != Configuration::Node)
-        .then(|| results.ratio(cell, Configuration::Node, figure))
-        .flatten()
-        .map(|ratio| format!(" ×{}", two_digits(ratio.median)));
-    let figures = format!("{}{}", number(median), ratio.unwrap_or_default());
-    text(svg, x + at(median.max(q3)) as usize + 6, y + 12, "", &figures);
+/// A value with its whisker, figures behind it.
+#[derive(Debug)]
+pub(super) struct Bar<'a> {
+    pub(super) class: &'a str,
+    pub(super) value: Option<Summary>,
+    pub(super) ratio: Option<f64>,
+    /// What is as long as a bar can be.
+    pub(super) largest: f64,
+    pub(super) at: (usize, usize),
+}
+
+impl Bar<'_> {
+    pub(super) fn draw(&self, svg: &mut String) {
+        let (x, y) = self.at;
+        let Some(Summary { median, q1, q3, .. }) = self.value else {
+            return text(svg, x, y + 12, "faint", "not measured");
+        };
+        let at = |value: f64| if self.largest > 0.0 { value / self.largest * BAR } else { 0.0 };
+        let _ = writeln!(
+            svg,
+            "<rect class=\"{}\" x=\"{x}\" y=\"{}\" width=\"{:.1}\" height=\"{}\"/>",
+            self.class,
+            y + 2,
+            at(median).max(1.0),
+            LINE - 5
+        );
+        let (from, to, middle) =
+            (x as f64 + at(q1), x as f64 + at(q3), y as f64 + 2.0 + (LINE - 5) as f64 / 2.0);
+        let _ = writeln!(svg, "<path class=\"whisker\" d=\"M{from:.1} {middle:.1}H{to:.1}\"/>");
+        let ratio = self.ratio.map(|ratio| format!(" ×{}", two_digits(ratio))).unwrap_or_default();
+        let figures = format!("{}{ratio}", number(median));
+        text(svg, x + at(median.max(q3)) as usize + 6, y + 12, "", &figures);
+    }
 }
 
 fn two_digits(ratio: f64) -> String {
     if ratio >= 0.1 { format!("{ratio:.2}") } else { format!("{ratio:.3}") }
 }
 
-fn text(svg: &mut String, x: usize, y: usize, class: &str, text: &str) {
+pub(super) fn text(svg: &mut String, x: usize, y: usize, class: &str, text: &str) {
     let class = if class.is_empty() { String::new() } else { format!(" class=\"{class}\"") };
     let _ = writeln!(svg, "<text{class} x=\"{x}\" y=\"{y}\">{}</text>", escaped(text));
 }

@@ -11,6 +11,7 @@ use weft_agent::status::PacketPathStatus;
 
 use super::choice::{Configuration, Load, Selection, Setting};
 use super::stats::Summary;
+use super::surroundings::Surroundings;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Figure {
@@ -38,16 +39,11 @@ pub enum Figure {
 #[serde(transparent)]
 pub struct Sample(pub BTreeMap<Figure, f64>);
 
-/// Where and when a run was.
+/// Where and when a run was, and how long it looked.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Conditions {
-    pub machine: String,
-    pub kernel: String,
-    pub commit: String,
-    pub date: String,
-    pub load_average_before: f64,
-    /// The share of all cores' time that the hypervisor took while the run went on.
-    pub stolen: f64,
+    #[serde(flatten)]
+    pub surroundings: Surroundings,
     pub rounds: usize,
     pub seconds: f64,
     pub warm_up_seconds: f64,
@@ -196,18 +192,19 @@ pub mod tests {
 
     use super::*;
 
-    pub(in super::super) fn conditions() -> Conditions {
-        Conditions {
+    pub(in super::super) fn surroundings() -> Surroundings {
+        Surroundings {
             machine: "2 cores of a <test> machine".into(),
             kernel: "6.18.0".into(),
             commit: "0123abc".into(),
             date: "2026-11-26".into(),
             load_average_before: 0.25,
             stolen: 0.0125,
-            rounds: 3,
-            seconds: 0.5,
-            warm_up_seconds: 0.2,
         }
+    }
+
+    pub(in super::super) fn conditions() -> Conditions {
+        Conditions { surroundings: surroundings(), rounds: 3, seconds: 0.5, warm_up_seconds: 0.2 }
     }
 
     pub(in super::super) fn packet_path() -> PacketPathStatus {

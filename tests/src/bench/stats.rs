@@ -15,16 +15,16 @@ impl Summary {
     pub fn of(samples: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut sorted: Vec<f64> = samples.into_iter().collect();
         sorted.sort_by(f64::total_cmp);
-        let quantile = |share: f64| {
-            let at = share * (sorted.len() - 1) as f64;
-            let (below, above) = (at.floor() as usize, at.ceil() as usize);
-            sorted[below] + (sorted[above] - sorted[below]) * at.fract()
-        };
-        if sorted.is_empty() {
-            return None;
-        }
-        Some(Self { median: quantile(0.5), q1: quantile(0.25), q3: quantile(0.75), n: sorted.len() })
+        let at = |share| quantile(&sorted, share);
+        Some(Self { median: at(0.5)?, q1: at(0.25)?, q3: at(0.75)?, n: sorted.len() })
     }
+}
+
+/// Of samples in order; none without a sample.
+pub fn quantile(sorted: &[f64], share: f64) -> Option<f64> {
+    let at = share * sorted.len().checked_sub(1)? as f64;
+    let (below, above) = (at.floor() as usize, at.ceil() as usize);
+    Some(sorted[below] + (sorted[above] - sorted[below]) * at.fract())
 }
 
 #[cfg(test)]

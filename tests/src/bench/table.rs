@@ -9,6 +9,7 @@ use super::choice::{Configuration, Load, Setting};
 use super::goals::{GOALS, Wanted, verdict};
 use super::result::{Cell, Figure, Results};
 use super::stats::Summary;
+use super::surroundings::Surroundings;
 
 /// A column: its heading, and what stands in it.
 type Column = (&'static str, Load, Figure);
@@ -95,18 +96,22 @@ pub fn summary(results: &Results) -> String {
 
 fn conditions(results: &Results) -> String {
     let c = &results.conditions;
+    let how = format!(
+        "{} rounds, windows of {} s after {} s of warm-up, configurations in turns",
+        c.rounds, c.seconds, c.warm_up_seconds
+    );
+    where_and_when(&c.surroundings, &how)
+}
+
+pub(super) fn where_and_when(s: &Surroundings, how: &str) -> String {
     format!(
-        "{}; Linux {}; weft {}; {}. {} rounds, windows of {} s after {} s of warm-up, \
-         configurations in turns. Load average before: {:.2}; taken by the hypervisor: {:.1} %.",
-        c.machine,
-        c.kernel,
-        c.commit,
-        c.date,
-        c.rounds,
-        c.seconds,
-        c.warm_up_seconds,
-        c.load_average_before,
-        c.stolen * 100.0
+        "{}; Linux {}; weft {}; {}. {how}. Load average before: {:.2}; taken by the hypervisor: {:.1} %.",
+        s.machine,
+        s.kernel,
+        s.commit,
+        s.date,
+        s.load_average_before,
+        s.stolen * 100.0
     )
 }
 
@@ -172,7 +177,7 @@ fn value(results: &Results, cell: Cell, figure: Figure) -> String {
 }
 
 /// Median and quartiles.
-fn spread(of: Summary) -> (String, String) {
+pub(super) fn spread(of: Summary) -> (String, String) {
     (number(of.median), format!("({} - {})", number(of.q1), number(of.q3)))
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
 use e2e::bench::choice::Selection;
+use e2e::bench::cni::{self, floor, launch};
 use e2e::bench::interrupt::Interrupt;
 use e2e::bench::program::Part;
 use e2e::bench::{self, Options};
@@ -27,7 +28,12 @@ enum Command {
     /// Configurations take turns within each round. Everything with the defaults takes about 20 minutes, with --quick
     /// about 4; the machine should do nothing else meanwhile.
     Dataplane(Dataplane),
-    /// Page and picture anew from the dataplane.json of an earlier run
+    /// Time from exec to exit, processor cost and memory of the CNI plugin
+    ///
+    /// weft, the reference plugins and a floor program take turns within each round. Everything with the defaults takes
+    /// about 5 minutes, with --quick less than one; the machine should do nothing else meanwhile.
+    Cni(Cni),
+    /// Page and picture anew from the dataplane.json or cni.json of an earlier run
     Render {
         from: PathBuf,
         /// Where to
@@ -63,15 +69,46 @@ struct Dataplane {
     out: PathBuf,
 }
 
+#[derive(Debug, Args)]
+struct Cni {
+    /// How often each measurement is taken [default: 20, with --quick 3]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: Option<u32>,
+    /// How many pods are wired one after the other in each round [default: 10, with --quick 5]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pods: Option<u32>,
+    /// Fewer measurements, for development
+    #[arg(long)]
+    quick: bool,
+    /// Only these, by name: plugins (floor, weft, reference), calls at once (alone, 10, 50, 100), kinds of pod (no-port,
+    /// port). A kind of which none is named stays whole
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Where cni.json, cni.md and cni.svg go
+    #[arg(long, default_value = "target/bench")]
+    out: PathBuf,
+}
+
 fn main() {
-    if let Err(error) = run(Arguments::parse().command) {
+    if let Err(error) = started_as_part().unwrap_or_else(|| run(Arguments::parse().command)) {
         complain(format!("bench: {error:#}"));
         exit(1);
     }
 }
 
+/// What is measured itself: knowing the command line would take it longer than its work.
+fn started_as_part() -> Option<Result<()>> {
+    let mut words = std::env::args().skip(1);
+    match words.next()?.as_str() {
+        floor::COMMAND => Some(floor::main()),
+        launch::COMMAND => Some(launch::main(&words.next()?, words)),
+        _ => None,
+    }
+}
+
 fn run(command: Command) -> Result<()> {
     match command {
+        Command::Cni(cni) => cni::run(&cni.options()?, &Interrupt::watch()?),
         Command::Dataplane(dataplane) => {
             let options = dataplane.options()?;
             bench::run(&options, &Interrupt::watch()?)
@@ -88,6 +125,18 @@ impl Dataplane {
             rounds: self.rounds.unwrap_or(rounds) as usize,
             window: Duration::from_secs_f64(self.seconds.unwrap_or(seconds)),
             selection: Selection::of(self.only.iter().map(String::as_str))?,
+            out: self.out,
+        })
+    }
+}
+
+impl Cni {
+    fn options(self) -> Result<cni::Options> {
+        let (rounds, pods) = if self.quick { (3, 5) } else { (20, 10) };
+        Ok(cni::Options {
+            rounds: self.rounds.unwrap_or(rounds) as usize,
+            pods: self.pods.unwrap_or(pods) as usize,
+            selection: cni::choice::Selection::of(self.only.iter().map(String::as_str))?,
             out: self.out,
         })
     }

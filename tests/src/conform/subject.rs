@@ -134,10 +134,11 @@ pub struct Place {
     pub data: PathBuf,
 }
 
-fn reference_dir() -> Result<PathBuf> {
+/// Where they are.
+pub fn reference_dir() -> Result<PathBuf> {
     let exe = env::current_exe()?;
     let found = exe.ancestors().map(|dir| dir.join(TOOLS)).find(|dir| dir.join("bridge").is_file());
     found.with_context(|| {
-        format!("the reference plugins {REFERENCE} are not in target/{TOOLS}: `scripts/test core` and `scripts/conform` build them")
+        format!("the reference plugins {REFERENCE} are not in target/{TOOLS}: `scripts/test core`, `scripts/conform` and `scripts/bench cni` build them")
     })
 }

@@ -267,3 +267,45 @@ fn removal_asks_before_it_stops_weftd() -> Result<()> {
         Ok(())
     })
 }
+
+/// A shell function that makes another tarball's folder: `newer DIR FILE` copies and adds a line to a file.
+fn newer(dir: &str) -> String {
+    format!(
+        "newer() {{ cp -r {dir} $1; cd $1; echo '#' >>$2; sed -i \"\\\\# $2\\$#d\" SHA256SUMS; sha256sum $2 >>SHA256SUMS; cd ..; }};"
+    )
+}
+
+#[test]
+fn an_upgrade_that_was_cut_off_restarts_weftd_the_next_time() -> Result<()> {
+    with_host(|host, dir| {
+        host.sh(&format!("{dir}/install; {} newer one bin/weftd; newer two conf/weftd.service", newer(dir)))?;
+        host.put(
+            "/root/bad/systemctl",
+            b"#!/bin/sh\n[ $1 != $BAD ] && exec /usr/local/sbin/systemctl \"$@\"\n",
+        )?;
+        host.sh("chmod 755 bad/systemctl")?;
+        start(host)?;
+        let mut running = pid(host)?;
+        let mut restarted = |script: &str, due: bool| {
+            let text = host.sh(script)?;
+            let was = std::mem::replace(&mut running, pid(host)?);
+            ensure!((was != running) == due && text.contains("restarted  weftd.service") == due, "{text}");
+            ensure!(due || text.ends_with("Nothing to do.\n"), "{text}");
+            Ok(())
+        };
+        for (verb, newer) in [("daemon-reload", "one"), ("restart", "two")] {
+            let before = pid(host)?;
+            let text = host.refused(&format!("BAD={verb} PATH=/root/bad:$PATH {newer}/install"))?;
+            ensure!(text.contains("replaced") && pid(host)? == before, "{verb}: {text}");
+            restarted(&format!("{newer}/install"), true)?;
+            restarted(&format!("{newer}/install"), false)?;
+        }
+        // What is recorded says nothing of what runs.
+        host.sh(&format!(
+            "cp one/bin/weftd new && mv new /usr/local/bin/weftd && sum=$(sha256sum \
+             </usr/local/bin/weftd) && sed -i \"s|.*  /usr/local/bin/weftd$|${{sum%-}}/usr/local/bin/weftd|\" {LEDGER}; \
+             cp two/conf/weftd.service one/conf; cd one; sed -i /weftd.service$/d SHA256SUMS; sha256sum conf/weftd.service >>SHA256SUMS"
+        ))?;
+        restarted("one/install", true)
+    })
+}

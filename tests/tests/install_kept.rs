@@ -309,3 +309,24 @@ fn an_upgrade_that_was_cut_off_restarts_weftd_the_next_time() -> Result<()> {
         restarted("one/install", true)
     })
 }
+
+#[test]
+fn removal_asks_about_pods_also_without_the_installed_weftctl() -> Result<()> {
+    with_host(|host, dir| {
+        host.sh(&format!("{dir}/install; rm /usr/local/bin/weftctl; cp -r {dir} asks; cp -r {dir} none; rm none/bin/weftctl"))?;
+        host.put("/root/asks/bin/weftctl", b"#!/bin/sh\necho a pod is attached\nexit 1\n")?;
+        let text = host.refused("asks/install --remove")?;
+        contains(&text, &["a pod is attached", "nothing was stopped or removed"])?;
+        let text = host.refused("none/install --remove")?;
+        contains(&text, &["/usr/local/bin/weftctl is missing", "nothing was stopped or removed"])?;
+        ensure!(host.exists("/usr/local/bin/weftd") && host.exists(CONFLIST), "{text}");
+        host.sh(&format!("{dir}/install --remove"))?;
+        ensure!(!host.exists("/usr/local/bin/weftd") && !host.exists(CONFLIST));
+        // Nothing is left of which anybody had to be asked.
+        host.sh("none/install --remove --purge; dpkg -i weft.deb; mv /usr/bin/weftctl away")?;
+        let text = host.refused("dpkg -r weft 2>&1")?;
+        contains(&text, &["/usr/bin/weftctl is missing", "Install Debian's package again"])?;
+        ensure!(host.exists("/usr/bin/weftd") && host.exists(CONFLIST), "{text}");
+        Ok(())
+    })
+}

@@ -330,3 +330,32 @@ fn removal_asks_about_pods_also_without_the_installed_weftctl() -> Result<()> {
         Ok(())
     })
 }
+
+/// His own may be written over several lines.
+#[test]
+fn a_network_before_an_operators_own_configuration_is_named_and_taken_over_from() -> Result<()> {
+    with_host(|host, dir| {
+        let (mine, first) = (format!("{CONF_DIR}/05-mine.conflist"), format!("{CONF_DIR}/00-other.conf"));
+        host.put(
+            &mine,
+            b"{\"cniVersion\":\"1.0.0\",\"name\":\"mine\",\"plugins\":[{\"type\":\n\t\"weft\"}]}",
+        )?;
+        host.put(&first, OTHER)?;
+        host.put(&format!("{CONF_DIR}/06-later.conf"), OTHER)?;
+        let text = host.sh(&format!("{dir}/install"))?;
+        contains(
+            &text,
+            &[
+                "05-mine.conflist calls weft already",
+                "WARNING    /etc/cni/net.d/00-other.conf comes before 05-mine.conflist",
+            ],
+        )?;
+        ensure!(!text.contains("06-later") && host.exists(&first) && !host.exists(CONFLIST), "{text}");
+        let text = host.sh(&format!("{dir}/install --take-over"))?;
+        contains(&text, &["put away   /etc/cni/net.d/00-other.conf", "1 changes."])?;
+        ensure!(!host.exists(&first) && host.exists(&mine) && !host.exists(CONFLIST), "{text}");
+        let text = host.sh(&format!("{dir}/install --remove"))?;
+        ensure!(host.read(&first)?.as_bytes() == OTHER && host.exists(&mine), "{text}");
+        Ok(())
+    })
+}

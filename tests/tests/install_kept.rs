@@ -359,3 +359,28 @@ fn a_network_before_an_operators_own_configuration_is_named_and_taken_over_from(
         Ok(())
     })
 }
+
+#[test]
+fn what_was_put_away_first_comes_back_and_nothing_is_lost() -> Result<()> {
+    with_host(|host, dir| {
+        let path = format!("{CONF_DIR}/05 first.conflist");
+        let other = |name: &str| String::from_utf8_lossy(OTHER).replace("\"other\"", &format!("\"{name}\""));
+        for (name, saved) in [("a", ""), ("b", ".2"), ("c", ".3"), ("a", ""), ("b", ".2")] {
+            host.put(&path, other(name).as_bytes())?;
+            let text = host.sh(&format!("{dir}/install --take-over"))?;
+            contains(&text, &[&format!("(now 05 first.conflist.weft-saved{saved};")])?;
+            ensure!(host.read(&format!("{path}.weft-saved{saved}"))? == other(name), "{name}: {text}");
+        }
+        let text = host.sh(&format!("{dir}/install --remove"))?;
+        contains(&text, &["kept       /etc/cni/net.d/05 first.conflist.weft-saved.2: "])?;
+        for (suffix, name) in [("", "a"), (".weft-saved.2", "b"), (".weft-saved.3", "c")] {
+            ensure!(host.read(&format!("{path}{suffix}"))? == other(name), "{suffix}: {text}");
+        }
+        // Left over from then, it is in nobody's way: what is there now comes back.
+        host.sh(&format!("mv '{path}' '{path}.weft-saved'"))?;
+        host.put(&path, other("d").as_bytes())?;
+        host.sh(&format!("{dir}/install --take-over && {dir}/install --remove"))?;
+        ensure!(host.read(&path)? == other("d") && host.read(&format!("{path}.weft-saved"))? == other("a"));
+        Ok(())
+    })
+}

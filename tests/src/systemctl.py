@@ -68,6 +68,8 @@ def start(name):
     unit = settings(name)
     if pid_of(name):
         return
+    if not os.path.exists(f"{RECORDS}/{name}.loaded"):
+        load(name)
     env = environment(unit)
     command = re.sub(r"\$(\w+)", lambda m: env.get(m.group(1), ""), unit["ExecStart"][-1])
     for kind, base in [("Runtime", "/run"), ("State", "/var/lib")]:
@@ -121,8 +123,36 @@ def stop(name):
             time.sleep(0.02)
 
 
-def show(name):
-    print("active" if pid_of(name) else "inactive")
+def content(path):
+    try:
+        with open(path) as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def load(name):
+    os.makedirs(RECORDS, exist_ok=True)
+    with open(f"{RECORDS}/{name}.loaded", "w") as record:
+        record.write("" if is_masked(name) else content(path_of(name)))
+
+
+# By content, for systemd's time stamps (unit_need_daemon_reload).
+def is_outdated(name):
+    loaded = f"{RECORDS}/{name}.loaded"
+    return os.path.exists(loaded) and not is_masked(name) and content(loaded) != content(path_of(name))
+
+
+def show(name, wanted):
+    pid = pid_of(name)
+    if wanted == "ActiveState":
+        print("active" if pid else "inactive")
+    elif wanted == "MainPID":
+        print(pid or 0)
+    elif wanted == "NeedDaemonReload":
+        print("yes" if is_outdated(name) else "no")
+    else:
+        fail(f"property {wanted} is not known here")
 
 
 def link(name):
@@ -132,8 +162,8 @@ def link(name):
 def main(arguments):
     options = [a for a in arguments if a.startswith("-")]
     verb, *names = [a for a in arguments if not a.startswith("-")] or [""]
-    if arguments[:4] == ["show", "--property", "ActiveState", "--value"]:
-        return show(arguments[4])
+    if arguments[:2] == ["show", "--property"] and arguments[3:4] == ["--value"]:
+        return show(arguments[4], arguments[2])
     if unknown := [o for o in options if o not in {"--now", "--quiet", "--no-block"}]:
         fail(f"option {unknown[0]} is not known here")
     for name in [n.removesuffix(".service") for n in names]:
@@ -167,8 +197,14 @@ def main(arguments):
             os.symlink("/dev/null", f"{UNITS[0]}/{name}.service")
         else:
             fail(f"verb {verb} is not known here")
-    if not names and verb != "daemon-reload":
+    if names:
+        return
+    if verb != "daemon-reload":
         fail(f"verb {verb} is not known here")
+    for record in os.listdir(RECORDS) if os.path.isdir(RECORDS) else []:
+        name, _, kind = record.partition(".")
+        if kind == "loaded" and any(os.path.lexists(f"{folder}/{name}.service") for folder in UNITS):
+            load(name)
 
 
 main(sys.argv[1:])

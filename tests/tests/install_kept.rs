@@ -267,3 +267,120 @@ fn removal_asks_before_it_stops_weftd() -> Result<()> {
         Ok(())
     })
 }
+
+/// A shell function that makes another tarball's folder: `newer DIR FILE` copies and adds a line to a file.
+fn newer(dir: &str) -> String {
+    format!(
+        "newer() {{ cp -r {dir} $1; cd $1; echo '#' >>$2; sed -i \"\\\\# $2\\$#d\" SHA256SUMS; sha256sum $2 >>SHA256SUMS; cd ..; }};"
+    )
+}
+
+#[test]
+fn an_upgrade_that_was_cut_off_restarts_weftd_the_next_time() -> Result<()> {
+    with_host(|host, dir| {
+        host.sh(&format!("{dir}/install; {} newer one bin/weftd; newer two conf/weftd.service", newer(dir)))?;
+        host.put(
+            "/root/bad/systemctl",
+            b"#!/bin/sh\n[ $1 != $BAD ] && exec /usr/local/sbin/systemctl \"$@\"\n",
+        )?;
+        host.sh("chmod 755 bad/systemctl")?;
+        start(host)?;
+        let mut running = pid(host)?;
+        let mut restarted = |script: &str, due: bool| {
+            let text = host.sh(script)?;
+            let was = std::mem::replace(&mut running, pid(host)?);
+            ensure!((was != running) == due && text.contains("restarted  weftd.service") == due, "{text}");
+            ensure!(due || text.ends_with("Nothing to do.\n"), "{text}");
+            Ok(())
+        };
+        for (verb, newer) in [("daemon-reload", "one"), ("restart", "two")] {
+            let before = pid(host)?;
+            let text = host.refused(&format!("BAD={verb} PATH=/root/bad:$PATH {newer}/install"))?;
+            ensure!(text.contains("replaced") && pid(host)? == before, "{verb}: {text}");
+            restarted(&format!("{newer}/install"), true)?;
+            restarted(&format!("{newer}/install"), false)?;
+        }
+        // What is recorded says nothing of what runs.
+        host.sh(&format!(
+            "cp one/bin/weftd new && mv new /usr/local/bin/weftd && sum=$(sha256sum \
+             </usr/local/bin/weftd) && sed -i \"s|.*  /usr/local/bin/weftd$|${{sum%-}}/usr/local/bin/weftd|\" {LEDGER}; \
+             cp two/conf/weftd.service one/conf; cd one; sed -i /weftd.service$/d SHA256SUMS; sha256sum conf/weftd.service >>SHA256SUMS"
+        ))?;
+        restarted("one/install", true)
+    })
+}
+
+#[test]
+fn removal_asks_about_pods_also_without_the_installed_weftctl() -> Result<()> {
+    with_host(|host, dir| {
+        host.sh(&format!("{dir}/install; rm /usr/local/bin/weftctl; cp -r {dir} asks; cp -r {dir} none; rm none/bin/weftctl"))?;
+        host.put("/root/asks/bin/weftctl", b"#!/bin/sh\necho a pod is attached\nexit 1\n")?;
+        let text = host.refused("asks/install --remove")?;
+        contains(&text, &["a pod is attached", "nothing was stopped or removed"])?;
+        let text = host.refused("none/install --remove")?;
+        contains(&text, &["/usr/local/bin/weftctl is missing", "nothing was stopped or removed"])?;
+        ensure!(host.exists("/usr/local/bin/weftd") && host.exists(CONFLIST), "{text}");
+        host.sh(&format!("{dir}/install --remove"))?;
+        ensure!(!host.exists("/usr/local/bin/weftd") && !host.exists(CONFLIST));
+        // Nothing is left of which anybody had to be asked.
+        host.sh("none/install --remove --purge; dpkg -i weft.deb; mv /usr/bin/weftctl away")?;
+        let text = host.refused("dpkg -r weft 2>&1")?;
+        contains(&text, &["/usr/bin/weftctl is missing", "Install Debian's package again"])?;
+        ensure!(host.exists("/usr/bin/weftd") && host.exists(CONFLIST), "{text}");
+        Ok(())
+    })
+}
+
+/// His own may be written over several lines.
+#[test]
+fn a_network_before_an_operators_own_configuration_is_named_and_taken_over_from() -> Result<()> {
+    with_host(|host, dir| {
+        let (mine, first) = (format!("{CONF_DIR}/05-mine.conflist"), format!("{CONF_DIR}/00-other.conf"));
+        host.put(
+            &mine,
+            b"{\"cniVersion\":\"1.0.0\",\"name\":\"mine\",\"plugins\":[{\"type\":\n\t\"weft\"}]}",
+        )?;
+        host.put(&first, OTHER)?;
+        host.put(&format!("{CONF_DIR}/06-later.conf"), OTHER)?;
+        let text = host.sh(&format!("{dir}/install"))?;
+        contains(
+            &text,
+            &[
+                "05-mine.conflist calls weft already",
+                "WARNING    /etc/cni/net.d/00-other.conf comes before 05-mine.conflist",
+            ],
+        )?;
+        ensure!(!text.contains("06-later") && host.exists(&first) && !host.exists(CONFLIST), "{text}");
+        let text = host.sh(&format!("{dir}/install --take-over"))?;
+        contains(&text, &["put away   /etc/cni/net.d/00-other.conf", "1 changes."])?;
+        ensure!(!host.exists(&first) && host.exists(&mine) && !host.exists(CONFLIST), "{text}");
+        let text = host.sh(&format!("{dir}/install --remove"))?;
+        ensure!(host.read(&first)?.as_bytes() == OTHER && host.exists(&mine), "{text}");
+        Ok(())
+    })
+}
+
+#[test]
+fn what_was_put_away_first_comes_back_and_nothing_is_lost() -> Result<()> {
+    with_host(|host, dir| {
+        let path = format!("{CONF_DIR}/05 first.conflist");
+        let other = |name: &str| String::from_utf8_lossy(OTHER).replace("\"other\"", &format!("\"{name}\""));
+        for (name, saved) in [("a", ""), ("b", ".2"), ("c", ".3"), ("a", ""), ("b", ".2")] {
+            host.put(&path, other(name).as_bytes())?;
+            let text = host.sh(&format!("{dir}/install --take-over"))?;
+            contains(&text, &[&format!("(now 05 first.conflist.weft-saved{saved};")])?;
+            ensure!(host.read(&format!("{path}.weft-saved{saved}"))? == other(name), "{name}: {text}");
+        }
+        let text = host.sh(&format!("{dir}/install --remove"))?;
+        contains(&text, &["kept       /etc/cni/net.d/05 first.conflist.weft-saved.2: "])?;
+        for (suffix, name) in [("", "a"), (".weft-saved.2", "b"), (".weft-saved.3", "c")] {
+            ensure!(host.read(&format!("{path}{suffix}"))? == other(name), "{suffix}: {text}");
+        }
+        // Left over from then, it is in nobody's way: what is there now comes back.
+        host.sh(&format!("mv '{path}' '{path}.weft-saved'"))?;
+        host.put(&path, other("d").as_bytes())?;
+        host.sh(&format!("{dir}/install --take-over && {dir}/install --remove"))?;
+        ensure!(host.read(&path)? == other("d") && host.read(&format!("{path}.weft-saved"))? == other("a"));
+        Ok(())
+    })
+}

@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 use support::double::{Behaviour, failure};
 use support::{Namespace, Node, eventually, exists, host_veth};
 use weft_shared::deadline;
-use weft_shared::protocol::Request;
+use weft_shared::protocol::{Reply, Request, encode};
+use weft_shared::tombstone::Tombstone;
 
 /// What a busy machine adds to a deadline, less than lies between a DEL's and an ADD's.
 const SLOWNESS: Duration = Duration::from_secs(3);
@@ -155,6 +156,72 @@ fn a_mute_agent_is_given_up() {
     assert!(start.elapsed() < Duration::from_secs(5));
     node.del("c1", "").ok();
     assert_eq!(node.tombstones().len(), 1);
+}
+
+fn frame(json: &str) -> Vec<u8> {
+    [&(json.len() as u32).to_be_bytes()[..], json.as_bytes()].concat()
+}
+
+#[test]
+fn an_agent_that_talks_nonsense_is_told_apart_and_nothing_is_left() {
+    let (node, pod) = (Node::new(), Namespace::new());
+    let socket = node.socket().display().to_string();
+    let nothing_left = || {
+        let links = (pod.link_names(), node.ns.link_names());
+        assert_eq!(links, (vec![], vec!["cni0".to_owned()]));
+    };
+    for (id, said, code, part) in [
+        ("http", b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(), 5, "over the limit"),
+        ("text", frame("hello"), 5, "not a message of this protocol"),
+        ("unknown", frame(r#"{"version":1,"body":{"Perhaps":{}}}"#), 5, "not a message of this protocol"),
+        ("version", frame(r#"{"version":2,"body":{"Perhaps":{}}}"#), 103, "speaks protocol version 2"),
+    ] {
+        let agent = node.agent().behaving(Behaviour { says: Some(said.clone()), ..Behaviour::default() });
+        let text = node.add(id, &pod).refused(code);
+        assert!(text.contains(&socket) && text.contains(part), "{text}");
+        nothing_left();
+        let text = node.call("STATUS", "", "", &node.conf("1.1.0", json!({}))).run().refused(code);
+        assert!(text.contains(part), "{text}");
+        node.del(id, &pod.path()).ok();
+        let heard = |t: &Tombstone| t.attachment.container_id.as_str() == id;
+        assert!(node.tombstones().iter().any(heard), "nobody will tell the agent of {id}");
+        drop(agent);
+
+        // Once it has wired the plugin cannot know whether the agent has it as attached.
+        let at_commit = Behaviour { says_at_commit: Some(said), spare_orphans: true, ..Behaviour::default() };
+        let agent = node.agent().behaving(at_commit);
+        let text = node.add(id, &pod).refused(11);
+        assert!(text.contains(part), "{text}");
+        nothing_left();
+        eventually("the agent forgets", || agent.books().records.is_empty());
+    }
+    let done = encode(&Reply::Done).expect("a frame");
+    let _agent = node.agent().behaving(Behaviour { says: Some(done), ..Behaviour::default() });
+    let text = node.add("done", &pod).refused(5);
+    assert!(text.contains("an answer to another question"), "{text}");
+    nothing_left();
+}
+
+#[test]
+fn an_add_is_over_in_time_although_the_agent_falls_silent() {
+    let half = frame(r#"{"version":1,"body":"Done"}"#)[..10].to_vec();
+    let mute = Behaviour { mute: true, ..Behaviour::default() };
+    let midway = Behaviour { says: Some(half.clone()), ..Behaviour::default() };
+    let at_commit = Behaviour { says_at_commit: Some(half), spare_orphans: true, ..Behaviour::default() };
+    let nodes = [mute, midway, at_commit].map(|behaviour| {
+        let (node, pod) = (Node::new(), Namespace::new());
+        let agent = node.agent().behaving(behaviour);
+        let start = Instant::now();
+        let child = node.call("ADD", "c1", &pod.path(), &node.conf("1.1.0", json!({}))).spawn();
+        (node, pod, agent, start, child)
+    });
+    for (node, pod, _agent, start, child) in nodes {
+        let text = support::Outcome::of(child.wait_with_output().expect("end")).refused(11);
+        assert!(text.contains("did not answer in time"), "{text}");
+        let took = start.elapsed();
+        assert!((deadline::ADD..deadline::ADD + SLOWNESS).contains(&took), "{took:?}");
+        assert_eq!((pod.link_names(), node.ns.link_names()), (vec![], vec!["cni0".to_owned()]));
+    }
 }
 
 #[test]

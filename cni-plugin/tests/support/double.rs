@@ -2,6 +2,7 @@
 //! addresses of 10.77.0.0/24 and fd77::/64, undoes what was not committed, and misbehaves when told to.
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::net::IpAddr;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -28,6 +29,9 @@ pub(crate) struct Behaviour {
     pub(crate) close_at_commit: bool,
     /// Take requests and say nothing.
     pub(crate) mute: bool,
+    /// Say this instead of an answer, and go on listening: to everything, or to Commit alone.
+    pub(crate) says: Option<Vec<u8>>,
+    pub(crate) says_at_commit: Option<Vec<u8>>,
     /// Leave a veth alone that is in the way of a reservation or of an undone one.
     pub(crate) spare_orphans: bool,
     /// As an agent of before there were host ports and bandwidth.
@@ -122,6 +126,13 @@ fn serve(mut stream: UnixStream, books: &Mutex<Books>, host: &Host) {
             books.requests.push(request.clone());
             if let Request::Reserve(reserve) = &request {
                 open = Some(reserve.attachment.clone());
+            }
+            let Behaviour { says, says_at_commit, .. } = &books.behaviour;
+            let at_commit = says_at_commit.as_ref().filter(|_| matches!(request, Request::Commit(_)));
+            if let Some(bytes) = says.as_ref().or(at_commit) {
+                // Whoever hears nonsense may hang up at once.
+                let _ = stream.write_all(bytes);
+                continue;
             }
             answer(&mut books, host, request)
         };

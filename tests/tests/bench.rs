@@ -169,8 +169,8 @@ fn plugins_are_measured_in_turns_and_nothing_is_left() -> Result<()> {
         assert!(results.summary(cell, Figure::Cpu).is_some_and(|cpu| cpu.n == 2));
         assert!(results.of_all_calls(cell, Verb::Add, 0.99) >= results.of_all_calls(cell, Verb::Add, 0.5));
     }
-    let floor = Cell { host_ports: HostPorts::None, load: Load::Alone, plugin: Plugin::Weft };
-    assert!(results.ratio(floor, Plugin::Floor, Figure::AddP50).is_some_and(|ratio| ratio.n == 2));
+    let weft = Cell { host_ports: HostPorts::None, load: Load::Alone, plugin: Plugin::Weft };
+    assert!(results.ratio(weft, Plugin::Floor, Figure::AddP50).is_some_and(|ratio| ratio.n == 2));
     let names: Vec<_> = results.executables.keys().map(String::as_str).collect();
     assert_eq!(names, ["bridge", "host-local", "portmap", "weft"]);
     for (name, executable) in &results.executables {
@@ -206,7 +206,10 @@ fn a_plugin_that_fails_costs_its_own_cells_only() -> Result<()> {
     let output = run.wait_with_output()?;
     let text = both(&output);
     assert_eq!(output.status.code(), Some(1), "{text}");
-    assert!(text.contains("FAILED: ") && text.contains("## What failed"), "{text}");
+    assert!(text.contains("## What failed"), "{text}");
+    let failure = "floor, alone, pods without a port mapping: ";
+    assert!(text.contains("FAILED: round ") && text.contains(failure), "{text}");
+    assert!(text.contains("veth pair and bridge port: message 0: "), "the floor program says why: {text}");
     let results = Results::load(&bench.out.path().join("cni.json"))?;
     let rounds = |plugin| {
         let cell = Cell { host_ports: HostPorts::None, load: Load::Alone, plugin };

@@ -1,7 +1,7 @@
 //! One pod's attachment by one plugin or a chain of them, called as a runtime does and timed from exec to exit.
 //!
-//! Everything is ready before the clock runs: the configuration lies in the pipe, the answer is read afterwards. Neither
-//! is near the 64 KiB that a pipe takes.
+//! Everything is ready before the clock runs: the configuration lies in the pipe, what comes back is read afterwards. None
+//! of it is near the 64 KiB that a pipe takes.
 
 use std::env;
 use std::io::{self, Read as _, Write as _};
@@ -104,16 +104,18 @@ impl Attachment {
 
 fn timed(call: &Call, argument: Option<&str>, verb: &str) -> Result<(Took, String)> {
     let mut command = call.command(verb);
-    command.args(argument).stderr(Stdio::null());
+    let (mut complaint, stderr) = io::pipe()?;
+    command.args(argument).stderr(stderr);
     let mut stdout = connect(&mut command, call)?;
     let from = Instant::now();
     let end = reap(command.spawn()?)?;
     let to = Instant::now();
-    // It holds our copy of the pipe's other end.
+    // It holds our copies of the pipes' other ends.
     drop(command);
-    let mut answer = String::new();
+    let (mut answer, mut said) = (String::new(), String::new());
     stdout.read_to_string(&mut answer)?;
-    ensure!(end.status.success(), "{}: {}", end.status, answer.trim());
+    complaint.read_to_string(&mut said)?;
+    ensure!(end.status.success(), "{}: {} {}", end.status, answer.trim(), said.trim());
     Ok((Took { from, to, time: to - from, cpu: end.cpu }, answer))
 }
 

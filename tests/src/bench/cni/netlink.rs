@@ -105,3 +105,29 @@ impl Netlink {
 pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     bytes.get(at..).and_then(|bytes| bytes.first_chunk()).map_or(0, |bytes| u32::from_ne_bytes(*bytes))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_comes_back_and_a_refusal_names_its_message() -> Result<()> {
+        let ask =
+            |name: &str| Message::new(libc::RTM_GETLINK, 0, &[0; 16]).with(libc::IFLA_IFNAME, &text(name));
+        let mut netlink = Netlink::open()?;
+        let found = netlink.ask(vec![ask("lo"), ask("lo")])?;
+        assert_eq!(found.iter().map(|payload| u32_at(payload, 4)).collect::<Vec<_>>(), [1, 1]);
+        let error = netlink.ask(vec![ask("lo"), ask("no-such-link")]).expect_err("no link").to_string();
+        assert!(error.starts_with("message 1: No such device"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn attributes_are_padded_and_nests_hold_theirs() {
+        let Message(bytes) = Message::new(16, 0, &[]).nest(18, &[(1, b"veth\0"), (2, &[7])]);
+        let nest = [24_u16.to_ne_bytes(), (18 | NESTED).to_ne_bytes()].concat();
+        assert_eq!(bytes[HEADER..HEADER + 4], nest);
+        assert_eq!(bytes[HEADER + 8..HEADER + 16], *b"veth\0\0\0\0");
+        assert_eq!((bytes.len() - HEADER, bytes[HEADER + 20]), (24, 7));
+    }
+}

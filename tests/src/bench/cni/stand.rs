@@ -42,6 +42,9 @@ const FIRST_HOST_PORT: usize = 20_000;
 /// What is to go goes within.
 const GONE: Duration = Duration::from_secs(30);
 const GLANCE: Duration = Duration::from_millis(1);
+const REST: Duration = Duration::from_secs(2);
+/// An agent that works for less than a twentieth of this rests.
+const RESTING: Duration = Duration::from_millis(20);
 
 /// Fields drop in order: the agent ends before the bed that holds its namespace.
 #[derive(Debug)]
@@ -106,6 +109,7 @@ impl Stand {
         let attachments =
             pods.iter().enumerate().map(|(place, pod)| self.attachment(place + 1, host_ports, pod));
         let mut attachments: Vec<_> = attachments.collect::<Result<_>>()?;
+        let before = self.agent_cpu()?;
         let add = self.batch(Verb::Add, load, &mut attachments);
         if add.is_err() {
             // What others of the batch have made must not cost the next one.
@@ -114,9 +118,14 @@ impl Stand {
             }
             self.wait_gone()?;
         }
-        let (add, _) = add?;
-        let (del, begin) = self.batch(Verb::Del, load, &mut attachments)?;
+        let (mut add, _) = add?;
+        let between = self.agent_cpu()?;
+        let (mut del, begin) = self.batch(Verb::Del, load, &mut attachments)?;
         let gone = self.wait_gone()?;
+        let after = self.agent_rests()?;
+        let each = |time: Duration| milliseconds(time / pods.len() as u32);
+        add.agent_cpu_ms = each(between.saturating_sub(before));
+        del.agent_cpu_ms = each(after.saturating_sub(between));
         Ok(Sample { add, del, gone_ms: milliseconds(gone - begin) })
     }
 
@@ -150,22 +159,36 @@ impl Stand {
 
     /// And when its first call began.
     fn batch(&self, verb: Verb, load: Load, attachments: &mut [Attachment]) -> Result<(Batch, Instant)> {
-        let before = self.agent_cpu()?;
         let took = self.netns.enter(|| match load {
             Load::Alone => attachments.iter_mut().map(|attachment| attachment.run(verb)).collect(),
             _ => at_once(verb, attachments),
         })?;
-        let agent = self.agent_cpu()?.saturating_sub(before);
         let begin = took.iter().map(|took| took.from).min().context("a batch of nothing")?;
         let end = took.iter().map(|took| took.to).max().context("a batch of nothing")?;
-        let each = 1.0 / took.len() as f64;
+        let cpu: Duration = took.iter().map(|took| took.cpu).sum();
         let batch = Batch {
-            plugin_cpu_ms: milliseconds(took.iter().map(|took| took.cpu).sum()) * each,
-            agent_cpu_ms: milliseconds(agent) * each,
+            plugin_cpu_ms: milliseconds(cpu / took.len() as u32),
+            agent_cpu_ms: 0.0,
             wall_ms: milliseconds(end - begin),
             times_ms: took.iter().map(|took| milliseconds(took.time)).collect(),
         };
         Ok((batch, begin))
+    }
+
+    /// Its time once it has nothing more to do: what it does after a verb's end belongs to that verb, and must not cost
+    /// whoever has the next turn. One that never rests is left to its work.
+    #[expect(clippy::disallowed_methods, reason = "time itself is meant")]
+    fn agent_rests(&self) -> Result<Duration> {
+        let deadline = Instant::now() + REST;
+        let mut cpu = self.agent_cpu()?;
+        while self.node.is_some() && Instant::now() < deadline {
+            thread::sleep(RESTING);
+            let before = std::mem::replace(&mut cpu, self.agent_cpu()?);
+            if cpu - before < RESTING / 20 {
+                break;
+            }
+        }
+        Ok(cpu)
     }
 
     /// All threads' time in user and kernel mode so far, to the nanosecond: /proc/PID/stat counts steps of 10 ms.

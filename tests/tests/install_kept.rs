@@ -384,3 +384,27 @@ fn what_was_put_away_first_comes_back_and_nothing_is_lost() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn a_mask_outlives_removal_and_no_link_to_a_unit_is_left() -> Result<()> {
+    const UNIT: &str = "/etc/systemd/system/weftd.service";
+    const LINK: &str = "/etc/systemd/system/multi-user.target.wants/weftd.service";
+    with_host(|host, dir| {
+        host.sh(&format!("{dir}/install"))?;
+        ensure!(host.exists(LINK), "enabled");
+        host.sh(&format!("ln -sfn /dev/null {UNIT}; {dir}/install"))?;
+        for purge in ["", "--purge"] {
+            let text = host.sh(&format!("{dir}/install --remove {purge}"))?;
+            ensure!(host.sh(&format!("readlink {UNIT}"))? == "/dev/null\n" && !host.exists(LINK), "{text}");
+            let text = host.sh(&format!("{dir}/install"))?;
+            ensure!(text.contains("somebody has masked it") && !host.exists(LINK), "{text}");
+            if purge.is_empty() {
+                // Its end is no word for a start at boot.
+                let text = host.sh(&format!("rm {UNIT}; {dir}/install"))?;
+                ensure!(text.contains("somebody has disabled it") && !host.exists(LINK), "{text}");
+                host.sh(&format!("ln -sfn /dev/null {UNIT}"))?;
+            }
+        }
+        Ok(())
+    })
+}

@@ -102,7 +102,7 @@ fn names_with_blanks_are_names_also_where_there_is_only_busybox() -> Result<()> 
         host.put(&format!("{CONF_DIR}/05 the first.conflist"), OTHER)?;
         host.put(&format!("{CONF_DIR}/06 \\n.conf"), OTHER)?;
         host.put(&format!("{CONF_DIR}/20 later.json"), OTHER)?;
-        let text = host.sh(&busybox(""))?;
+        let text = host.refused(&busybox(""))?;
         contains(&text, &["WITHHELD", "which would be 05 the first.conflist", "NOT complete"])?;
         ensure!(!host.exists(CONFLIST), "{text}");
         let text = host.sh(&busybox("--take-over"))?;
@@ -406,5 +406,24 @@ fn a_mask_outlives_removal_and_no_link_to_a_unit_is_left() -> Result<()> {
             }
         }
         Ok(())
+    })
+}
+
+#[test]
+fn what_is_withheld_is_told_by_the_exit_status_but_does_not_fail_dpkg() -> Result<()> {
+    with_host(|host, dir| {
+        let status = |script: &str| -> Result<Option<i32>> { Ok(host.output(script)?.status.code()) };
+        host.put(&format!("{CONF_DIR}/05-other.conf"), OTHER)?;
+        ensure!(status(&format!("{dir}/install"))? == Some(3) && host.exists("/usr/local/bin/weftd"));
+        ensure!(status(&format!("{dir}/install --take-over"))? == Some(0) && host.exists(CONFLIST));
+        ensure!(status(&format!("{dir}/install --remove --purge"))? == Some(0) && !host.exists(CONFLIST));
+        let text = host.sh("dpkg -i weft.deb 2>&1")?;
+        contains(&text, &["WITHHELD", "NOT complete"])?;
+        ensure!(host.sh("dpkg-query -W -f '${Status}' weft")? == "install ok installed", "{text}");
+        ensure!(status("/usr/share/weft/install")? == Some(3) && !host.exists(CONFLIST));
+        // Everything else that fails in it fails dpkg.
+        host.sh("mv /etc/cni /cni; echo >/etc/cni")?;
+        let text = host.refused("dpkg -i weft.deb 2>&1")?;
+        contains(&text, &["/etc/cni is in the way, expected a folder"])
     })
 }

@@ -246,7 +246,7 @@ fn another_network_is_left_alone_unless_asked_and_put_back_afterwards() -> Resul
         host.sh(&format!("mkdir -p {CONF_DIR}"))?;
         host.put(&format!("{CONF_DIR}/05-first.conflist"), OTHER.as_bytes())?;
         host.put(&format!("{CONF_DIR}/20-later.conf"), OTHER.as_bytes())?;
-        let text = host.sh(&format!("{dir}/install"))?;
+        let text = host.refused(&format!("{dir}/install"))?;
         ensure!(
             text.contains("WITHHELD")
                 && text.contains("which would be 05-first.conflist")
@@ -255,7 +255,7 @@ fn another_network_is_left_alone_unless_asked_and_put_back_afterwards() -> Resul
         );
         ensure!(!host.exists(CONFLIST) && host.exists("/usr/local/bin/weftd"));
         host.sh(&format!("mv {CONF_DIR}/05-first.conflist {CONF_DIR}/06-first.weft-no"))?;
-        let text = host.sh(&format!("{dir}/install"))?;
+        let text = host.refused(&format!("{dir}/install"))?;
         ensure!(text.contains("which would be 10-weft.conflist"), "{text}");
         ensure!(!host.exists(CONFLIST), "it would have taken over");
         host.sh(&format!("mv {CONF_DIR}/06-first.weft-no {CONF_DIR}/05-first.conflist"))?;

@@ -102,7 +102,7 @@ fn names_with_blanks_are_names_also_where_there_is_only_busybox() -> Result<()> 
         host.put(&format!("{CONF_DIR}/05 the first.conflist"), OTHER)?;
         host.put(&format!("{CONF_DIR}/06 \\n.conf"), OTHER)?;
         host.put(&format!("{CONF_DIR}/20 later.json"), OTHER)?;
-        let text = host.sh(&busybox(""))?;
+        let text = host.refused(&busybox(""))?;
         contains(&text, &["WITHHELD", "which would be 05 the first.conflist", "NOT complete"])?;
         ensure!(!host.exists(CONFLIST), "{text}");
         let text = host.sh(&busybox("--take-over"))?;
@@ -382,5 +382,48 @@ fn what_was_put_away_first_comes_back_and_nothing_is_lost() -> Result<()> {
         host.sh(&format!("{dir}/install --take-over && {dir}/install --remove"))?;
         ensure!(host.read(&path)? == other("d") && host.read(&format!("{path}.weft-saved"))? == other("a"));
         Ok(())
+    })
+}
+
+#[test]
+fn a_mask_outlives_removal_and_no_link_to_a_unit_is_left() -> Result<()> {
+    const UNIT: &str = "/etc/systemd/system/weftd.service";
+    const LINK: &str = "/etc/systemd/system/multi-user.target.wants/weftd.service";
+    with_host(|host, dir| {
+        host.sh(&format!("{dir}/install"))?;
+        ensure!(host.exists(LINK), "enabled");
+        host.sh(&format!("ln -sfn /dev/null {UNIT}; {dir}/install"))?;
+        for purge in ["", "--purge"] {
+            let text = host.sh(&format!("{dir}/install --remove {purge}"))?;
+            ensure!(host.sh(&format!("readlink {UNIT}"))? == "/dev/null\n" && !host.exists(LINK), "{text}");
+            let text = host.sh(&format!("{dir}/install"))?;
+            ensure!(text.contains("somebody has masked it") && !host.exists(LINK), "{text}");
+            if purge.is_empty() {
+                // Its end is no word for a start at boot.
+                let text = host.sh(&format!("rm {UNIT}; {dir}/install"))?;
+                ensure!(text.contains("somebody has disabled it") && !host.exists(LINK), "{text}");
+                host.sh(&format!("ln -sfn /dev/null {UNIT}"))?;
+            }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn what_is_withheld_is_told_by_the_exit_status_but_does_not_fail_dpkg() -> Result<()> {
+    with_host(|host, dir| {
+        let status = |script: &str| -> Result<Option<i32>> { Ok(host.output(script)?.status.code()) };
+        host.put(&format!("{CONF_DIR}/05-other.conf"), OTHER)?;
+        ensure!(status(&format!("{dir}/install"))? == Some(3) && host.exists("/usr/local/bin/weftd"));
+        ensure!(status(&format!("{dir}/install --take-over"))? == Some(0) && host.exists(CONFLIST));
+        ensure!(status(&format!("{dir}/install --remove --purge"))? == Some(0) && !host.exists(CONFLIST));
+        let text = host.sh("dpkg -i weft.deb 2>&1")?;
+        contains(&text, &["WITHHELD", "NOT complete"])?;
+        ensure!(host.sh("dpkg-query -W -f '${Status}' weft")? == "install ok installed", "{text}");
+        ensure!(status("/usr/share/weft/install")? == Some(3) && !host.exists(CONFLIST));
+        // Everything else that fails in it fails dpkg.
+        host.sh("mv /etc/cni /cni; echo >/etc/cni")?;
+        let text = host.refused("dpkg -i weft.deb 2>&1")?;
+        contains(&text, &["/etc/cni is in the way, expected a folder"])
     })
 }

@@ -242,8 +242,6 @@ fn a_reservation_outlives_the_agent_for_as_long_as_its_plugin_can_wire() -> Resu
         let bystander = node.pod("bystander")?;
         // A veth that nobody has a record of: with our mark, and one of the same form without.
         let (stray, foreign) = ("vethaaaaaaaaaaa", "vethbbbbbbbbbbb");
-        let stray_since = Instant::now();
-        node.netns().ip(&format!("link add {stray} group {LINK_GROUP} type veth peer name stray"))?;
         node.netns().ip(&format!("link add {foreign} type veth peer name foreign"))?;
 
         // One is stopped before it wires, one has wired and waits at Commit.
@@ -278,6 +276,9 @@ fn a_reservation_outlives_the_agent_for_as_long_as_its_plugin_can_wire() -> Resu
         let mut again = waiting.clone();
         again.call.config["socket"] = node.agent.cni_socket().to_string_lossy().into();
         let again = again.wire()?;
+        // While that one lives nobody can be given an address.
+        let stray_since = Instant::now();
+        node.netns().ip(&format!("link add {stray} group {LINK_GROUP} type veth peer name stray"))?;
         assert_eq!(live_veths(node)?.len(), 4);
 
         // What the plugin can no longer do, the clock settles.

@@ -31,7 +31,7 @@ enum Command {
     /// Time from exec to exit, processor cost and memory of the CNI plugin
     ///
     /// weft, the reference plugins and a floor program take turns within each round. Everything with the defaults takes
-    /// about 5 minutes, with --quick less than one; the machine should do nothing else meanwhile.
+    /// about 10 minutes, with --quick about 2; the machine should do nothing else meanwhile.
     Cni(Cni),
     /// Page and picture anew from the dataplane.json or cni.json of an earlier run
     Render {

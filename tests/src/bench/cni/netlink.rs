@@ -1,12 +1,14 @@
 //! As much of rtnetlink(7) as the floor program needs.
 
 use std::io::{self, Read as _};
+use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use nix::libc;
 use socket2::{Domain, Protocol, Socket, Type};
 
 const HEADER: usize = 16;
+const PATIENCE: Duration = Duration::from_secs(10);
 const REQUEST: u16 = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
 /// linux/netlink.h
 pub(super) const NESTED: u16 = 0x8000;
@@ -64,7 +66,10 @@ pub(super) struct Netlink(Socket);
 impl Netlink {
     pub(super) fn open() -> io::Result<Self> {
         let protocol = Protocol::from(libc::NETLINK_ROUTE);
-        Ok(Self(Socket::new(Domain::from(libc::AF_NETLINK), Type::RAW, Some(protocol))?))
+        let socket = Socket::new(Domain::from(libc::AF_NETLINK), Type::RAW, Some(protocol))?;
+        // What the kernel cannot read it does not answer.
+        socket.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self(socket))
     }
 
     /// Sends all in one system call; each must succeed. The payloads of what came back, but for the acknowledgements.

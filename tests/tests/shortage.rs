@@ -125,7 +125,7 @@ fn a_full_run_directory_is_named_and_nothing_is_lost() -> Result<()> {
         invariant(node, &[pod.clone(), gone.clone()])?;
         // DEL needs no room.
         gone.unwire()?;
-        invariant(node, &[pod.clone()])?;
+        invariant(node, std::slice::from_ref(&pod))?;
         // Room for one record came free by that.
         small.fill()?;
         refused(&next, "ADD", Code::Io, "No space left")?;
@@ -152,7 +152,7 @@ fn a_run_directory_that_cannot_be_written_is_named_and_nothing_is_lost() -> Resu
         refused(&next, "ADD", Code::Io, "Read-only file system")?;
         invariant(node, &[pod.clone(), gone.clone()])?;
         gone.unwire()?;
-        invariant(node, &[pod.clone()])?;
+        invariant(node, std::slice::from_ref(&pod))?;
         node.agent.kill()?;
         let dead = Sandbox { netns: pod.netns.clone(), call: pod.call.clone() };
         refused(&dead, "DEL", Code::TryAgainLater, "Read-only file system")?;
@@ -212,7 +212,7 @@ fn an_agent_without_descriptors_says_so_in_time_and_goes_on_with_them() -> Resul
                 report::figure(format_args!("{limit} descriptors, {took:.1?}: {error}"));
                 refusals.push(limit);
             }
-            invariant(node, &[pod.clone()])
+            invariant(node, std::slice::from_ref(&pod))
                 .with_context(|| format!("after an ADD with {limit} descriptors"))?;
         }
         ensure!(refusals.contains(&0), "an ADD without descriptors works");

@@ -13,7 +13,7 @@ use e2e::cluster::{Backend, Cluster, READY, Spec, scenario, scenario_prepared};
 use e2e::node::Node;
 use e2e::pod::{Pod, Sandbox};
 use e2e::report;
-use e2e::wait::SECOND;
+use e2e::wait::{SECOND, eventually};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use weft_shared::cni::Code;
 use weft_shared::deadline;
@@ -225,6 +225,8 @@ fn an_agent_without_descriptors_says_so_in_time_and_goes_on_with_them() -> Resul
         ensure!(took < deadline::DEL_OR_CHECK + SECOND * 3, "DEL took {took:?}");
         set_limit(node, ENOUGH)?;
         invariant(node, &[])?;
+        // What its last look at the kernel lacked it tries again by itself.
+        eventually("the node to be ready again", READY, || Ok(node.status()?.ready))?;
         let pod = node.pod("after")?;
         invariant(node, &[pod])
     })

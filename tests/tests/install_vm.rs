@@ -1,5 +1,5 @@
 //! weft under a systemd that is the first process of a machine: the package, the unit's promises, five minutes without
-//! etcd, a reboot, purge. What is asked for stands in tests/src/vm/guest.sh.
+//! etcd, a reboot, purge; the tarball's install. What is asked for stands in tests/src/vm/guest.sh.
 
 use std::fs;
 
@@ -15,8 +15,11 @@ const WITHOUT_ETCD: &[u8] = b"away=300\n";
 #[test]
 fn under_systemd_nothing_is_lost_and_nothing_waits() -> Result<()> {
     let bed = Bed::for_test()?;
-    let package = fs::read(Dist::native()?.package)?;
-    let vm = Vm::create(&bed.dir("vm")?, &[("weft.deb", &package), ("settings", WITHOUT_ETCD)])?;
+    let dist = Dist::native()?;
+    let (package, tarball) = (fs::read(dist.package)?, fs::read(dist.tarball)?);
+    let files: [(&str, &[u8]); 3] =
+        [("weft.deb", &package), ("weft.tar.gz", &tarball), ("settings", WITHOUT_ETCD)];
+    let vm = Vm::create(&bed.dir("vm")?, &files)?;
     for stage in 1..=2 {
         let console = vm.boot(SECOND * 900)?;
         for line in console.lines().filter(|line| line.starts_with("ok ")) {

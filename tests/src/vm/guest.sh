@@ -46,6 +46,11 @@ add_pod() {
         /usr/lib/cni/weft <<<'{"cniVersion":"1.0.0","name":"weft","type":"weft"}' >/dev/null
 }
 
+del_pod() {
+    CNI_COMMAND=DEL CNI_CONTAINERID=$1 CNI_NETNS=/run/netns/$1 CNI_IFNAME=eth0 CNI_PATH=/usr/lib/cni \
+        /usr/lib/cni/weft <<<'{"cniVersion":"1.0.0","name":"weft","type":"weft"}'
+}
+
 stage1() {
     local before pid restarts number
     underlay
@@ -124,8 +129,7 @@ stage2() {
 
     ! dpkg -r weft || fail "removed under an attached pod"
     until_true 60 systemctl is-active --quiet weftd || fail "weftd was not started again"
-    CNI_COMMAND=DEL CNI_CONTAINERID=again CNI_NETNS=/run/netns/again CNI_IFNAME=eth0 CNI_PATH=/usr/lib/cni \
-        /usr/lib/cni/weft <<<'{"cniVersion":"1.0.0","name":"weft","type":"weft"}' || fail "DEL"
+    del_pod again || fail "DEL"
     dpkg -P weft || fail "dpkg -P"
     for path in /usr/bin/weftd /usr/lib/cni/weft /etc/weft /var/lib/weft /run/weft /etc/cni/net.d/10-weft.conflist; do
         [ ! -e "$path" ] || fail "purge left $path"
@@ -133,7 +137,63 @@ stage2() {
     ! ip link show flannel.1 2>/dev/null && ! ip link show cni0 2>/dev/null || fail "purge left devices"
     ! systemctl cat weftd >/dev/null 2>&1 || fail "purge left the unit"
     ok "purged: nothing is left"
+    tarball
     finish passed
 }
+
+# The tarball's own install, on the host that the package has left: what it asks systemd is answered by systemd.
+tarball() {
+    local dir pid before path said
+    mkdir /opt/weft && tar -xzf "$here/weft.tar.gz" -C /opt/weft --strip-components 1 || fail "tar"
+    dir=/opt/weft
+    install() { said=$("$dir/install" "$@" 2>&1) || fail "install $*: $said"; }
+    install
+    systemctl is-enabled --quiet weftd || fail "install: weftd is not enabled: $said"
+    [ "$(property ActiveState)" = inactive ] || fail "install started weftd unasked"
+    timeout 120 systemctl start weftd || fail "weftd of the tarball does not start"
+    ready || fail "start came back before weftd was ready"
+    [ -x /usr/lib/cni/weft ] || fail "no plugin where Debian's containerd looks: $said"
+    add_pod tar || fail "ADD"
+    before=$(pods) pid=$(property MainPID)
+    install
+    grep -q '^Nothing to do' <<<"$said" && [ "$(property MainPID)" = "$pid" ] || fail "the second install: $said"
+    ok "installed from the tarball; the second install changes nothing"
+
+    echo >>"$dir/bin/weftd"
+    install
+    restarted "$pid" "$before" || fail "another build was not started: $said"
+    pid=$(property MainPID)
+    sed -i 's/^Description=.*/& (another)/' "$dir/conf/weftd.service"
+    install
+    restarted "$pid" "$before" || fail "another unit was not started: $said"
+    [ "$(property NeedDaemonReload)" = no ] || fail "systemd was not told of the unit"
+    pid=$(property MainPID)
+    # Somebody else has put the unit and told nobody: systemd runs what it knew.
+    echo >>"$dir/conf/weftd.service" && cp "$dir/conf/weftd.service" /etc/systemd/system/weftd.service
+    until_true 60 property_is NeedDaemonReload yes || fail "systemd does not notice a changed unit"
+    install
+    restarted "$pid" "$before" || fail "a unit put by hand was not started: $said"
+    ok "upgrades restart weftd, and keep every reservation"
+
+    pid=$(property MainPID)
+    ! said=$("$dir/install" --remove 2>&1) || fail "removed under an attached pod: $said"
+    [ "$(property MainPID)" = "$pid" ] || fail "a refused removal stopped weftd: $said"
+    del_pod tar || fail "DEL"
+    install --remove --purge
+    for path in /usr/local/bin/weftd /usr/local/bin/weftctl /usr/lib/cni/weft /etc/weft /var/lib/weft /run/weft \
+        /etc/cni/net.d/10-weft.conflist /etc/systemd/system/weftd.service /etc/systemd/system/multi-user.target.wants/weftd.service /usr/local/share/weft; do
+        [ ! -e "$path" ] && [ ! -L "$path" ] || fail "remove --purge left $path: $said"
+    done
+    ! ip link show flannel.1 2>/dev/null && ! ip link show cni0 2>/dev/null || fail "remove left devices"
+    ok "removed: nothing is left"
+}
+
+property_is() { [ "$(property "$1")" = "$2" ]; }
+
+# restarted PID PODS: another process runs, is ready, and knows the same pods.
+restarted() {
+    until_true 60 another "$1" && until_true 60 ready && [ "$(pods)" = "$2" ]
+}
+another() { [ "$(property MainPID)" != "$1" ] && [ "$(property ActiveState)" = active ]; }
 
 "stage$stage"

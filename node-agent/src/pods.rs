@@ -28,6 +28,21 @@ pub trait Fabric: Send + Sync + 'static {
     /// that has lost it: whoever still has the other end has the address.
     fn delete_by_index(&self, ifindex: u32) -> impl Future<Output = Result<(), String>> + Send;
 
+    /// Both: the veth of an attachment, and what has become of it if it was renamed.
+    fn delete_veths(
+        &self,
+        name: &IfName,
+        wired: Option<u32>,
+    ) -> impl Future<Output = Result<(), String>> + Send {
+        async move {
+            self.delete_veth(name).await?;
+            match wired {
+                Some(ifindex) => self.delete_by_index(ifindex).await,
+                None => Ok(()),
+            }
+        }
+    }
+
     /// Makes the node as [`PodNeeds`] says (published before the call); fails for what is named here alone.
     fn ensure(&self, extras: Extras) -> impl Future<Output = Result<(), String>> + Send;
 

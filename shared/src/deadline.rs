@@ -27,6 +27,8 @@ pub const WIRING: Duration = Duration::from_secs(15);
 
 /// DEL and CHECK, the plugin.
 pub const DEL_OR_CHECK: Duration = Duration::from_secs(5);
+/// DEL, the plugin: for the agent to take the pod off the network. Then the plugin does so itself, before it asks once more.
+pub const DEL_ALONE: Duration = Duration::from_secs(1);
 /// CHECK, the plugin: until somebody listens.
 pub const CHECK_CONNECT: Duration = Duration::from_secs(1);
 /// DEL, the plugin: for its share of the tombstones' lock. An agent that keeps it longer is running, and sees the file.
@@ -60,6 +62,8 @@ const _: () = assert!(before(IN_KERNEL, ANSWER) && before(IN_KERNEL.saturating_m
 const _: () = assert!(before(ADD, ADD_ALARM) && before(ADD_ALARM, WIRING));
 const _: () = assert!(before(ADD_CONNECT, ADD) && before(FORWARDING, ADD) && before(TAKE_BACK, ADD));
 const _: () = assert!(before(CHECK_CONNECT, DEL_OR_CHECK) && before(DEL_LOCK, DEL_OR_CHECK));
+const _: () =
+    assert!(before(DEL_ALONE, DEL_LOCK) && before(DEL_ALONE.saturating_add(DEL_LOCK), DEL_OR_CHECK));
 const _: () = assert!(before(ANSWER, DEL_OR_CHECK) && before(DEL_OR_CHECK, TOMBSTONE_LOCK));
 const _: () = assert!(before(GC_CONNECT.saturating_add(GC_ANSWER), GC));
 const _: () = assert!(before(STATUS_READY, STATUS_ANSWER));

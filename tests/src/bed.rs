@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
 
@@ -78,6 +79,14 @@ impl Bed {
     pub fn dir(&self, name: &str) -> Result<PathBuf> {
         let dir = self.root.join(name);
         fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
+        Ok(dir)
+    }
+
+    /// The same on a file system in memory, as what lies below `/run` does on a host. It goes with the bed.
+    pub fn dir_in_memory(&self, name: &str) -> Result<PathBuf> {
+        let dir = self.dir(name)?;
+        mount(Some("weft-bed"), &dir, Some("tmpfs"), MsFlags::empty(), Some("mode=755"))
+            .with_context(|| format!("tmpfs on {}", dir.display()))?;
         Ok(dir)
     }
 
@@ -171,7 +180,18 @@ fn remove_all(root: &Path) -> Result<()> {
     for netns in mounted {
         netns.remove()?;
     }
+    unmount_below(root)?;
     fs::remove_dir_all(root).with_context(|| format!("remove {}", root.display()))
+}
+
+/// What [`Bed::dir_in_memory`] has made, by the kernel's own list (proc_pid_mountinfo(5)).
+fn unmount_below(root: &Path) -> Result<()> {
+    let mounts = fs::read_to_string("/proc/thread-self/mountinfo")?;
+    let points = mounts.lines().filter_map(|line| line.split_whitespace().nth(4)).map(Path::new);
+    for point in points.filter(|point| point.starts_with(root) && *point != root) {
+        umount2(point, MntFlags::MNT_DETACH).with_context(|| format!("unmount {}", point.display()))?;
+    }
+    Ok(())
 }
 
 /// Device and inode of an nsfs file: the namespace's identity for as long as it is mounted (namespaces(7)).

@@ -1,5 +1,6 @@
-//! DEL: succeeds when nothing is left, however little was there. An error would make the runtime try for ever, so all
-//! that cannot be done now is left to the agent as a tombstone.
+//! DEL: succeeds when nothing is left, however little was there. The agent deletes the veth, and need not wait for the kernel
+//! as the plugin would have to; where none answers soon, the plugin does it. An error would make the runtime try for ever,
+//! so all that cannot be done now is left to the agent as a tombstone.
 
 use std::path::Path;
 use std::thread;
@@ -31,9 +32,14 @@ pub(crate) fn del(
     let attachment = conf.attachment(target);
     // A bad path could not have been added through: the default agent's books are as good as any.
     let socket = conf.socket().unwrap_or_else(|_| CNI_SOCKET.into());
-    // First of all the traffic stops, whoever is up. A veth that cannot be deleted now is the agent's affair.
-    let _ = delete_ours(&host_ifname(&attachment));
-    match release(&socket, &attachment, deadline) {
+    // The agent need not wait until the kernel has freed the veth, as the process that deletes it does.
+    let soon = deadline.min(Instant::now() + deadline::DEL_ALONE);
+    let released = release(&socket, &attachment, soon);
+    if released.is_err() {
+        // The traffic stops, whoever is up. A veth that cannot be deleted now is the agent's affair.
+        let _ = delete_ours(&host_ifname(&attachment));
+    }
+    match released {
         // Whoever cannot reach an agent has never been given anything by one.
         Ok(()) | Err(AgentError::Rootless(_)) => Ok(()),
         Err(_) => bury(&socket, attachment, netns, deadline),

@@ -1,11 +1,15 @@
 //! Random histories of plugins, crashes and time: the one promise is that no two live veths ever share an address,
 //! and that no address of a live veth is free to be handed out.
+//!
+//! `WEFT_MODEL_OPS=1000000` is the long form; `WEFT_SEED=N` begins with the histories that a failure has named.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use proptest::prelude::*;
+use proptest::test_runner::{RngSeed, TestRunner};
 use weft_shared::Mac;
 use weft_shared::deadline;
 use weft_shared::names::host_ifname;
@@ -187,25 +191,57 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(150) })]
-    #[test]
-    fn no_address_twice_and_nothing_left(steps in prop::collection::vec(step(), 1..60)) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
-        runtime.block_on(async {
-            let mut node = Node::new();
-            node.patience = Duration::ZERO;
-            node.restart();
-            // Small enough that round robin comes round.
-            if let Ok(network) = &mut node.fabric.world().network {
-                network.subnet = subnet("10.5.1.0/29");
-            }
-            let mut history = History { node, plugins: vec![], wired: BTreeMap::new() };
-            for step in steps {
-                history.take(step).await;
-                history.check();
-            }
-            history.end().await;
+/// How many operations a run takes, unless `WEFT_MODEL_OPS` says so.
+const USUAL_OPS: u64 = 10_000;
+/// Histories that one seed gives. A failing seed is told, and `WEFT_SEED` begins with its histories.
+const PER_SEED: u32 = 20;
+
+/// A number out of the environment; what is none must not pass for none given.
+fn given(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name} = {text:?}: expected a number")))
+}
+
+fn live_through(steps: Vec<Step>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+    runtime.block_on(async {
+        let mut node = Node::new();
+        node.patience = Duration::ZERO;
+        node.restart();
+        // Small enough that round robin comes round.
+        if let Ok(network) = &mut node.fabric.world().network {
+            network.subnet = subnet("10.5.1.0/29");
+        }
+        let mut history = History { node, plugins: vec![], wired: BTreeMap::new() };
+        for step in steps {
+            history.take(step).await;
+            history.check();
+        }
+        history.end().await;
+    });
+}
+
+#[test]
+fn no_address_twice_and_nothing_left() {
+    let wanted = given("WEFT_MODEL_OPS").unwrap_or(USUAL_OPS);
+    let now = || UNIX_EPOCH.elapsed().map_or(0, |since| since.as_nanos() as u64);
+    let mut seed = given("WEFT_SEED").unwrap_or_else(now);
+    let (start, taken) = (Instant::now(), Cell::new(0_u64));
+    while taken.get() < wanted {
+        let config = ProptestConfig {
+            failure_persistence: None,
+            rng_seed: RngSeed::Fixed(seed),
+            ..ProptestConfig::with_cases(PER_SEED)
+        };
+        let done = TestRunner::new(config).run(&prop::collection::vec(step(), 1..60), |steps| {
+            taken.set(taken.get() + steps.len() as u64);
+            live_through(steps);
+            Ok(())
         });
+        if let Err(failure) = done {
+            panic!("WEFT_SEED={seed}, after {} operations: {failure}", taken.get());
+        }
+        seed = seed.wrapping_add(1);
     }
+    eprintln!("{} random operations without a divergence: {:.1?}", taken.get(), start.elapsed());
 }

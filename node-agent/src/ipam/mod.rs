@@ -276,11 +276,8 @@ impl<F: Fabric> Ipam<F> {
             }
             (state.table.is_due(key, (self.clock)()), wired)
         };
-        self.fabric.delete_veth(&host_ifname(key)).await?;
         // The other end still has the address when somebody has renamed this one.
-        if let Some(ifindex) = wired {
-            self.fabric.delete_by_index(ifindex).await?;
-        }
+        self.fabric.delete_veths(&host_ifname(key), wired).await?;
         // The next pod that gets the address must not get this one's callers, nor leave by the node's address.
         if let Some(extras) = self.extras_to_undo(key) {
             self.fabric.ensure(extras).await?;

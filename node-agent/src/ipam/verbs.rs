@@ -337,10 +337,7 @@ impl<F: Fabric> Ipam<F> {
             match standing {
                 Standing::Free => {
                     let renamed = self.state().table.get(key).and_then(|entry| entry.record.undone);
-                    self.fabric.delete_veth(&name).await.map_err(unsettled)?;
-                    if let Some(ifindex) = renamed {
-                        self.fabric.delete_by_index(ifindex).await.map_err(unsettled)?;
-                    }
+                    self.fabric.delete_veths(&name, renamed).await.map_err(unsettled)?;
                     return Ok(guard);
                 }
                 Standing::Undone => self.undo_locked(key, &guard).await.map_err(unsettled)?,

@@ -73,11 +73,28 @@ impl LinuxKernel {
         }
     }
 
-    /// Deletes a host-side veth if it carries our mark. `Ok(false)`: there is no such veth of ours.
+    /// Deletes a host-side veth if it carries our mark, and with it the pod's end: when this returns, neither can be
+    /// found or sends, and the kernel frees them by itself. `Ok(false)`: there is no such veth of ours.
     pub fn delete_veth(&mut self, name: &IfName) -> Result<bool, KernelError> {
+        self.delete_named(name).map(|deleted| deleted.is_some())
+    }
+
+    /// The veth of that name, then the one that had it when it was wired, under whatever name.
+    pub fn delete_veths(&mut self, name: &IfName, wired: Option<u32>) -> Result<(), KernelError> {
+        let deleted = self.delete_named(name)?;
+        match wired {
+            Some(index) if deleted != wired => self.delete_veth_of(index),
+            _ => Ok(()),
+        }
+    }
+
+    /// Its index, if there was one of ours.
+    fn delete_named(&mut self, name: &IfName) -> Result<Option<u32>, KernelError> {
         match self.link(encode::link_by_name(name))? {
-            Some((_, found)) if found.is_our_veth(name) => self.delete_link(found.index).map(|()| true),
-            _ => Ok(false),
+            Some((_, found)) if found.is_our_veth(name) => {
+                self.unregister(found.index).map(|()| Some(found.index))
+            }
+            _ => Ok(None),
         }
     }
 
@@ -87,8 +104,16 @@ impl LinuxKernel {
             Some((name, found)) if found.is_veth() && found.group != LINK_GROUP => {
                 Err(KernelError::Unmarked(name))
             }
-            Some((_, found)) if found.is_veth() => self.delete_link(index),
+            Some((_, found)) if found.is_veth() => self.unregister(index),
             _ => Ok(()),
+        }
+    }
+
+    /// One that is gone is as good.
+    fn unregister(&mut self, index: u32) -> Result<(), KernelError> {
+        match self.socket.unregister(encode::link_by_index(index)) {
+            Err(KernelError::Refused(Errno(nix::libc::ENODEV))) => Ok(()),
+            other => other,
         }
     }
 

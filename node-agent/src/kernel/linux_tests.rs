@@ -634,6 +634,33 @@ fn only_a_veth_with_our_mark_is_deleted() {
     });
 }
 
+/// The kernel waits long before it frees them; who has deleted them goes on before.
+#[test]
+fn neither_end_of_a_deleted_veth_can_be_found_or_used() {
+    in_namespace(|| {
+        let mut kernel = LinuxKernel::open().expect("netlink");
+        underlay(&mut kernel);
+        for round in 0..20 {
+            let pod = std::net::UdpSocket::bind("0.0.0.0:0").expect("socket");
+            if round > 0 {
+                ip(&format!("link add {} group {LINK_GROUP} type veth peer name pod0", veth_name()));
+            }
+            ip("addr add 203.0.113.1/24 dev pod0");
+            ip(&format!("link set {} up", veth_name()));
+            ip("link set pod0 up");
+            pod.send_to(b"alive", "203.0.113.2:9").expect("a route by the pod's end");
+            let index = kernel.links_and_addrs().expect("dump").0[&veth_name()].index;
+            assert_eq!(kernel.delete_veths(&veth_name(), Some(index)), Ok(()));
+            let refused = pod.send_to(b"dead", "203.0.113.2:9").expect_err("no route").kind();
+            assert_eq!(refused, std::io::ErrorKind::NetworkUnreachable);
+            let (links, addrs) = kernel.links_and_addrs().expect("dump");
+            assert!(!links.contains_key(&veth_name()) && !links.contains_key(&name("pod0")), "{links:?}");
+            assert!(!addrs.iter().any(|found| found.addr.to_string().starts_with("203.")), "{addrs:?}");
+            assert_eq!(kernel.link_exists(index), Ok(false));
+        }
+    });
+}
+
 #[test]
 fn a_renamed_veth_is_deleted_by_its_index_and_one_without_our_mark_is_named() {
     in_namespace(|| {

@@ -6,11 +6,15 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::Arc;
+use std::thread;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_ECHO, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload,
 };
 use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::LinkMessage;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
@@ -24,12 +28,15 @@ const ANSWER_SECONDS: i64 = 10;
 const BATCH: usize = 256;
 const RECEIVE_BUFFER: u32 = 4 << 20;
 const DUMP_TRIES: u32 = 10;
+/// Of a thread that makes one system call.
+const SENDER_STACK: usize = 64 << 10;
 const HEADER: usize = 16;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 
 pub(super) struct RouteSocket {
-    socket: Socket,
+    /// Shared with a thread that is still in a `send` whose answer is here already.
+    socket: Arc<Socket>,
     sequence: u32,
     /// Dumps that were thrown away because the kernel changed meanwhile.
     pub(super) repeated_dumps: u64,
@@ -58,7 +65,40 @@ impl RouteSocket {
         let _ = socket.set_netlink_get_strict_chk(true);
         let _ = socket.set_rx_buf_sz(RECEIVE_BUFFER);
         receive_timeout(&socket, ANSWER_SECONDS)?;
-        Ok(Self { socket, sequence: 0, repeated_dumps: 0 })
+        Ok(Self { socket: Arc::new(socket), sequence: 0, repeated_dumps: 0 })
+    }
+
+    /// Deletes a link and returns as soon as nothing can find it or send by it any more.
+    ///
+    /// `send` itself returns some 20 ms later: it waits for an RCU barrier before the kernel frees what it has taken apart
+    /// (net/core/dev.c `netdev_run_todo`). That is behind the announcement of the deletion, which `NLM_F_ECHO` asks for
+    /// (Linux 6.2; an older kernel answers at the end alone), and nothing depends on this process any more: it may die. So
+    /// a thread waits that nobody waits for.
+    pub(super) fn unregister(&mut self, link: LinkMessage) -> Result<(), KernelError> {
+        let (sequence, buffer) =
+            self.written(&[(RouteNetlinkMessage::DelLink(link), NLM_F_REQUEST | NLM_F_ACK | NLM_F_ECHO)]);
+        let (socket, buffer) = (self.socket.clone(), Arc::new(buffer));
+        let theirs = buffer.clone();
+        let sent =
+            thread::Builder::new().name("unregister".into()).stack_size(SENDER_STACK).spawn(move || {
+                // Out of memory, at worst; who waits for the answer says that there was none.
+                let _ = socket.send(&theirs, 0);
+            });
+        if sent.is_err() {
+            self.socket.send(&buffer, 0)?;
+        }
+        loop {
+            for message in self.receive()? {
+                if message.header.sequence_number != sequence {
+                    continue;
+                }
+                match message.payload {
+                    NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(_)) => return Ok(()),
+                    NetlinkPayload::Error(error) => return errno(error.code.map_or(0, |c| c.get())),
+                    _ => {}
+                }
+            }
+        }
     }
 
     /// Sends every request, in as few system calls as possible; one result for each, in order.
@@ -222,6 +262,12 @@ impl RouteSocket {
 
     /// Sends the messages under consecutive sequence numbers and returns the first.
     fn send(&mut self, messages: &[(RouteNetlinkMessage, u16)]) -> Result<u32, KernelError> {
+        let (first, buffer) = self.written(messages);
+        self.socket.send(&buffer, 0)?;
+        Ok(first)
+    }
+
+    fn written(&mut self, messages: &[(RouteNetlinkMessage, u16)]) -> (u32, Vec<u8>) {
         let first = self.sequence.wrapping_add(1);
         let mut buffer = Vec::new();
         for (message, flags) in messages {
@@ -235,8 +281,7 @@ impl RouteSocket {
             buffer.resize(start + message.buffer_len().next_multiple_of(4), 0);
             message.serialize(&mut buffer[start..]);
         }
-        self.socket.send(&buffer, 0)?;
-        Ok(first)
+        (first, buffer)
     }
 
     fn receive(&mut self) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>, KernelError> {

@@ -34,6 +34,10 @@ impl Fabric for NodeFabric {
         if let Some(used) = self.0.pod_needs.borrow().bridges.keys().find(|used| *used != name) {
             return refuse(format!("\"{used}\", which this node's pods use since boot"));
         }
+        // Every ADD but a node's first finds it so.
+        if self.0.reconcile.reports().borrow().gateways.contains_key(name) {
+            return Ok(());
+        }
         let reserved = self.0.serving(|serving| {
             serving.underlay.iface == *name || serving.backend.plane().device() == Some(name)
         });
@@ -87,6 +91,12 @@ impl Fabric for NodeFabric {
 
     async fn delete_by_index(&self, ifindex: u32) -> Result<(), String> {
         in_kernel(move |kernel| kernel.delete_veth_of(ifindex)).await
+    }
+
+    /// In one go: a DEL waits for each change of thread.
+    async fn delete_veths(&self, name: &IfName, wired: Option<u32>) -> Result<(), String> {
+        let name = name.clone();
+        in_kernel(move |kernel| kernel.delete_veths(&name, wired)).await
     }
 
     async fn ensure(&self, extras: Extras) -> Result<(), String> {

@@ -33,8 +33,13 @@ pub use pass::Memory;
 use pass::Outcome;
 pub(crate) use pods::is_limit_of;
 
-/// Announcements come in bursts: this long after the first a pass begins.
+/// Announcements come in bursts: this long after the first a pass begins, unless somebody waits for it.
 const SETTLE: Duration = Duration::from_millis(5);
+/// While pods come and go, every one of them is announced, and a look at all of them again and again would take the
+/// processor and the kernel's RTNL lock from the next one's ADD. So a pass that only announcements ask for comes after a
+/// rest this many times as long as the last pass, and no longer than [`MAX_REST`].
+const REST: u32 = 4;
+const MAX_REST: Duration = Duration::from_millis(100);
 /// A node that has not seen its kernel for so long says so.
 const BLIND: Duration = Duration::from_secs(10);
 
@@ -247,6 +252,8 @@ impl Handle {
 fn run(mut kernel: impl Kernel, shared: &Shared, publish: &watch::Sender<Report>, resync: Duration) {
     let mut memory = Memory::default();
     let mut due = Instant::now();
+    let mut rested = due;
+    let mut answered = 0;
     loop {
         let (inputs, revision, generation) = {
             let mut state = shared.lock();
@@ -257,16 +264,21 @@ fn run(mut kernel: impl Kernel, shared: &Shared, publish: &watch::Sender<Report>
                 }
                 state = shared.woken.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
             }
+            let begin = rested.max(Instant::now() + SETTLE);
+            while state.requested == answered && !state.stop {
+                let left = begin.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    break;
+                }
+                state = shared.woken.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            }
             if state.stop {
                 return;
             }
-            drop(state);
-            #[expect(clippy::disallowed_methods, reason = "time for what comes in a burst to come")]
-            thread::sleep(SETTLE);
-            let mut state = shared.lock();
             state.dirty = false;
             (state.inputs.clone(), *shared.revision.borrow(), state.requested)
         };
+        let begun = Instant::now();
         let last = publish.borrow().clone();
         let mut report = match pass::pass(&mut kernel, &mut memory, &inputs, revision, Instant::now()) {
             Ok(Outcome::Node(look)) => look.after(&last),
@@ -275,6 +287,8 @@ fn run(mut kernel: impl Kernel, shared: &Shared, publish: &watch::Sender<Report>
             Err(aborted) => Report { aborted: Some(aborted), ..last.clone() },
         };
         report.generation = generation;
+        answered = generation;
+        rested = Instant::now() + (begun.elapsed() * REST).min(MAX_REST);
         complain(&last, &report);
         due = next_pass(&memory, resync);
         publish.send_replace(report);

@@ -45,8 +45,20 @@ use surroundings::{Surroundings, TheftWatch};
 const ROOT: &str = "/run/weft-bench";
 
 /// Between these a document has the summary of a run.
-const BEGIN: &str = "<!-- summary of docs/benchmarks: begin -->";
-const END: &str = "<!-- summary of docs/benchmarks: end -->";
+#[derive(Debug, Clone, Copy)]
+struct Marks {
+    begin: &'static str,
+    end: &'static str,
+}
+
+const DATAPLANES: Marks = Marks {
+    begin: "<!-- summary of docs/benchmarks: begin -->",
+    end: "<!-- summary of docs/benchmarks: end -->",
+};
+const PLUGINS: Marks = Marks {
+    begin: "<!-- summary of docs/benchmarks/cni: begin -->",
+    end: "<!-- summary of docs/benchmarks/cni: end -->",
+};
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Options {
@@ -91,31 +103,32 @@ pub fn run(options: &Options, interrupt: &Interrupt) -> Result<()> {
 pub fn render(from: &Path, out: &Path, readme: Option<&Path>) -> Result<()> {
     let text = fs::read_to_string(from).with_context(|| format!("read {}", from.display()))?;
     if cni::result::is_ours(&text) {
-        ensure!(
-            readme.is_none(),
-            "--readme: the summary is of the dataplanes, {} of plugins",
-            from.display()
-        );
-        return cni::render(from, out);
+        let results = cni::result::Results::load(from)?;
+        summarise(readme, PLUGINS, &cni::table::summary(&results))?;
+        return cni::render(&results, out);
     }
     let results = Results::load(from)?;
-    if let Some(path) = readme {
-        let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-        let text =
-            with_summary(&text, &table::summary(&results)).with_context(|| path.display().to_string())?;
-        fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
-    }
+    summarise(readme, DATAPLANES, &table::summary(&results))?;
     fs::create_dir_all(out).with_context(|| format!("make {}", out.display()))?;
     save(&results, out)?;
     say(table::page(&results));
     Ok(())
 }
 
+/// Puts a summary in its place in a document, if there is to be one.
+fn summarise(document: Option<&Path>, marks: Marks, summary: &str) -> Result<()> {
+    let Some(path) = document else { return Ok(()) };
+    let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+    let text = with_summary(&text, marks, summary).with_context(|| path.display().to_string())?;
+    fs::write(path, text).with_context(|| format!("write {}", path.display()))
+}
+
 /// The document with what stands between the marks replaced.
-fn with_summary(document: &str, summary: &str) -> Result<String> {
-    let (before, rest) = document.split_once(BEGIN).with_context(|| format!("no line {BEGIN:?}"))?;
-    let (_, after) = rest.split_once(END).with_context(|| format!("no line {END:?} after {BEGIN:?}"))?;
-    Ok(format!("{before}{BEGIN}\n{summary}{END}{after}"))
+fn with_summary(document: &str, marks: Marks, summary: &str) -> Result<String> {
+    let Marks { begin, end } = marks;
+    let (before, rest) = document.split_once(begin).with_context(|| format!("no line {begin:?}"))?;
+    let (_, after) = rest.split_once(end).with_context(|| format!("no line {end:?} after {begin:?}"))?;
+    Ok(format!("{before}{begin}\n{summary}{end}{after}"))
 }
 
 fn start_pairs(
@@ -250,13 +263,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_summary_takes_the_place_of_the_one_before() -> Result<()> {
-        let document = format!("# weft\n{BEGIN}\n| old |\n{END}\nmore\n");
-        let once = with_summary(&document, "| new |\n")?;
-        assert_eq!(once, format!("# weft\n{BEGIN}\n| new |\n{END}\nmore\n"));
-        assert_eq!(with_summary(&once, "| new |\n")?, once);
-        for broken in ["# weft\n", &format!("{END}\n{BEGIN}\n")] {
-            let error = with_summary(broken, "").expect_err("a mark is missing").to_string();
+    fn a_summary_takes_the_place_of_the_one_before_and_of_no_other() -> Result<()> {
+        let marked = |marks: Marks, summary: &str| format!("{}\n{summary}{}\n", marks.begin, marks.end);
+        let (dataplanes, plugins) = (marked(DATAPLANES, "| old |\n"), marked(PLUGINS, "| old |\n"));
+        let document = format!("# weft\n{dataplanes}{plugins}more\n");
+        let once = with_summary(&document, PLUGINS, "| new |\n")?;
+        assert_eq!(once, format!("# weft\n{dataplanes}{}more\n", marked(PLUGINS, "| new |\n")));
+        assert_eq!(with_summary(&once, PLUGINS, "| new |\n")?, once);
+        for broken in ["# weft\n", &format!("{}\n{}\n", PLUGINS.end, PLUGINS.begin), &dataplanes] {
+            let error = with_summary(broken, PLUGINS, "").expect_err("a mark is missing").to_string();
             assert!(error.contains("no line"), "{error}");
         }
         Ok(())

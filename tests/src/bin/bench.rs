@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
 use e2e::bench::choice::Selection;
-use e2e::bench::cni::{self, floor, launch};
+use e2e::bench::cni::{self, launch};
 use e2e::bench::interrupt::Interrupt;
 use e2e::bench::program::Part;
 use e2e::bench::{self, Options};
@@ -100,7 +100,6 @@ fn main() {
 fn started_as_part() -> Option<Result<()>> {
     let mut words = std::env::args().skip(1);
     match words.next()?.as_str() {
-        floor::COMMAND => Some(floor::main()),
         launch::COMMAND => Some(launch::main(&words.next()?, words)),
         _ => None,
     }

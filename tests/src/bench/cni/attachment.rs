@@ -19,9 +19,8 @@ use crate::plugin::Call;
 pub(super) struct Attachment {
     /// Called in this order for ADD, each with the result of the one before, and in the reverse order for DEL.
     pub(super) chain: Vec<Call>,
-    /// What comes before everything on the command line.
-    pub(super) command: Option<&'static str>,
-    /// Of the ADD; the floor program has none.
+    /// Whether an ADD gives a result: the floor program's does not.
+    answers: bool,
     result: Option<Value>,
 }
 
@@ -42,15 +41,15 @@ pub enum Verb {
 }
 
 impl Attachment {
-    pub(super) fn new(chain: Vec<Call>, command: Option<&'static str>) -> Self {
-        Self { chain, command, result: None }
+    pub(super) fn new(chain: Vec<Call>, answers: bool) -> Self {
+        Self { chain, answers, result: None }
     }
 
     /// In the network namespace of the calling thread, which is the node's.
     pub(super) fn run(&mut self, verb: Verb) -> Result<Took> {
         let mut took: Option<Took> = None;
-        self.each(verb, |call, command, name| {
-            let (one, answer) = timed(call, command, name)?;
+        self.each(verb, |call, name| {
+            let (one, answer) = timed(call, name)?;
             took = Some(match took {
                 None => one,
                 Some(all) => Took { to: one.to, time: all.time + one.time, cpu: all.cpu + one.cpu, ..all },
@@ -63,8 +62,8 @@ impl Attachment {
     /// The peak of each program's memory.
     pub(super) fn peaks(&mut self, verb: Verb) -> Result<Vec<(String, Peak)>> {
         let mut peaks = Vec::new();
-        self.each(verb, |call, command, name| {
-            let (peak, answer) = launched(call, command, name)?;
+        self.each(verb, |call, name| {
+            let (peak, answer) = launched(call, name)?;
             let program = call.binary.file_name().unwrap_or_default().to_string_lossy().into_owned();
             peaks.push((program, peak));
             Ok(answer)
@@ -73,11 +72,7 @@ impl Attachment {
     }
 
     /// Hands each call to `f` with the result that it is to know, and keeps the last result.
-    fn each(
-        &mut self,
-        verb: Verb,
-        mut f: impl FnMut(&Call, Option<&'static str>, &str) -> Result<String>,
-    ) -> Result<()> {
+    fn each(&mut self, verb: Verb, mut f: impl FnMut(&Call, &str) -> Result<String>) -> Result<()> {
         let mut chain: Vec<Call> = self.chain.clone();
         let name = match verb {
             Verb::Add => "ADD",
@@ -91,9 +86,9 @@ impl Attachment {
                 let result = self.result.clone();
                 result.into_iter().for_each(|result| call.config["prevResult"] = result);
             }
-            let answer = f(call, self.command, name)
+            let answer = f(call, name)
                 .with_context(|| format!("{name} of {} by {}", call.container_id, call.binary.display()))?;
-            if verb == Verb::Add && self.command.is_none() {
+            if verb == Verb::Add && self.answers {
                 let result = serde_json::from_str(&answer).with_context(|| format!("answer {answer:?}"))?;
                 self.result = Some(result);
             }
@@ -102,10 +97,10 @@ impl Attachment {
     }
 }
 
-fn timed(call: &Call, argument: Option<&str>, verb: &str) -> Result<(Took, String)> {
+fn timed(call: &Call, verb: &str) -> Result<(Took, String)> {
     let mut command = call.command(verb);
     let (mut complaint, stderr) = io::pipe()?;
-    command.args(argument).stderr(stderr);
+    command.stderr(stderr);
     let mut stdout = connect(&mut command, call)?;
     let from = Instant::now();
     let end = reap(command.spawn()?)?;
@@ -119,9 +114,9 @@ fn timed(call: &Call, argument: Option<&str>, verb: &str) -> Result<(Took, Strin
     Ok((Took { from, to, time: to - from, cpu: end.cpu }, answer))
 }
 
-fn launched(call: &Call, argument: Option<&str>, verb: &str) -> Result<(Peak, String)> {
+fn launched(call: &Call, verb: &str) -> Result<(Peak, String)> {
     let mut command = Command::new(env::current_exe()?);
-    command.arg(launch::COMMAND).arg(&call.binary).args(argument).env_clear();
+    command.arg(launch::COMMAND).arg(&call.binary).env_clear();
     command.envs(call.command(verb).get_envs().filter_map(|(name, value)| Some((name, value?))));
     let mut stdout = connect(&mut command, call)?;
     let output = command.stderr(Stdio::piped()).spawn()?.wait_with_output()?;

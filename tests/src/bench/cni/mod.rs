@@ -54,6 +54,8 @@ pub fn run(options: &Options, interrupt: &Interrupt) -> Result<()> {
         require_tools(&[("iptables", "iptables")])?;
     }
     reference_dir()?;
+    let floor = std::env::current_exe()?.with_file_name(floor::PROGRAM);
+    ensure!(floor.is_file(), "{} is missing: it is built with the bench", floor.display());
     let binaries = Binaries::find()?;
     fs::create_dir_all(&options.out).with_context(|| format!("make {}", options.out.display()))?;
     teardown(Path::new(ROOT))?;
@@ -77,11 +79,10 @@ pub fn run(options: &Options, interrupt: &Interrupt) -> Result<()> {
 }
 
 /// Page and picture anew from an earlier run's figures.
-pub fn render(from: &Path, out: &Path) -> Result<()> {
-    let results = Results::load(from)?;
+pub fn render(results: &Results, out: &Path) -> Result<()> {
     fs::create_dir_all(out).with_context(|| format!("make {}", out.display()))?;
-    save(&results, out)?;
-    say(table::page(&results));
+    save(results, out)?;
+    say(table::page(results));
     Ok(())
 }
 

@@ -72,7 +72,7 @@ impl Stand {
         let mut stand = Self {
             plugin,
             node: None,
-            dir: bed.dir(&format!("{plugin:?}"))?,
+            dir: bed.dir_in_memory(plugin.name())?,
             netns,
             binaries: binaries.clone(),
             bridge: 0,
@@ -255,8 +255,9 @@ impl Stand {
                     prefix: PREFIX,
                     gateway: FLOOR_GATEWAY,
                 };
-                let call = call(std::env::current_exe()?, Some(given.to_args()), config("floor"));
-                Ok(Attachment::new(vec![call], Some(floor::COMMAND)))
+                let program = std::env::current_exe()?.with_file_name(floor::PROGRAM);
+                let call = call(program, Some(given.to_args()), config("floor"));
+                Ok(Attachment::new(vec![call], false))
             }
             Plugin::Weft => {
                 let node = self.node.as_ref().context("the agent's node")?;
@@ -265,7 +266,7 @@ impl Stand {
                 if host_ports == HostPorts::One {
                     publish(&mut config);
                 }
-                Ok(Attachment::new(vec![call(self.binaries.plugin(), None, config)], None))
+                Ok(Attachment::new(vec![call(self.binaries.plugin(), None, config)], true))
             }
             Plugin::Reference => {
                 let dir = reference_dir()?;
@@ -280,7 +281,7 @@ impl Stand {
                     publish(&mut second);
                     chain.push(call(dir.join("portmap"), None, second));
                 }
-                Ok(Attachment::new(chain, None))
+                Ok(Attachment::new(chain, true))
             }
         }
     }

@@ -55,6 +55,38 @@ pub fn page(results: &Results) -> String {
     page
 }
 
+/// Few figures of much, with the machine named: medians and ratios to the reference chain.
+pub fn summary(results: &Results) -> String {
+    let columns = [
+        ("ADD, p50 ms", HostPorts::None, Load::Alone, Figure::AddP50),
+        ("DEL, p50 ms", HostPorts::None, Load::Alone, Figure::DelP50),
+        ("100 ADDs at once, ms in all", HostPorts::None, Load::Hundred, Figure::AddWall),
+        ("100 DELs at once, ms in all", HostPorts::None, Load::Hundred, Figure::DelWall),
+        ("CPU ms of a pod", HostPorts::None, Load::Alone, Figure::Cpu),
+        ("with a port mapping: ADD, p50 ms", HostPorts::One, Load::Alone, Figure::AddP50),
+        ("DEL, p50 ms", HostPorts::One, Load::Alone, Figure::DelP50),
+    ];
+    let mut table = String::from("| |");
+    columns.iter().for_each(|(heading, ..)| {
+        let _ = write!(table, " {heading} |");
+    });
+    let _ = write!(table, "\n|---|{}", "---:|".repeat(columns.len()));
+    for plugin in results.selection().plugins {
+        let _ = write!(table, "\n| {} |", plugin.title(HostPorts::None));
+        for (_, host_ports, load, figure) in columns {
+            let cell = Cell { host_ports, load, plugin };
+            let median = results.summary(cell, figure).map(|summary| number(summary.median));
+            let ratio = results.ratio(cell, Plugin::Reference, figure);
+            let ratio = ratio.filter(|_| plugin != Plugin::Reference);
+            let ratio = ratio.map(|ratio| format!(" ×{}", number(ratio.median))).unwrap_or_default();
+            let _ = write!(table, " {}{ratio} |", median.unwrap_or_else(|| "-".to_owned()));
+        }
+    }
+    let s = &results.conditions.surroundings;
+    let _ = write!(table, "\n\nOn {}, Linux {}, {}.\n", s.machine, s.kernel, s.date);
+    table
+}
+
 fn table(results: &Results, host_ports: HostPorts) -> String {
     let mut table = String::from("| | |");
     COLUMNS.iter().for_each(|(heading, _)| {
@@ -138,6 +170,8 @@ ratios of each round, so a machine that is slower for a while does not bend it. 
 - *floor program*: one process that makes veth pair, bridge port, address and default route by the same netlink messages and
   does nothing else: no lease of an address, no agent, no file, no JSON, no announcement. Part of the benchmark only.
 - *weft*: the plugin with weftd, as it runs anywhere, on a store of its own.
+- What weftd and host-local write down for a pod lies in memory (tmpfs), as `/run` does on any host. host-local's default is
+  a directory on a disk, where it would be slower.
 - *bridge + host-local*: the reference plugins, which flannel's own plugin calls: stock flannel starts one more process for
   each verb. Behind them `portmap`, where pods publish a port; where they do not, it is not called.
 - Alone: one call after the other, ADD for each pod and then DEL. At once: a thread for each call starts it at the same
@@ -173,6 +207,22 @@ mod tests {
         let alone = "| alone | weft | **1.00** (1.00 - 1.00) n=1 | 1.00 |  | **2.00** (2.00 - 2.00) n=1 | 2.00 |  |  |";
         assert!(page.contains(alone), "a wall time of calls in a row says nothing: {page}");
         assert!(!page.contains("port mapping each") && !page.contains("What failed"), "{page}");
+    }
+
+    #[test]
+    fn a_summary_has_a_row_for_each_plugin_and_names_the_machine() {
+        let mut results = results(1);
+        results.add(cell(Plugin::Weft, Load::Alone), 0, sample(&[1.0]));
+        results.add(cell(Plugin::Reference, Load::Alone), 0, sample(&[8.0]));
+        results.add(cell(Plugin::Reference, Load::Hundred), 0, sample(&[9.0]));
+        let summary = summary(&results);
+        for line in [
+            "| weft | 1.00 ×0.125 | 2.00 ×0.125 | - | - | 2.25 ×1.00 | - | - |\n",
+            "| bridge + host-local | 8.00 | 16.0 | 27.0 | 54.0 | ",
+            &format!("On {}, Linux", results.conditions.surroundings.machine),
+        ] {
+            assert!(summary.contains(line), "{line}: {summary}");
+        }
     }
 
     #[test]

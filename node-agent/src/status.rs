@@ -30,6 +30,9 @@ pub struct Status {
     /// Settings of the host that stand in packets' way and are not weft's to change.
     #[serde(default)]
     pub advice: Vec<HostAdvice>,
+    /// Why nothing answers at `--admin-listen`; what it would serve is served by the admin socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port_problem: Option<String>,
 }
 
 impl Status {
@@ -39,6 +42,7 @@ impl Status {
         if let Some(age) = self.store.recalled_age {
             notices.push(format!("network, lease and peers are from disk, saved {age} s ago"));
         }
+        notices.extend(self.port_problem.clone());
         notices.extend(self.network.iter().filter_map(|n| n.notice.as_ref()).map(|n| n.text.clone()));
         for StrandedStatus { subnet, pods, .. } in &self.pods.stranded {
             notices.push(format!("{pods} pods live in {subnet}, which this node has no more"));
@@ -444,6 +448,7 @@ pub(crate) mod sample {
                 agent_memory: 9_437_184,
                 agent_cpu: 12.25,
             },
+            port_problem: None,
             advice: vec![HostAdvice {
                 problem:
                     "nftables chain inet firewalld filter_FORWARD drops forwarded packets of 10.5.0.0/16"

@@ -8,6 +8,7 @@
 mod boottime;
 mod counters;
 mod host_ports;
+pub(crate) mod keep;
 mod locks;
 mod pool;
 pub(crate) mod records;
@@ -92,6 +93,8 @@ pub struct Ipam<F> {
     changed: watch::Sender<()>,
     /// Something is due before [`Ipam::run`] would look.
     wake: Notify,
+    /// The tombstones' directory may have been made anew.
+    moved: Notify,
     counters: Counters,
     next_conn: AtomicU64,
 }
@@ -101,6 +104,8 @@ pub struct Ipam<F> {
 struct State {
     table: Table,
     records: Records,
+    /// Some record is in memory only, since a foreign hand deleted their directory.
+    is_short: bool,
 }
 
 /// An open connection: the transactions on it end with it. Dropped without [`Connection::closed`] it counts as left by
@@ -131,12 +136,13 @@ impl<F: Fabric> Ipam<F> {
             config,
             clock,
             fabric,
-            state: Mutex::new(State { table, records }),
+            state: Mutex::new(State { table, records, is_short: false }),
             locks: NameLocks::default(),
             needs,
             seen,
             changed: watch::Sender::new(()),
             wake: Notify::new(),
+            moved: Notify::new(),
             counters: Counters::default(),
             next_conn: AtomicU64::new(0),
         };
@@ -159,6 +165,7 @@ impl<F: Fabric> Ipam<F> {
                 () = stop.cancelled() => return,
                 Ok(()) = seen.changed() => {}
                 () = self.wake.notified() => {}
+                () = self.moved.notified() => tombstones.renew(),
                 () = tombstones.changed() => {}
                 () = tokio::time::sleep(self.until_due()) => tombstones.renew(),
             }

@@ -1,9 +1,10 @@
 //! The DELs of a time without an agent (see [`weft_shared::tombstone`]): noticed by inotify(7), applied like the DEL
 //! that each one is, and removed.
 
-use std::fs;
+use std::fs::{self, DirBuilder};
 use std::future;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use inotify::{Inotify, WatchMask};
@@ -132,7 +133,7 @@ impl Watch {
     /// Watches the directory that is there now (a tombstone is written beside and renamed); one that is watched already stays so.
     pub(super) fn renew(&mut self) {
         let Some(inotify) = &mut self.inotify else { return };
-        let made = fs::create_dir_all(&self.dir);
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.dir);
         if let Err(error) =
             made.and_then(|()| inotify.get_mut().watches().add(&self.dir, WatchMask::MOVED_TO))
         {

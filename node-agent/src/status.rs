@@ -271,6 +271,9 @@ pub struct AttachmentStatus {
     /// Ports of the host that lead to it, such as `8080/tcp -> 80`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub host_ports: Vec<String>,
+    /// What it may receive and send at most, such as `in 8 Mbit/s`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub limits: Vec<String>,
 }
 
 /// What address management has done since the agent's start.
@@ -344,6 +347,7 @@ pub(crate) mod sample {
                     Some(_) => vec!["8080/tcp -> 80".into(), "53/udp -> 5353".into()],
                     None => vec![],
                 },
+                limits: pod.map(|_| "in 8 Mbit/s".to_owned()).into_iter().collect(),
             }
         };
         Status {

@@ -349,7 +349,7 @@ impl Records {
         if addresses.is_empty() {
             warn!(veth = %host_ifname, "no address is left in an unreadable record: none is given while its veth lives");
         } else {
-            warn!(veth = %host_ifname, ?addresses, "addresses of an unreadable record stay blocked while its veth lives");
+            warn!(veth = %host_ifname, addresses = %super::verbs::listed(&addresses), "addresses of an unreadable record stay blocked while its veth lives");
         }
         loaded.damaged.insert(
             hash.to_owned(),

@@ -37,7 +37,7 @@ impl<F: Fabric> Ipam<F> {
             };
             match self.apply(&tombstone).await {
                 Ok(()) => {
-                    info!(attachment = ?tombstone.attachment, "tombstone drained");
+                    info!(attachment = %tombstone.attachment, "tombstone drained");
                     self.counters.tombstones_drained.inc();
                     // A plugin may have put a later one in its place.
                     if read(&path).is_none_or(|now| now == tombstone) {
@@ -45,7 +45,7 @@ impl<F: Fabric> Ipam<F> {
                     }
                 }
                 Err(error) => {
-                    warn!(attachment = ?tombstone.attachment, %error, "tombstone not applied yet");
+                    warn!(attachment = %tombstone.attachment, %error, "tombstone not applied yet");
                 }
             }
         }
@@ -92,6 +92,7 @@ impl<F: Fabric> Ipam<F> {
             return false;
         }
         let mut state = self.state();
+        state.unclaimed.remove(&tombstone.attachment);
         let written = Boottime::from_nanos(tombstone.boottime_ns);
         let buried = state.table.abort(&tombstone.attachment, Some(written));
         if buried {

@@ -29,6 +29,7 @@ use crate::pods::{PodNeeds, SeenVeths};
 use crate::reconcile::{Handle, Inputs};
 use crate::server::admin::{Admin, AdminState};
 use crate::server::cni::{Limits, Server};
+use crate::status::Status;
 
 /// What is still under way when the agent is told to stop has this long.
 const DRAIN: Duration = Duration::from_secs(8);
@@ -73,11 +74,14 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
 
     let clock = Box::new(Boottime::now);
     let ipam = Ipam::open(ipam_config, clock, NodeFabric(node.clone()), needs_sender, seen)?;
-    let status_source = {
-        let (node, ipam) = (node.clone(), ipam.clone());
-        Arc::new(move || node.status(ipam.status()))
-    };
     let admin = Admin::bind(config.admin_listen, &config.admin_socket).await?;
+    let status_source = {
+        let (node, ipam, port_problem) = (node.clone(), ipam.clone(), admin.port_problem());
+        Arc::new(move || Status {
+            port_problem: port_problem.borrow().clone(),
+            ..node.status(ipam.status())
+        })
+    };
     let server = Server::bind(&config.cni_socket, ipam.clone(), Limits::default()).await?;
 
     let mut tasks = JoinSet::new();
@@ -85,6 +89,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let admin_state = AdminState { status: status_source, metrics };
     tasks.spawn(ended("admin", admin.serve(admin_state, stop.clone())));
     tasks.spawn(ended("cni socket", server.run(stop.clone())));
+    let (keeper, stopped) = (ipam.clone(), stop.clone());
+    tasks.spawn(ended("records", async move { keeper.keep_records(stopped).await }));
     tasks.spawn(ended("address management", ipam.run(stop.clone())));
     tasks.spawn(ended("what pods need", pass_on_pod_needs(node.clone(), stop.clone())));
     tasks.spawn(ended("seen veths", pass_on_seen(reconcile.clone(), seen_sender, stop.clone())));

@@ -30,6 +30,9 @@ pub struct Status {
     /// Settings of the host that stand in packets' way and are not weft's to change.
     #[serde(default)]
     pub advice: Vec<HostAdvice>,
+    /// Why nothing answers at `--admin-listen`; what it would serve is served by the admin socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port_problem: Option<String>,
 }
 
 impl Status {
@@ -39,6 +42,7 @@ impl Status {
         if let Some(age) = self.store.recalled_age {
             notices.push(format!("network, lease and peers are from disk, saved {age} s ago"));
         }
+        notices.extend(self.port_problem.clone());
         notices.extend(self.network.iter().filter_map(|n| n.notice.as_ref()).map(|n| n.text.clone()));
         for StrandedStatus { subnet, pods, .. } in &self.pods.stranded {
             notices.push(format!("{pods} pods live in {subnet}, which this node has no more"));
@@ -267,6 +271,9 @@ pub struct AttachmentStatus {
     /// Ports of the host that lead to it, such as `8080/tcp -> 80`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub host_ports: Vec<String>,
+    /// What it may receive and send at most, such as `in 8 Mbit/s`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub limits: Vec<String>,
 }
 
 /// What address management has done since the agent's start.
@@ -340,6 +347,7 @@ pub(crate) mod sample {
                     Some(_) => vec!["8080/tcp -> 80".into(), "53/udp -> 5353".into()],
                     None => vec![],
                 },
+                limits: pod.map(|_| "in 8 Mbit/s".to_owned()).into_iter().collect(),
             }
         };
         Status {
@@ -444,6 +452,7 @@ pub(crate) mod sample {
                 agent_memory: 9_437_184,
                 agent_cpu: 12.25,
             },
+            port_problem: None,
             advice: vec![HostAdvice {
                 problem:
                     "nftables chain inet firewalld filter_FORWARD drops forwarded packets of 10.5.0.0/16"

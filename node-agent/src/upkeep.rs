@@ -33,7 +33,6 @@ pub struct Upkeep {
     choice: UnderlayChoice,
     files: Files,
     durable: Durable,
-    written: Option<SubnetEnv>,
     announced: bool,
 }
 
@@ -79,7 +78,7 @@ impl Upkeep {
         files: Files,
         durable: Durable,
     ) -> Self {
-        Self { node, table, keeper, choice, files, durable, written: None, announced: false }
+        Self { node, table, keeper, choice, files, durable, announced: false }
     }
 
     /// Ends only with what feeds it.
@@ -164,7 +163,7 @@ impl Upkeep {
                     changes if changes.is_empty() => {
                         if serving.config != *config {
                             let (range, backend) = (&config.v4, &config.backend);
-                            info!(first = %range.min, last = %range.max, ?backend, "network configuration taken over");
+                            info!(first = %range.min, last = %range.max, backend = backend.kind(), "network configuration taken over");
                             serving.config.clone_from(config);
                         }
                         None
@@ -255,18 +254,18 @@ impl Upkeep {
             subnet_env(serving, report, self.files.ip_masq).filter(|_| carried)
         });
         let Some(env) = env.flatten() else { return };
+        let told = self.node.serving(|serving| serving.told.as_ref() == Some(&env)) == Some(true);
         let file = self.files.subnet_env.display();
-        let saved = self.files.save_subnet(&env, self.written.as_ref() == Some(&env)).await;
+        let saved = self.files.save_subnet(&env, told).await;
         match &saved {
             Ok(false) => {}
             Ok(true) => {
                 info!(%file, subnet = %env.subnet, mtu = env.mtu, "subnet file written");
-                self.written = Some(env.clone());
             }
             // The next pass comes with the next sweep, and tries again.
             Err(error) => warn!(%file, %error, "subnet file cannot be written"),
         }
-        if self.node.serving(|serving| serving.told.as_ref() != Some(&env)) == Some(true) {
+        if saved.is_ok() && !told {
             self.node.update(|serving| serving.told = Some(env));
         }
         if saved.is_ok() && !std::mem::replace(&mut self.announced, true) {

@@ -6,6 +6,7 @@
 //! ADD is a transaction on one connection: `Reserve`, wire, `Commit`. A connection that closes between the two tells
 //! the agent to undo the reservation.
 
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::IpAddr;
 
@@ -29,6 +30,13 @@ pub struct Attachment {
     pub network: NetworkName,
     pub container_id: ContainerId,
     pub ifname: IfName,
+}
+
+/// In one word, for logs: none of the parts has a slash.
+impl fmt::Display for Attachment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}/{}", self.network, self.container_id, self.ifname)
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -3,9 +3,9 @@
 //! The plugin writes under the shared lock, the agent drains under the exclusive one before it listens: a DEL therefore
 //! either reaches the agent or is seen by it. Names are hashes, so a repeated DEL replaces its own file.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -50,7 +50,8 @@ fn is_tombstone(path: &Path) -> bool {
 
 /// Opens the lock file beside the tombstones, making both if need be. The caller locks it.
 pub fn lock_file(dir: &Path) -> io::Result<File> {
-    fs::create_dir_all(dir)?;
+    // Root's alone, and so is what has to be made above it.
+    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
     OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(lock_path(dir))
 }
 

@@ -37,7 +37,7 @@ const SOCKET_HELP: &str =
 
 /// See and test the pod network of this node. Asks weftd over its admin socket.
 ///
-/// Exit status: 0 all is well, 1 not ready, not reachable or weftd does not answer, 2 wrong usage.
+/// Exit status: 0 all is well, 1 not ready, something pending, not reachable or weftd does not answer, 2 wrong usage.
 #[derive(Debug, Parser)]
 #[command(name = "weftctl", version, disable_help_subcommand = true)]
 pub struct Cli {
@@ -136,7 +136,8 @@ impl Cli {
         match &self.verb {
             Verb::Status => {
                 let status = status(socket)?;
-                Ok(Answer { well: status.ready, text: self.print(&status, render::status) })
+                let in_place = status.dataplane.as_ref().is_none_or(|dataplane| dataplane.pending.is_empty());
+                Ok(Answer { well: status.ready && in_place, text: self.print(&status, render::status) })
             }
             Verb::Peers => {
                 let status = status(socket)?;

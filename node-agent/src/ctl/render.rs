@@ -30,8 +30,11 @@ pub(super) fn printable(text: &str) -> String {
 pub(super) fn status(status: &Status) -> String {
     let mut page = Page::default();
     page.line("node", format!("{}, weftd {}", status.node, status.version));
-    if status.ready {
+    let pending = status.dataplane.as_ref().map_or(0, |dataplane| dataplane.pending.len());
+    if status.ready && pending == 0 {
         page.line("state", "ready".to_owned());
+    } else if status.ready {
+        page.line("state", format!("ready, but not all is in place: {pending} PENDING"));
     } else {
         page.line("state", "NOT READY: pods cannot be added".to_owned());
         for awaited in &status.waiting_for {
@@ -70,7 +73,9 @@ pub(super) fn status(status: &Status) -> String {
     let bridges: Vec<&str> = pods.bridges.iter().map(|b| b.as_str()).collect();
     let on = if bridges.is_empty() { String::new() } else { format!(" on {}", bridges.join(", ")) };
     let addresses = format!("{} of {} addresses used", pods.addresses_used, pods.addresses_total);
-    page.line("pods", format!("{}{on}, {addresses}", pods.attachments));
+    let limited = pods.list.iter().filter(|attachment| !attachment.limits.is_empty()).count();
+    let limited = if limited == 0 { String::new() } else { format!(", {limited} with a bandwidth limit") };
+    page.line("pods", format!("{}{on}, {addresses}{limited}", pods.attachments));
     for stranded in &pods.stranded {
         let owner =
             stranded.owner.map_or("no longer this node's".to_owned(), |ip| format!("now held by {ip}"));
@@ -102,6 +107,9 @@ pub(super) fn status(status: &Status) -> String {
         "agent",
         format!("up {}, {memory:.1} MiB, {:.2} s of CPU", span(host.agent_uptime), host.agent_cpu),
     );
+    if let Some(problem) = &status.port_problem {
+        page.line("", format!("NO METRICS by TCP: {problem}"));
+    }
     page.text
 }
 
@@ -266,7 +274,7 @@ pub(super) fn pods(list: &[AttachmentStatus]) -> String {
     if list.is_empty() {
         return "no pods: nothing is attached to this node\n".to_owned();
     }
-    let mut table = Table::new(["POD", "ADDRESS", "INTERFACE", "VETH", "BRIDGE", "STATE", "HOST PORTS"]);
+    let mut table = Table::new(["POD", "ADDRESS", "INTERFACE", "VETH", "BRIDGE", "STATE", "HOST PORTS", "LIMITS"]);
     for attachment in list {
         let short = || attachment.container_id.chars().take(SHORT_ID).collect();
         let addresses: Vec<String> = attachment.addresses.iter().map(|a| a.to_string()).collect();
@@ -278,6 +286,7 @@ pub(super) fn pods(list: &[AttachmentStatus]) -> String {
             attachment.bridge.to_string(),
             attachment.state.clone(),
             attachment.host_ports.join(", "),
+            attachment.limits.join(", "),
         ]);
     }
     table.print()

@@ -39,11 +39,11 @@ fn ask(socket: &Path, args: &[&str]) -> Result<Answer, ClientError> {
 fn status_of_a_node_in_service() {
     with_agent(sample::ready, |socket| {
         let answer = ask(socket, &["status"]).expect("answer");
-        assert!(answer.well);
+        assert!(!answer.well, "an object is pending");
         assert_eq!(
             answer.text,
             "node       node-a, weftd 0.1.0
-state      ready
+state      ready, but not all is in place: 1 PENDING
 store      etcd at http://10.0.0.1:2379, prefix /coreos.com/network: connected
 network    10.5.0.0/16 in /24 subnets, vxlan, VNI 1, UDP port 8472
 lease      10.5.1.0/24 held, public IP 192.168.9.1, expires in 23 h
@@ -54,7 +54,7 @@ peers      1 of 2 programmed
            10.5.3.0-24 via 192.168.9.3: no such device
            10.5.2.0-24 via 192.168.9.2: expired, 9 min 35 s left
            REFUSED 10.9.1.0-24: outside Network 10.5.0.0/16
-pods       2 on cni0, 2 of 253 addresses used
+pods       2 on cni0, 2 of 253 addresses used, 1 with a bandwidth limit
 host       node-a, Debian GNU/Linux 12, Linux 6.18.0, up 1 d 1 h
            ADVICE nftables chain inet firewalld filter_FORWARD drops forwarded packets of 10.5.0.0/16
                   to mend it: firewall-cmd --permanent --zone=trusted --add-source=10.5.0.0/16
@@ -169,8 +169,8 @@ fn pods_are_a_table() {
         assert!(answer.well);
         assert_eq!(
             answer.text,
-            "POD           ADDRESS   INTERFACE  VETH             BRIDGE  STATE      HOST PORTS
-shop/web-0    10.5.1.2  eth0       vethab2cd3ef4gh  cni0    committed  8080/tcp -> 80, 53/udp -> 5353
+            "POD           ADDRESS   INTERFACE  VETH             BRIDGE  STATE      HOST PORTS                     LIMITS
+shop/web-0    10.5.1.2  eth0       vethab2cd3ef4gh  cni0    committed  8080/tcp -> 80, 53/udp -> 5353  in 8 Mbit/s
 7be2104f9d3c  10.5.1.3  eth0       vethij5kl6mn7op  cni0    reserved
 "
         );

@@ -232,6 +232,9 @@ impl Answer {
     fn text(&self) -> String {
         let mut text = String::new();
         let mut say = |line: String| text.push_str(&(printable(&line) + "\n"));
+        for refused in &self.refused {
+            say(format!("REFUSED  {refused}"));
+        }
         for (Line { kind, what }, state) in &self.things {
             match state {
                 State::Listed => say(format!("removes  {kind:<9} {what}")),
@@ -243,9 +246,6 @@ impl Answer {
         }
         for stays in &self.stays {
             say(format!("stays    {stays}"));
-        }
-        for refused in &self.refused {
-            say(format!("REFUSED  {refused}"));
         }
         let left = self.things.iter().filter(|(_, state)| !matches!(state, State::Removed)).count();
         say(match (self.things.len(), left) {

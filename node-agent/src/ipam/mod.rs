@@ -8,6 +8,7 @@
 mod boottime;
 mod counters;
 mod host_ports;
+pub(crate) mod keep;
 mod locks;
 mod pool;
 pub(crate) mod records;
@@ -23,6 +24,7 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -36,7 +38,7 @@ use tracing::{debug, info, warn};
 use weft_shared::IfName;
 use weft_shared::deadline;
 use weft_shared::names::{attachment_hash, host_ifname};
-use weft_shared::protocol::Attachment;
+use weft_shared::protocol::{Attachment, Bandwidth, Limit};
 
 pub use boottime::Boottime;
 pub use records::RecordsError;
@@ -92,6 +94,8 @@ pub struct Ipam<F> {
     changed: watch::Sender<()>,
     /// Something is due before [`Ipam::run`] would look.
     wake: Notify,
+    /// The tombstones' directory may have been made anew.
+    moved: Notify,
     counters: Counters,
     next_conn: AtomicU64,
 }
@@ -101,6 +105,12 @@ pub struct Ipam<F> {
 struct State {
     table: Table,
     records: Records,
+    /// Some record is in memory only, since a foreign hand deleted their directory.
+    is_short: bool,
+    /// Attachments that were freed because their veth was gone, until a DEL claims them or has had time to.
+    unclaimed: BTreeMap<Attachment, Boottime>,
+    /// What could not be undone when that was tried last, and why.
+    stuck: BTreeMap<Attachment, String>,
 }
 
 /// An open connection: the transactions on it end with it. Dropped without [`Connection::closed`] it counts as left by
@@ -112,6 +122,8 @@ pub struct Connection<F: Fabric> {
 
 /// The longest time between two looks at what may be due; anything known to be due is looked at in time.
 const IDLE: Duration = Duration::from_secs(30);
+/// A DEL's plugin deletes the veth before it tells the agent, and has this long to do so.
+const CLAIM: Duration = deadline::WIRING;
 /// What could not be undone is tried again this much later.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -131,12 +143,19 @@ impl<F: Fabric> Ipam<F> {
             config,
             clock,
             fabric,
-            state: Mutex::new(State { table, records }),
+            state: Mutex::new(State {
+                table,
+                records,
+                is_short: false,
+                unclaimed: BTreeMap::new(),
+                stuck: BTreeMap::new(),
+            }),
             locks: NameLocks::default(),
             needs,
             seen,
             changed: watch::Sender::new(()),
             wake: Notify::new(),
+            moved: Notify::new(),
             counters: Counters::default(),
             next_conn: AtomicU64::new(0),
         };
@@ -159,6 +178,7 @@ impl<F: Fabric> Ipam<F> {
                 () = stop.cancelled() => return,
                 Ok(()) = seen.changed() => {}
                 () = self.wake.notified() => {}
+                () = self.moved.notified() => tombstones.renew(),
                 () = tombstones.changed() => {}
                 () = tokio::time::sleep(self.until_due()) => tombstones.renew(),
             }
@@ -184,13 +204,17 @@ impl<F: Fabric> Ipam<F> {
                 }
             }
             state.table.expire_held(now);
+            let before = state.unclaimed.len();
+            state.unclaimed.retain(|_, until| now < *until);
+            let unclaimed = before - state.unclaimed.len();
+            self.counters.dead_freed.add(unclaimed as u64);
             let suspects = state.table.observe(&seen, now);
             self.publish(&state);
             (state.table.due(now), suspects, state.table.strays_due(now))
         };
         for key in due {
             if let Err(error) = self.undo(&key).await {
-                warn!(attachment = ?key, %error, "not undone yet");
+                self.not_undone(&key, error);
             }
         }
         for (key, ifindex) in suspects.attachments {
@@ -242,7 +266,11 @@ impl<F: Fabric> Ipam<F> {
 
     fn until_due(&self) -> Duration {
         let now = (self.clock)();
-        match self.state().table.next_due() {
+        let due = {
+            let state = self.state();
+            state.table.next_due().into_iter().chain(state.unclaimed.values().copied()).min()
+        };
+        match due {
             Some(due) if due > now => due.since(now).min(IDLE),
             Some(_) => RETRY,
             None => IDLE,
@@ -272,7 +300,7 @@ impl<F: Fabric> Ipam<F> {
                 && let Some(entry) = state.table.get(key)
                 && let Err(error) = state.records.write(&entry.record)
             {
-                warn!(attachment = ?key, %error, "record not rewritten");
+                warn!(attachment = %key, %error, "record not rewritten");
             }
             (state.table.is_due(key, (self.clock)()), wired)
         };
@@ -288,15 +316,28 @@ impl<F: Fabric> Ipam<F> {
         if due || damaged {
             // A file that stays behind blocks its address at the next start, until that finds the veth gone.
             if let Err(error) = state.records.remove(&hash) {
-                warn!(attachment = ?key, %error, "record file not removed");
+                warn!(attachment = %key, %error, "record file not removed");
             }
         }
         if due {
             state.table.remove(key);
-            debug!(attachment = ?key, "freed");
+            state.stuck.remove(key);
+            debug!(attachment = %key, "freed");
         }
         self.publish(&state);
         Ok(())
+    }
+
+    /// It is tried again and again; the log hears of each reason once.
+    fn not_undone(&self, key: &Attachment, error: String) {
+        let mut state = self.state();
+        if state.stuck.get(key) != Some(&error) {
+            warn!(attachment = %key, %error, "not undone yet");
+            // Of one that is not in the table nothing is tried again.
+            if state.table.get(key).is_some() {
+                state.stuck.insert(key.clone(), error);
+            }
+        }
     }
 
     /// What is asked for next follows from what is published.
@@ -314,7 +355,7 @@ impl<F: Fabric> Ipam<F> {
     /// An attachment is dead when its veth is gone from the kernel; a look that missed it is only the reason to ask.
     async fn bury_if_dead(&self, key: &Attachment, ifindex: u32) {
         match self.fabric.link_exists(ifindex).await {
-            Ok(true) => debug!(attachment = ?key, ifindex, "veth without our mark or name"),
+            Ok(true) => debug!(attachment = %key, ifindex, "veth without our mark or name"),
             Ok(false) => {
                 let buried = {
                     let mut state = self.state();
@@ -323,17 +364,20 @@ impl<F: Fabric> Ipam<F> {
                         entry.is_committed()
                             && entry.record.committed.is_some_and(|wired| wired.host_ifindex == ifindex)
                     });
-                    same && state.table.abort(key, None)
+                    let buried = same && state.table.abort(key, None);
+                    if buried {
+                        state.unclaimed.insert(key.clone(), (self.clock)().plus(CLAIM));
+                    }
+                    buried
                 };
                 if buried {
-                    info!(attachment = ?key, ifindex, "veth is gone, attachment freed");
-                    self.counters.dead_freed.inc();
+                    info!(attachment = %key, ifindex, "veth is gone, attachment freed");
                     if let Err(error) = self.undo(key).await {
-                        warn!(attachment = ?key, %error, "not freed yet");
+                        self.not_undone(key, error);
                     }
                 }
             }
-            Err(error) => warn!(attachment = ?key, ifindex, %error, "cannot tell whether its veth is alive"),
+            Err(error) => warn!(attachment = %key, ifindex, %error, "cannot tell whether its veth is alive"),
         }
     }
 
@@ -399,9 +443,9 @@ impl<F: Fabric> Connection<F> {
     pub async fn closed(self, by_peer: bool) {
         for key in self.ipam.hang_up(self.id, by_peer) {
             self.ipam.counters.rolled_back.inc();
-            info!(attachment = ?key, by_peer, "connection closed before Commit, undoing");
+            info!(attachment = %key, by_peer, "connection closed before Commit, undoing");
             if let Err(error) = self.ipam.undo(&key).await {
-                warn!(attachment = ?key, %error, "not undone yet");
+                self.ipam.not_undone(&key, error);
             }
         }
         self.ipam.wake.notify_one();
@@ -445,11 +489,25 @@ fn attachment_status(key: &Attachment, entry: &Entry) -> AttachmentStatus {
         bridge: entry.record.bridge.name.clone(),
         state: state.into(),
         host_ports: host_ports_status(entry),
+        limits: limits_status(&entry.record.bandwidth),
     }
 }
 
 fn host_ports_status(entry: &Entry) -> Vec<String> {
     entry.record.host_ports.iter().map(|port| format!("{port} -> {}", port.container_port)).collect()
+}
+
+/// As the pod sees it.
+fn limits_status(bandwidth: &Bandwidth) -> Vec<String> {
+    let limit = |way: &str, limit: Option<Limit>| Some(format!("{way} {}", bits(limit?.rate.saturating_mul(8))));
+    limit("in", bandwidth.ingress).into_iter().chain(limit("out", bandwidth.egress)).collect()
+}
+
+/// In the largest unit that needs no rounding.
+fn bits(rate: u64) -> String {
+    let units = [(1_000_000_000, "Gbit/s"), (1_000_000, "Mbit/s"), (1000, "kbit/s"), (1, "bit/s")];
+    let (size, unit) = units.into_iter().find(|(size, _)| rate % size == 0).unwrap_or((1, "bit/s"));
+    format!("{} {unit}", rate / size)
 }
 
 impl<F> fmt::Debug for Ipam<F> {

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -116,8 +116,9 @@ pub enum RecordsError {
 #[derive(Debug)]
 pub(super) struct Records {
     dir: PathBuf,
+    boot_id: String,
     /// The kernel releases it with the process, however that dies.
-    _lock: File,
+    lock: File,
 }
 
 /// In the run directory.
@@ -181,6 +182,24 @@ pub(super) fn peek(run_dir: &Path, boot_id: &str) -> Loaded {
     loaded
 }
 
+/// Makes the directory if need be, and locks it.
+fn take(dir: &Path, patience: Duration) -> Result<File, RecordsError> {
+    let at = |path: &Path| {
+        let path = path.to_owned();
+        move |error| RecordsError::Io { path, error }
+    };
+    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(at(dir))?;
+    fs::set_permissions(dir, Permissions::from_mode(0o700)).map_err(at(dir))?;
+    let lock = dir.join(LOCK);
+    let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&lock);
+    let file = file.map_err(at(&lock))?;
+    match lock_within(&file, patience) {
+        Err(TryLockError::WouldBlock) => Err(RecordsError::InUse(dir.to_owned())),
+        Err(TryLockError::Error(error)) => Err(at(&lock)(error)),
+        Ok(()) => Ok(file),
+    }
+}
+
 #[expect(clippy::disallowed_methods, reason = "a lock announces nothing; this is before anything is served")]
 fn lock_within(file: &File, patience: Duration) -> Result<(), TryLockError> {
     let end = Instant::now() + patience;
@@ -195,28 +214,35 @@ fn lock_within(file: &File, patience: Duration) -> Result<(), TryLockError> {
 impl Records {
     pub(super) fn open(run_dir: &Path, boot_id: &str) -> Result<(Self, Loaded), RecordsError> {
         let dir = dir_in(run_dir);
-        let at = |path: &Path| {
-            let path = path.to_owned();
-            move |error| RecordsError::Io { path, error }
-        };
-        DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(at(&dir))?;
-        fs::set_permissions(&dir, Permissions::from_mode(0o700)).map_err(at(&dir))?;
-        let lock = lock_in(run_dir);
-        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&lock);
-        let file = file.map_err(at(&lock))?;
-        match lock_within(&file, LOCK_PATIENCE) {
-            Err(TryLockError::WouldBlock) => return Err(RecordsError::InUse(dir)),
-            Err(TryLockError::Error(error)) => return Err(at(&lock)(error)),
-            Ok(()) => {}
-        }
-        let records = Self { dir, _lock: file };
-        let loaded = records.enter_boot(boot_id).and_then(|()| records.load()).map_err(at(&records.dir))?;
+        let lock = take(&dir, LOCK_PATIENCE)?;
+        let records = Self { dir, boot_id: boot_id.to_owned(), lock };
+        let loaded = records.enter_boot().and_then(|()| records.load());
+        let loaded = loaded.map_err(|error| RecordsError::Io { path: records.dir.clone(), error })?;
         Ok((records, loaded))
+    }
+
+    /// Whether the directory is the one that was taken: a lock that is held proves nothing of one that was deleted.
+    pub(super) fn is_there(&self) -> bool {
+        let identity = |meta: io::Result<fs::Metadata>| meta.map(|meta| (meta.dev(), meta.ino())).ok();
+        let found = identity(fs::symlink_metadata(self.dir.join(LOCK)));
+        found.is_some() && found == identity(self.lock.metadata())
+    }
+
+    /// A foreign hand took the directory away: takes one anew, in which nothing is.
+    pub(super) fn take_anew(&mut self) -> Result<(), RecordsError> {
+        self.lock = take(&self.dir, Duration::ZERO)?;
+        self.enter_boot().map_err(|error| RecordsError::Io { path: self.dir.clone(), error })
     }
 
     /// The file holds the record whole, or what it held before.
     pub(super) fn write(&self, record: &Record) -> io::Result<()> {
         self.replace(&attachment_hash(&record.attachment), &serde_json::to_vec(record)?)
+    }
+
+    /// What is left of an unreadable record, to be read as that was.
+    pub(super) fn write_damaged(&self, hash: &str, damaged: &Damaged) -> io::Result<()> {
+        let left = serde_json::json!({ "addresses": damaged.addresses, "host_ifindex": damaged.host_ifindex });
+        replace_file(&self.path(hash, "damaged"), left.to_string().as_bytes(), 0o600, Survive::Crash)
     }
 
     /// Both the record and the unreadable one of this hash; neither need be there.
@@ -243,14 +269,14 @@ impl Records {
     }
 
     /// Wipes what another boot left. The marker is written last, so that a wipe cut short begins anew.
-    fn enter_boot(&self, boot_id: &str) -> io::Result<()> {
+    fn enter_boot(&self) -> io::Result<()> {
         let marker = self.dir.join(BOOT_ID);
         let found = match fs::read_to_string(&marker) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => None,
             other => Some(other?),
         };
         match found.as_deref() {
-            Some(found) if found == boot_id => return Ok(()),
+            Some(found) if found == self.boot_id => return Ok(()),
             // Anything but a boot id says nothing about the records; they are kept and looked at.
             Some(found) if !is_boot_id(found) => {
                 warn!(path = %marker.display(), "unreadable boot id replaced")
@@ -268,7 +294,7 @@ impl Records {
                 info!(files = wiped, "records of another boot removed");
             }
         }
-        replace_file(&marker, boot_id.as_bytes(), 0o600, Survive::Crash)
+        replace_file(&marker, self.boot_id.as_bytes(), 0o600, Survive::Crash)
     }
 
     fn load(&self) -> io::Result<Loaded> {
@@ -323,7 +349,7 @@ impl Records {
         if addresses.is_empty() {
             warn!(veth = %host_ifname, "no address is left in an unreadable record: none is given while its veth lives");
         } else {
-            warn!(veth = %host_ifname, ?addresses, "addresses of an unreadable record stay blocked while its veth lives");
+            warn!(veth = %host_ifname, addresses = %super::verbs::listed(&addresses), "addresses of an unreadable record stay blocked while its veth lives");
         }
         loaded.damaged.insert(
             hash.to_owned(),

@@ -316,6 +316,10 @@ impl Table {
         self.damaged.get(hash)
     }
 
+    pub(super) fn all_damaged(&self) -> impl Iterator<Item = (&String, &Damaged)> {
+        self.damaged.iter()
+    }
+
     pub(super) fn remove_damaged(&mut self, hash: &str) -> bool {
         let Some(damaged) = self.damaged.remove(hash) else { return false };
         self.free(damaged.addresses.into_iter());

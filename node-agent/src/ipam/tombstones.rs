@@ -1,9 +1,10 @@
 //! The DELs of a time without an agent (see [`weft_shared::tombstone`]): noticed by inotify(7), applied like the DEL
 //! that each one is, and removed.
 
-use std::fs;
+use std::fs::{self, DirBuilder};
 use std::future;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use inotify::{Inotify, WatchMask};
@@ -36,7 +37,7 @@ impl<F: Fabric> Ipam<F> {
             };
             match self.apply(&tombstone).await {
                 Ok(()) => {
-                    info!(attachment = ?tombstone.attachment, "tombstone drained");
+                    info!(attachment = %tombstone.attachment, "tombstone drained");
                     self.counters.tombstones_drained.inc();
                     // A plugin may have put a later one in its place.
                     if read(&path).is_none_or(|now| now == tombstone) {
@@ -44,7 +45,7 @@ impl<F: Fabric> Ipam<F> {
                     }
                 }
                 Err(error) => {
-                    warn!(attachment = ?tombstone.attachment, %error, "tombstone not applied yet");
+                    warn!(attachment = %tombstone.attachment, %error, "tombstone not applied yet");
                 }
             }
         }
@@ -91,6 +92,7 @@ impl<F: Fabric> Ipam<F> {
             return false;
         }
         let mut state = self.state();
+        state.unclaimed.remove(&tombstone.attachment);
         let written = Boottime::from_nanos(tombstone.boottime_ns);
         let buried = state.table.abort(&tombstone.attachment, Some(written));
         if buried {
@@ -132,7 +134,7 @@ impl Watch {
     /// Watches the directory that is there now (a tombstone is written beside and renamed); one that is watched already stays so.
     pub(super) fn renew(&mut self) {
         let Some(inotify) = &mut self.inotify else { return };
-        let made = fs::create_dir_all(&self.dir);
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.dir);
         if let Err(error) =
             made.and_then(|()| inotify.get_mut().watches().add(&self.dir, WatchMask::MOVED_TO))
         {

@@ -89,7 +89,7 @@ impl<F: Fabric> Ipam<F> {
             // Whoever is told so wires nothing. After a DEL the entry waits for the connection's end.
             self.give_up(conn, key);
             if let Err(error) = self.undo_locked(key, &guard).await {
-                warn!(attachment = ?key, %error, "failed ADD not undone yet");
+                warn!(attachment = %key, %error, "failed ADD not undone yet");
                 self.wake.notify_one();
             }
         }
@@ -103,7 +103,7 @@ impl<F: Fabric> Ipam<F> {
             let unlimited = self.fabric.ensure_limits(&host_ifname(&key)).await.err();
             if let Some(error) = unlimited {
                 if let Err(left) = self.release(&key).await {
-                    warn!(attachment = ?key, %left, "failed ADD not undone yet");
+                    warn!(attachment = %key, %left, "failed ADD not undone yet");
                     self.wake.notify_one();
                 }
                 return Err(try_again("the pod's bandwidth is not limited yet", error));
@@ -129,7 +129,7 @@ impl<F: Fabric> Ipam<F> {
             failure(code, "ADD cannot be completed", format!("{}: {refusal}", shown(&commit.attachment)))
         })?;
         state.records.write(&record).map_err(unwritten)?;
-        info!(attachment = ?commit.attachment, addresses = ?record.addresses, ifindex = commit.host_ifindex, "added");
+        info!(attachment = %commit.attachment, addresses = %listed(&record.addresses), ifindex = commit.host_ifindex, "added");
         let (last_look, is_limited) = (self.seen.borrow().pass, !record.bandwidth.is_unlimited());
         state.table.commit(record, last_look);
         self.publish(&state);
@@ -141,12 +141,13 @@ impl<F: Fabric> Ipam<F> {
         let known = {
             let mut state = self.state();
             let known = state.table.abort(key, None);
+            state.unclaimed.remove(key);
             self.publish(&state);
             known
         };
         self.undo(key).await.map_err(|error| try_again("DEL is not complete", error))?;
         if known {
-            info!(attachment = ?key, "deleted");
+            info!(attachment = %key, "deleted");
         }
         self.counters.dels.inc();
         Ok(())
@@ -181,7 +182,7 @@ impl<F: Fabric> Ipam<F> {
         let mut errors = Vec::new();
         for key in &stale {
             match self.release(key).await {
-                Ok(()) => info!(attachment = ?key, "not among the runtime's attachments, removed"),
+                Ok(()) => info!(attachment = %key, "not among the runtime's attachments, removed"),
                 Err(failure) => errors.push(format!("{}: {failure}", shown(key))),
             }
         }
@@ -370,6 +371,11 @@ impl<F: Fabric> Ipam<F> {
             }
         }
     }
+}
+
+/// As logs show them.
+pub(super) fn listed(addresses: &[IpAddr]) -> String {
+    addresses.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// As metrics and logs call it.

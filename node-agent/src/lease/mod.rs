@@ -25,6 +25,7 @@ pub use keeper::{Keeper, KeeperHandle, LeaseState, wait_for_config};
 pub use store::Store;
 pub use table::LeaseTable;
 
+use std::fmt;
 use std::future::Future;
 use std::net::Ipv4Addr;
 use std::time::{Duration, SystemTime};
@@ -145,6 +146,15 @@ pub enum Departure {
     ByHand,
     /// Its time ran out; or nobody can tell.
     Expired,
+}
+
+impl fmt::Display for Departure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ByHand => "removed by hand",
+            Self::Expired => "expired",
+        })
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

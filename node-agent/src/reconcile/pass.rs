@@ -159,7 +159,7 @@ fn look_and_mend(
         let mut desired = pods::desired(&inputs.pods, node.underlay.public_ip, &dump);
         desired.extend(wanted.desired);
         desired.extend(forwarding(node, inputs));
-        let way = pods::way_to_loopback(&inputs.pods, kernel)?;
+        let way = pods::way_to_loopback(&inputs.pods, &dump, kernel)?;
         let networks = firewall_networks(node, inputs, &way);
         let (firewall, unseen) = look_at_firewall(kernel, inputs, &networks);
         for (key, error) in &unseen {
@@ -249,7 +249,7 @@ fn keep_host_ports(
     let mut failed = memory.deferred(now);
     let is_about = |key: &Key| matches!(key, Key::Firewall(part) if host_ports::is_about(part));
     for round in 0..ROUNDS {
-        let way = pods::way_to_loopback(&inputs.pods, kernel)?;
+        let way = pods::way_to_loopback(&inputs.pods, &kernel.dump(None)?, kernel)?;
         let networks = networks_of_pods(inputs.pods.subnets().collect(), inputs, &way);
         let (seen, mut unseen) = look_at_firewall(kernel, inputs, &networks);
         unseen.retain(|key, _| is_about(key));

@@ -122,8 +122,10 @@ pub(super) struct WayToLoopback {
     open_for_all: bool,
 }
 
+/// A bridge that no record speaks of may have been opened in former times, and have pods on it all the same.
 pub(super) fn way_to_loopback(
     pods: &PodNeeds,
+    dump: &Dump,
     kernel: &mut impl Kernel,
 ) -> Result<WayToLoopback, KernelError> {
     let mut is_on = |path: &str| {
@@ -131,16 +133,27 @@ pub(super) fn way_to_loopback(
         Ok::<_, KernelError>(read.get(path).is_some_and(|value| value == "1"))
     };
     let mut way = WayToLoopback::default();
-    if pods.bridges.is_empty() {
+    let recorded: BTreeSet<&IfName> = pods.bridges.keys().collect();
+    let bridges: BTreeSet<&IfName> = recorded.iter().copied().chain(marked_bridges(dump)).collect();
+    if bridges.is_empty() {
         return Ok(way);
     }
     way.open_for_all = is_on(ROUTE_LOCALNET_OF_ALL)?;
-    for bridge in pods.bridges.keys() {
-        if way.open_for_all || needs_loopback(pods) || is_on(&route_localnet(bridge))? {
+    for bridge in bridges {
+        let will_be = needs_loopback(pods) && recorded.contains(bridge);
+        if way.open_for_all || will_be || is_on(&route_localnet(bridge))? {
             way.open.insert(bridge.clone());
         }
     }
     Ok(way)
+}
+
+/// Bridges that weft made, and those that veths of its pods hang on.
+fn marked_bridges(dump: &Dump) -> impl Iterator<Item = &IfName> {
+    dump.links.iter().filter(|(_, found)| found.group == LINK_GROUP).filter_map(|(name, found)| {
+        let is_bridge = matches!(found.link.kind, LinkKind::Bridge);
+        if is_bridge { Some(name) } else { found.port.bridge.as_ref().filter(|_| found.is_our_veth(name)) }
+    })
 }
 
 /// The way from 127.0.0.1 to pods, once they are kept from it themselves. It stays: a setting tells nobody who else

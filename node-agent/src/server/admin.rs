@@ -1,23 +1,24 @@
 //! The operator's HTTP: health, readiness, metrics and state over TCP, and the same with `/ping` over a unix socket.
 //!
 //! Paths and texts of `/healthz` and `/readyz` are flannel's (main.go, `mustRunHealthz`). Unlike there, a port that
-//! cannot be bound is an error with the setting's name, and a client that says nothing is let go.
+//! cannot be bound is named in status and tried again, and a client that says nothing is let go.
 
 mod listen;
+mod port;
 mod routes;
 #[cfg(test)]
 mod tests;
 
-use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::socket::{self, ROOT, Socket, SocketError};
+use self::port::{Port, Standing};
+use super::SocketError;
 use crate::metrics::{Metrics, StatusSource};
 
 /// A scrape takes milliseconds.
@@ -32,47 +33,45 @@ pub struct AdminState {
     pub metrics: Arc<Metrics>,
 }
 
-/// The bound listeners, not yet served: what cannot be bound is known before anything else starts.
+/// The listeners, not yet served: a socket that cannot be bound is known before anything else starts.
 #[derive(Debug)]
 pub struct Admin {
-    tcp: Option<TcpListener>,
-    socket: Socket,
+    tcp: Option<Port>,
+    socket: Standing,
+    port_problem: watch::Receiver<Option<String>>,
 }
 
 #[derive(Debug, thiserror::Error)]
-pub enum BindError {
-    #[error("--admin-listen = {addr}: cannot listen there: {error}; give another address, or off")]
-    Tcp { addr: SocketAddr, error: io::Error },
-    #[error("--admin-socket: {0}")]
-    Socket(#[from] SocketError),
-}
+#[error("--admin-socket: {0}")]
+pub struct BindError(#[from] SocketError);
 
 impl Admin {
     pub async fn bind(listen: Option<SocketAddr>, path: &Path) -> Result<Self, BindError> {
+        let socket = Standing::bind(path).await?;
+        let (problem, port_problem) = watch::channel(None);
         let tcp = match listen {
             None => None,
-            Some(addr) => {
-                let bound = TcpListener::bind(addr).await;
-                Some(bound.map_err(|error| BindError::Tcp { addr, error })?)
-            }
+            Some(addr) => Some(Port::bind(addr, problem).await),
         };
-        socket::secure_directory(path, ROOT)?;
-        socket::refuse_live(path).await?;
-        Ok(Self { tcp, socket: Socket::bind(path)? })
+        Ok(Self { tcp, socket, port_problem })
+    }
+
+    /// Why there is nothing at `--admin-listen`, for as long as there is not.
+    pub fn port_problem(&self) -> watch::Receiver<Option<String>> {
+        self.port_problem.clone()
     }
 
     /// Answers until `stop`, then lets requests under way finish for a moment.
     pub async fn serve(self, state: AdminState, stop: CancellationToken) {
         let public = routes::public(state.clone());
         let tcp = async {
-            if let Some(listener) = self.tcp {
-                listen::serve(listener, public, TCP_DEADLINE, stop.clone()).await;
+            if let Some(port) = self.tcp {
+                listen::serve(port, public, TCP_DEADLINE, stop.clone(), drop).await;
             }
         };
-        let Socket { listener, file } = self.socket;
-        let unix = listen::serve(listener, routes::operator(state), SOCKET_DEADLINE, stop.clone());
+        let operator = routes::operator(state);
+        let unix = listen::serve(self.socket, operator, SOCKET_DEADLINE, stop.clone(), Standing::close);
         tokio::join!(tcp, unix);
-        file.remove();
     }
 }
 

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
@@ -26,6 +26,7 @@ use weft_shared::protocol::{Failure, Reply, encode};
 
 use self::connection::Conversation;
 use crate::ipam::Ipam;
+use crate::ipam::keep::LOOK;
 use crate::pods::Fabric;
 use crate::server::socket::{self, ROOT, Socket, SocketError};
 
@@ -77,6 +78,7 @@ pub enum BindError {
 
 #[derive(Debug)]
 pub struct Server<F: Fabric> {
+    path: PathBuf,
     socket: Socket,
     ipam: Arc<Ipam<F>>,
     limits: Limits,
@@ -86,22 +88,34 @@ impl<F: Fabric> Server<F> {
     /// Drains the tombstones and starts to listen, both under their exclusive lock: a DEL either left a tombstone that
     /// is seen here, or finds the socket.
     pub async fn bind(path: &Path, ipam: Arc<Ipam<F>>, limits: Limits) -> Result<Self, BindError> {
-        socket::secure_directory(path, limits.uid)?;
-        let tombstones = ipam.tombstones_dir();
-        let lock = lock::lock_tombstones(tombstones).await?;
-        socket::refuse_live(path).await?;
-        let unclean = |error| BindError::Tombstones { path: tombstones.to_owned(), error };
-        ipam.clean_tombstones().map_err(unclean)?;
-        ipam.drain_tombstones().await;
-        let socket = Socket::bind(path)?;
-        drop(lock);
+        let socket = listen(path, &ipam, limits).await?;
         info!(path = %path.display(), "listening for the CNI plugin");
-        Ok(Self { socket, ipam, limits })
+        Ok(Self { path: path.to_owned(), socket, ipam, limits })
+    }
+
+    /// Somebody has deleted the socket, or the directory it was in.
+    async fn listen_again(&mut self, said: &mut String) {
+        match listen(&self.path, &self.ipam, self.limits).await {
+            Ok(socket) => {
+                warn!(path = %self.path.display(), "the socket was deleted: listening there again");
+                self.socket = socket;
+                self.ipam.tombstones_moved();
+                said.clear();
+            }
+            Err(error) if error.to_string() != *said => {
+                warn!(path = %self.path.display(), %error, "the socket was deleted, and cannot be made again yet");
+                *said = error.to_string();
+            }
+            Err(_) => {}
+        }
     }
 
     /// Serves until told to stop, then lets open transactions end.
-    pub async fn run(self, stop: CancellationToken) {
+    pub async fn run(mut self, stop: CancellationToken) {
         let mut connections = JoinSet::new();
+        let mut look = interval(LOOK);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut said = String::new();
         let workers = TaskTracker::new();
         loop {
             let accepted = tokio::select! {
@@ -113,6 +127,12 @@ impl<F: Fabric> Server<F> {
                     continue;
                 }
                 accepted = self.socket.accept() => accepted,
+                _ = look.tick() => {
+                    if !self.socket.is_there() {
+                        self.listen_again(&mut said).await;
+                    }
+                    continue;
+                }
             };
             match accepted {
                 Ok(stream) if connections.len() >= self.limits.connections => {
@@ -161,6 +181,17 @@ impl<F: Fabric> Server<F> {
         }
         connections.shutdown().await;
     }
+}
+
+async fn listen<F: Fabric>(path: &Path, ipam: &Ipam<F>, limits: Limits) -> Result<Socket, BindError> {
+    socket::secure_directory(path, limits.uid)?;
+    let tombstones = ipam.tombstones_dir();
+    let _lock = lock::lock_tombstones(tombstones).await?;
+    socket::refuse_live(path).await?;
+    let unclean = |error| BindError::Tombstones { path: tombstones.to_owned(), error };
+    ipam.clean_tombstones().map_err(unclean)?;
+    ipam.drain_tombstones().await;
+    Ok(Socket::bind(path)?)
 }
 
 /// A last word to a peer that is not served. A fresh socket has room for it; if not, it is not worth waiting for.

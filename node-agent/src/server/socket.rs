@@ -121,6 +121,11 @@ impl Socket {
         self.listener.accept().await.map(|(stream, _)| stream)
     }
 
+    /// Whether whoever connects to the path comes here.
+    pub(super) fn is_there(&self) -> bool {
+        self.file.is_ours()
+    }
+
     pub(super) fn close(self) {
         drop(self.listener);
         self.file.remove();
@@ -128,10 +133,13 @@ impl Socket {
 }
 
 impl SocketFile {
+    fn is_ours(&self) -> bool {
+        fs::symlink_metadata(&self.path).is_ok_and(|f| (f.dev(), f.ino()) == self.identity)
+    }
+
     /// Only if it is ours still: a successor may have put its own there.
-    pub(super) fn remove(self) {
-        let ours = fs::symlink_metadata(&self.path).is_ok_and(|f| (f.dev(), f.ino()) == self.identity);
-        if ours && let Err(error) = fs::remove_file(&self.path) {
+    pub(super) fn remove(&self) {
+        if self.is_ours() && let Err(error) = fs::remove_file(&self.path) {
             warn!(path = %self.path.display(), %error, "socket not removed");
         }
     }

@@ -71,6 +71,8 @@ async fn an_attachment_is_dead_when_its_veth_is_gone_from_a_later_look() {
     node.fabric.wire(&veth);
     node.look().await;
     node.assert_empty();
+    node.pass_time(CLAIM);
+    node.ipam().tend().await;
     assert_eq!(node.ipam().status().counters.dead_freed, 2);
 }
 

@@ -55,7 +55,7 @@ pub(super) async fn run(
                 }
                 for update in changes {
                     if let LeaseUpdate::Remove { key, how } = &update {
-                        info!(%key, ?how, "lease departed");
+                        info!(%key, %how, "lease departed");
                     }
                     if updates.send(update).await.is_err() {
                         return;

@@ -279,7 +279,7 @@ impl Watcher<'_> {
             Ok(key) => {
                 seen.map(|seen| seen.remove(&key));
                 let how = how();
-                info!(%key, ?how, "lease departed");
+                info!(%key, %how, "lease departed");
                 Some(LeaseUpdate::Remove { key, how })
             }
             Err(_) => Some(LeaseUpdate::MalformedGone(name.to_owned())),

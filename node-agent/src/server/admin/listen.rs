@@ -18,9 +18,14 @@ const HEADER_DEADLINE: Duration = Duration::from_secs(5);
 /// As flannel's health server.
 const STOP_DEADLINE: Duration = Duration::from_secs(3);
 
-/// Serves connections until `stop`; `deadline` bounds each of them as a whole.
-pub(super) async fn serve<L>(mut listener: L, router: Router, deadline: Duration, stop: CancellationToken)
-where
+/// Serves connections until `stop`, then hands the listener to `close`; `deadline` bounds each of them as a whole.
+pub(super) async fn serve<L>(
+    mut listener: L,
+    router: Router,
+    deadline: Duration,
+    stop: CancellationToken,
+    close: impl FnOnce(L),
+) where
     L: Listener,
 {
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
@@ -46,7 +51,7 @@ where
         });
         while connections.try_join_next().is_some() {}
     }
-    drop(listener);
+    close(listener);
     let drained =
         tokio::time::timeout(STOP_DEADLINE, async { while connections.join_next().await.is_some() {} });
     if drained.await.is_err() {

@@ -22,7 +22,7 @@ async fn served(status: fn() -> Status) -> Served {
     let dir = tempfile::tempdir().expect("tempdir");
     let socket = dir.path().join("run/admin.sock");
     let admin = Admin::bind("127.0.0.1:0".parse().ok(), &socket).await.expect("bind");
-    let tcp = admin.tcp.as_ref().expect("TCP was asked for").local_addr().expect("address");
+    let tcp = axum::serve::Listener::local_addr(admin.tcp.as_ref().expect("TCP was asked for")).expect("address");
     let stop = CancellationToken::new();
     let status: StatusSource = Arc::new(status);
     let state = AdminState { metrics: Arc::new(Metrics::new(status.clone())), status };
@@ -128,13 +128,35 @@ async fn the_socket_is_its_owners_and_replaces_a_dead_one_only() {
 
 #[tokio::test]
 async fn what_cannot_be_bound_is_named() {
-    let taken = served(sample::ready).await;
-    let error =
-        Admin::bind(Some(taken.tcp), Path::new("/nonexistent/a")).await.expect_err("taken").to_string();
-    assert!(error.starts_with(&format!("--admin-listen = {}: cannot listen there", taken.tcp)), "{error}");
     let error =
         Admin::bind(None, Path::new("/proc/weft/admin.sock")).await.expect_err("no such place").to_string();
     assert!(error.starts_with("--admin-socket: /proc/weft: "), "{error}");
+}
+
+#[tokio::test]
+async fn a_port_that_somebody_has_is_named_and_taken_as_soon_as_it_is_free() {
+    let other = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let addr = other.local_addr().expect("address");
+    let dir = tempfile::tempdir().expect("tempdir");
+    let socket = dir.path().join("run/admin.sock");
+    let admin = Admin::bind(Some(addr), &socket).await.expect("the socket is enough");
+    let mut problem = admin.port_problem();
+    let named = problem.borrow_and_update().clone().expect("a problem");
+    assert!(named.starts_with(&format!("--admin-listen = {addr}: cannot listen there: ")), "{named}");
+    let stop = CancellationToken::new();
+    let status: StatusSource = Arc::new(sample::ready);
+    let state = AdminState { metrics: Arc::new(Metrics::new(status.clone())), status };
+    let task = tokio::spawn(admin.serve(state, stop.clone()));
+    let over_socket = exchange(UnixStream::connect(&socket).await.expect("connect"), "GET /metrics").await;
+    assert_eq!(code(&over_socket), "200", "served meanwhile");
+
+    drop(other);
+    let free = tokio::time::timeout(Duration::from_secs(60), problem.wait_for(Option::is_none));
+    free.await.expect("tried again").expect("the agent lives");
+    let by_port = exchange(TcpStream::connect(addr).await.expect("connect"), "GET /metrics").await;
+    assert_eq!(code(&by_port), "200");
+    stop.cancel();
+    tokio::time::timeout(Duration::from_secs(10), task).await.expect("in time").expect("no panic");
 }
 
 #[tokio::test]

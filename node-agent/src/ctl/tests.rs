@@ -65,6 +65,24 @@ agent      up 2 h 2 min, 9.0 MiB, 12.25 s of CPU
 }
 
 #[test]
+fn status_with_everything_in_place_and_no_metrics_port() {
+    let status = || {
+        let mut status = sample::ready();
+        status.dataplane.as_mut().expect("in service").pending.clear();
+        status.port_problem = Some("--admin-listen = 127.0.0.1:9474: cannot listen there: in use".into());
+        status
+    };
+    with_agent(status, |socket| {
+        let answer = ask(socket, &["status"]).expect("answer");
+        assert!(answer.well, "pods need no metrics");
+        assert!(answer.text.contains("\nstate      ready\n"), "{}", answer.text);
+        let named =
+            "           NO METRICS by TCP: --admin-listen = 127.0.0.1:9474: cannot listen there: in use\n";
+        assert!(answer.text.ends_with(named), "{}", answer.text);
+    });
+}
+
+#[test]
 fn status_of_a_node_that_waits() {
     with_agent(sample::waiting, |socket| {
         let answer = ask(socket, &["status"]).expect("answer");

@@ -187,7 +187,7 @@ fn pods_are_a_table() {
         assert!(answer.well);
         assert_eq!(
             answer.text,
-            "POD           ADDRESS   INTERFACE  VETH             BRIDGE  STATE      HOST PORTS                     LIMITS
+            "POD           ADDRESS   INTERFACE  VETH             BRIDGE  STATE      HOST PORTS                      LIMITS
 shop/web-0    10.5.1.2  eth0       vethab2cd3ef4gh  cni0    committed  8080/tcp -> 80, 53/udp -> 5353  in 8 Mbit/s
 7be2104f9d3c  10.5.1.3  eth0       vethij5kl6mn7op  cni0    reserved
 "

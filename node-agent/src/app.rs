@@ -77,10 +77,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let admin = Admin::bind(config.admin_listen, &config.admin_socket).await?;
     let status_source = {
         let (node, ipam, port_problem) = (node.clone(), ipam.clone(), admin.port_problem());
-        Arc::new(move || Status {
-            port_problem: port_problem.borrow().clone(),
-            ..node.status(ipam.status())
-        })
+        Arc::new(move || Status { port_problem: port_problem.borrow().clone(), ..node.status(ipam.status()) })
     };
     let server = Server::bind(&config.cni_socket, ipam.clone(), Limits::default()).await?;
 

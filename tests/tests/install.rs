@@ -93,7 +93,38 @@ fn starts(dist: &Dist, qemu: Option<&str>) -> Result<()> {
     ] {
         ensure!(dir.join(file).is_file(), "{file} is not packed");
     }
+    let dead = dead_links(&dir)?;
+    ensure!(dead.is_empty(), "pages lead to what is not packed: {dead:?}");
     Ok(())
+}
+
+/// Relative links of every page below `dir` that lead nowhere.
+fn dead_links(dir: &Path) -> Result<Vec<String>> {
+    let mut dead = Vec::new();
+    let mut pages = 0;
+    let mut folders = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            if path.extension().is_none_or(|extension| extension != "md") {
+                continue;
+            }
+            pages += 1;
+            for after in fs::read_to_string(&path)?.split("](").skip(1) {
+                let target = after.split([')', '#', ' ']).next().unwrap_or_default();
+                let is_elsewhere = target.is_empty() || target.contains("://");
+                if !is_elsewhere && !folder.join(target).exists() {
+                    dead.push(format!("{}: {target}", path.display()));
+                }
+            }
+        }
+    }
+    ensure!(pages > 4, "only {pages} pages are packed");
+    Ok(dead)
 }
 
 #[test]

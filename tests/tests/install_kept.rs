@@ -137,6 +137,19 @@ fn names_with_blanks_are_names_also_where_there_is_only_busybox() -> Result<()> 
 }
 
 #[test]
+fn a_configuration_folder_that_is_a_link_to_nowhere_is_refused_before_anything_is_installed() -> Result<()> {
+    with_host(|host, dir| {
+        host.sh("mkdir -p /etc/cni && rm -rf /etc/cni/net.d && ln -s /nowhere/net.d /etc/cni/net.d")?;
+        let refused = host.sh(&format!("! {dir}/install 2>&1"))?;
+        contains(&refused, &["/etc/cni/net.d is a link that leads nowhere (/nowhere/net.d)"])?;
+        for path in ["/usr/local/bin/weftd", LEDGER, "/etc/weft"] {
+            ensure!(!host.exists(path), "{path} is there: {refused}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn configurations_that_somebody_else_wrote_or_edited_stay() -> Result<()> {
     with_host(|host, dir| {
         let mine = format!("{CONF_DIR}/00 mine.conflist");

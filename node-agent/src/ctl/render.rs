@@ -274,7 +274,8 @@ pub(super) fn pods(list: &[AttachmentStatus]) -> String {
     if list.is_empty() {
         return "no pods: nothing is attached to this node\n".to_owned();
     }
-    let mut table = Table::new(["POD", "ADDRESS", "INTERFACE", "VETH", "BRIDGE", "STATE", "HOST PORTS", "LIMITS"]);
+    let mut table =
+        Table::new(["POD", "ADDRESS", "INTERFACE", "VETH", "BRIDGE", "STATE", "HOST PORTS", "LIMITS"]);
     for attachment in list {
         let short = || attachment.container_id.chars().take(SHORT_ID).collect();
         let addresses: Vec<String> = attachment.addresses.iter().map(|a| a.to_string()).collect();

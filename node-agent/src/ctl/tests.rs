@@ -65,6 +65,24 @@ agent      up 2 h 2 min, 9.0 MiB, 12.25 s of CPU
 }
 
 #[test]
+fn status_with_everything_in_place_and_no_metrics_port() {
+    let status = || {
+        let mut status = sample::ready();
+        status.dataplane.as_mut().expect("in service").pending.clear();
+        status.port_problem = Some("--admin-listen = 127.0.0.1:9474: cannot listen there: in use".into());
+        status
+    };
+    with_agent(status, |socket| {
+        let answer = ask(socket, &["status"]).expect("answer");
+        assert!(answer.well, "pods need no metrics");
+        assert!(answer.text.contains("\nstate      ready\n"), "{}", answer.text);
+        let named =
+            "           NO METRICS by TCP: --admin-listen = 127.0.0.1:9474: cannot listen there: in use\n";
+        assert!(answer.text.ends_with(named), "{}", answer.text);
+    });
+}
+
+#[test]
 fn status_of_a_node_that_waits() {
     with_agent(sample::waiting, |socket| {
         let answer = ask(socket, &["status"]).expect("answer");
@@ -169,7 +187,7 @@ fn pods_are_a_table() {
         assert!(answer.well);
         assert_eq!(
             answer.text,
-            "POD           ADDRESS   INTERFACE  VETH             BRIDGE  STATE      HOST PORTS                     LIMITS
+            "POD           ADDRESS   INTERFACE  VETH             BRIDGE  STATE      HOST PORTS                      LIMITS
 shop/web-0    10.5.1.2  eth0       vethab2cd3ef4gh  cni0    committed  8080/tcp -> 80, 53/udp -> 5353  in 8 Mbit/s
 7be2104f9d3c  10.5.1.3  eth0       vethij5kl6mn7op  cni0    reserved
 "

@@ -290,6 +290,18 @@ mod tests {
     use super::super::{Cli, Verb};
     use super::*;
 
+    #[test]
+    fn what_is_refused_is_said_first() {
+        let line = Line { kind: "link", what: "cni0".into() };
+        let refused = vec!["weftd runs: stop it first".to_owned()];
+        let things = vec![(line, State::Listed)];
+        let answer = Answer { things, stays: vec!["a file".into()], refused, removed: false, dry_run: false };
+        let text = answer.text();
+        let first = text.lines().next().unwrap_or_default();
+        assert_eq!(first, "REFUSED  weftd runs: stop it first", "{text}");
+        assert!(text.ends_with("nothing was removed\n"), "{text}");
+    }
+
     fn parsed(args: &[&str]) -> Uninstall {
         let cli = Cli::try_parse_from(["weftctl", "uninstall"].iter().chain(args)).expect("usage");
         match cli.verb {

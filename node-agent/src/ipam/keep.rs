@@ -28,12 +28,8 @@ impl<F: Fabric> Ipam<F> {
                 () = stop.cancelled() => return,
                 _ = look.tick() => {}
             }
-            match self.restore_records() {
-                Ok(None) => said.clear(),
-                Ok(Some(records)) => {
-                    warn!(records, path = %self.config.run_dir.display(), "the records were deleted: written again");
-                    self.moved.notify_one();
-                }
+            match self.restore() {
+                Ok(()) => said.clear(),
                 Err(error) if error != said => {
                     warn!(%error, path = %self.config.run_dir.display(), "the records were deleted, and cannot be written again yet");
                     said = error;
@@ -41,6 +37,15 @@ impl<F: Fabric> Ipam<F> {
                 Err(_) => {}
             }
         }
+    }
+
+    /// At once, for whoever is about to let plugins in.
+    pub fn restore(&self) -> Result<(), String> {
+        if let Some(records) = self.restore_records()? {
+            warn!(records, path = %self.config.run_dir.display(), "the records were deleted: written again");
+            self.moved.notify_one();
+        }
+        Ok(())
     }
 
     /// The directory that plugins leave tombstones in may be another one than before.

@@ -499,7 +499,8 @@ fn host_ports_status(entry: &Entry) -> Vec<String> {
 
 /// As the pod sees it.
 fn limits_status(bandwidth: &Bandwidth) -> Vec<String> {
-    let limit = |way: &str, limit: Option<Limit>| Some(format!("{way} {}", bits(limit?.rate.saturating_mul(8))));
+    let limit =
+        |way: &str, limit: Option<Limit>| Some(format!("{way} {}", bits(limit?.rate.saturating_mul(8))));
     limit("in", bandwidth.ingress).into_iter().chain(limit("out", bandwidth.egress)).collect()
 }
 

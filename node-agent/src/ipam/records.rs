@@ -241,7 +241,8 @@ impl Records {
 
     /// What is left of an unreadable record, to be read as that was.
     pub(super) fn write_damaged(&self, hash: &str, damaged: &Damaged) -> io::Result<()> {
-        let left = serde_json::json!({ "addresses": damaged.addresses, "host_ifindex": damaged.host_ifindex });
+        let left =
+            serde_json::json!({ "addresses": damaged.addresses, "host_ifindex": damaged.host_ifindex });
         replace_file(&self.path(hash, "damaged"), left.to_string().as_bytes(), 0o600, Survive::Crash)
     }
 

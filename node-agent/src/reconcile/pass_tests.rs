@@ -13,7 +13,7 @@ use crate::firewall::forward::{HostChain, Keeper};
 use crate::firewall::legacy::LegacyTable;
 use crate::firewall::{ChainId, ChainPolicy, Family, Part};
 use crate::kernel::fake::{FakeKernel, found_addr};
-use crate::object::{Link, LinkKind, LinkMac, Route, RouteForm, Tun};
+use crate::object::{Alterations, Link, LinkKind, LinkMac, Route, RouteForm, Tun};
 use crate::pods::BridgeNeed;
 use crate::reconcile::observe::PROTOCOL_KERNEL;
 
@@ -753,6 +753,31 @@ fn the_loopback_is_opened_where_a_port_needs_it_and_nobody_else_has() {
         let is_guarded = firewall::host_ports::guards(&kernel.ruleset, &bridge);
         assert_eq!((is_opened, is_guarded), (opened, guarded), "{host_ip:?}, {all} for all");
         assert_eq!(led(&kernel).expect("a table").len(), 1);
+    }
+}
+
+#[test]
+fn a_bridge_that_is_open_stays_guarded_while_no_record_names_it() {
+    let cni0: IfName = "cni0".parse().expect("name");
+    let foreign: IfName = "br-foreign".parse().expect("name");
+    let veth: IfName = "vethab2cd3ef4gh".parse().expect("name");
+    // Made by weft; or another's, with a pod of weft's on it.
+    for (group, port) in [(LINK_GROUP, false), (0, true)] {
+        let (mut kernel, mut memory) = (FakeKernel::with_underlay("eth0"), Memory::default());
+        let link =
+            |kind| Link { kind, mac: LinkMac::Any, mtu: 1450, up: true, altered: Alterations::default() };
+        kernel.add_link(cni0.clone(), link(LinkKind::Bridge), group);
+        kernel.add_link(foreign.clone(), link(LinkKind::Bridge), 0);
+        if port {
+            kernel.add_link(veth.clone(), link(LinkKind::Other("veth".into())), LINK_GROUP);
+            kernel.dump.links.get_mut(&veth).expect("added").port.bridge = Some(cni0.clone());
+        }
+        for bridge in [&cni0, &foreign] {
+            kernel.sysctls.insert(format!("net/ipv4/conf/{bridge}/route_localnet"), "1".into());
+        }
+        looked(pass(&mut kernel, &mut memory, &inputs(VXLAN, &[]), 1, soon()));
+        assert!(firewall::host_ports::guards(&kernel.ruleset, &cni0), "group {group}");
+        assert!(!firewall::host_ports::guards(&kernel.ruleset, &foreign), "none of weft's business");
     }
 }
 

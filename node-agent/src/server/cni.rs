@@ -95,6 +95,10 @@ impl<F: Fabric> Server<F> {
 
     /// Somebody has deleted the socket, or the directory it was in.
     async fn listen_again(&mut self, said: &mut String) {
+        // Who finds the socket finds the records' directory as well; what it lacks is said by whoever keeps it.
+        if self.ipam.restore().is_err() {
+            return;
+        }
         match listen(&self.path, &self.ipam, self.limits).await {
             Ok(socket) => {
                 warn!(path = %self.path.display(), "the socket was deleted: listening there again");

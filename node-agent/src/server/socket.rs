@@ -139,7 +139,9 @@ impl SocketFile {
 
     /// Only if it is ours still: a successor may have put its own there.
     pub(super) fn remove(&self) {
-        if self.is_ours() && let Err(error) = fs::remove_file(&self.path) {
+        if self.is_ours()
+            && let Err(error) = fs::remove_file(&self.path)
+        {
             warn!(path = %self.path.display(), %error, "socket not removed");
         }
     }

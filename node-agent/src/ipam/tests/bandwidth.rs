@@ -22,6 +22,7 @@ async fn limits_are_in_place_when_the_plugin_is_told_and_outlive_the_agent() {
     node.commit(&connection, "a").await.expect("commit");
     connection.closed(true).await;
     assert_eq!(node.fabric.world().limits[&veth], asked.bandwidth);
+    assert_eq!(node.ipam().status().list[0].limits, ["out 8 kbit/s"]);
     // Nobody asks for those of a pod without any.
     node.fabric.world().limits_fail = true;
     node.attach("b").await;

@@ -1,13 +1,16 @@
 //! What nobody asks for: garbage collection, dead attachments, veths without a record, a subnet that changed.
 
 use std::fs;
+use std::io;
+use std::sync::{Arc, Mutex};
 
 use weft_shared::IfName;
 use weft_shared::cni::Code;
 use weft_shared::deadline;
 use weft_shared::names::{attachment_hash, host_ifname};
 
-use super::super::testing::{Node, STEP, addr, address, key, network, reserve, subnet};
+use super::super::CLAIM;
+use super::super::testing::{BOOT, Node, STEP, addr, address, key, network, reserve, subnet};
 use crate::pods::NotReady;
 use crate::status::StrandedStatus;
 
@@ -92,6 +95,91 @@ async fn an_address_is_held_while_its_renamed_veth_is_there() {
     node.ipam().release(&key("a")).await.expect_err("it carries the address still");
     node.fabric.world().unmarked.clear();
     node.ipam().release(&key("a")).await.expect("by its index");
+    node.assert_empty();
+}
+
+#[tokio::test]
+async fn a_veth_that_its_del_deleted_first_is_no_dead_attachment() {
+    let node = Node::new();
+    for id in ["a", "b", "c"] {
+        node.attach(id).await;
+    }
+    node.look().await;
+    node.fabric.world().veths.clear();
+    node.look().await;
+    node.assert_empty();
+    // The plugin of one tells the agent behind the veth's end, that of another finds none and leaves a tombstone.
+    node.ipam().release(&key("a")).await.expect("DEL");
+    node.bury(&key("b"), BOOT);
+    node.ipam().drain_tombstones().await;
+    node.pass_time(CLAIM - STEP);
+    node.ipam().tend().await;
+    assert_eq!(node.ipam().status().counters.dead_freed, 0, "a DEL may still come");
+    node.pass_time(STEP);
+    node.ipam().tend().await;
+    assert_eq!(node.ipam().status().counters.dead_freed, 1, "nobody claimed it");
+    node.ipam().release(&key("c")).await.expect("DEL");
+    assert_eq!(node.ipam().status().counters.dead_freed, 1);
+}
+
+/// What is logged while it lives, by this thread.
+struct Logged {
+    text: Arc<Mutex<Vec<u8>>>,
+    _here: tracing::subscriber::DefaultGuard,
+}
+
+impl Logged {
+    fn begin() -> Self {
+        let text = Arc::new(Mutex::new(Vec::new()));
+        let writer = text.clone();
+        let lines = tracing_subscriber::fmt().with_ansi(false).with_writer(move || Lines(writer.clone()));
+        Self { text, _here: tracing::subscriber::set_default(lines.finish()) }
+    }
+
+    fn lines(&self, part: &str) -> Vec<String> {
+        let text = String::from_utf8(self.text.lock().expect("lines").clone()).expect("UTF-8");
+        text.lines().filter(|line| line.contains(part)).map(str::to_owned).collect()
+    }
+}
+
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Lines {
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        self.0.lock().expect("lines").extend_from_slice(text);
+        Ok(text.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_undone_is_said_once_for_each_reason() {
+    let logged = Logged::begin();
+    let node = Node::new();
+    node.attach("a").await;
+    let name = host_ifname(&key("a"));
+    let ifindex = node.fabric.world().veths.remove(&name).expect("veth");
+    node.fabric.world().veths.insert("renamed".parse().expect("name"), ifindex);
+    node.fabric.world().unmarked.insert(ifindex);
+    node.ipam().release(&key("a")).await.expect_err("it carries the address");
+    let tend = async |times| {
+        for _ in 0..times {
+            node.look().await;
+        }
+    };
+    tend(4).await;
+    let said = logged.lines("not undone yet");
+    assert_eq!(said.len(), 1, "{said:?}");
+    assert!(said[0].contains("attachment=weft/a/eth0 error=it has lost its mark"), "{said:?}");
+    node.fabric.world().delete_fails = true;
+    tend(4).await;
+    assert_eq!(logged.lines("not undone yet").len(), 2, "another reason");
+    node.fabric.world().delete_fails = false;
+    node.fabric.world().unmarked.clear();
+    node.look().await;
     node.assert_empty();
 }
 

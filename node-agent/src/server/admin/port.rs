@@ -45,7 +45,9 @@ impl Port {
                 (self.listener, self.wait) = (Some(listener), FIRST_WAIT);
             }
             Err(error) => {
-                let text = format!("--admin-listen = {addr}: cannot listen there: {error}; give another address, or off");
+                let text = format!(
+                    "--admin-listen = {addr}: cannot listen there: {error}; give another address, or off"
+                );
                 // Said once, and again when it is for another reason.
                 if self.problem.send_replace(Some(text.clone())).as_ref() != Some(&text) {
                     warn!(problem = %text, "no HTTP by TCP until it can be listened there, which is tried again; the rest goes on");

@@ -22,7 +22,8 @@ async fn served(status: fn() -> Status) -> Served {
     let dir = tempfile::tempdir().expect("tempdir");
     let socket = dir.path().join("run/admin.sock");
     let admin = Admin::bind("127.0.0.1:0".parse().ok(), &socket).await.expect("bind");
-    let tcp = axum::serve::Listener::local_addr(admin.tcp.as_ref().expect("TCP was asked for")).expect("address");
+    let tcp =
+        axum::serve::Listener::local_addr(admin.tcp.as_ref().expect("TCP was asked for")).expect("address");
     let stop = CancellationToken::new();
     let status: StatusSource = Arc::new(status);
     let state = AdminState { metrics: Arc::new(Metrics::new(status.clone())), status };

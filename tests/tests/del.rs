@@ -57,7 +57,8 @@ fn is_reached(from: &UdpSocket, pod: &Pod) -> Result<()> {
         from.send_to(b"hello", (pod.address, PORT))?;
         let mut buffer = [0; 8];
         Ok(owner.recv_from(&mut buffer).is_ok_and(|(length, _)| &buffer[..length] == b"hello"))
-    })
+    })?;
+    Ok(())
 }
 
 #[test]

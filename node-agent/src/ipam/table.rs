@@ -50,9 +50,16 @@ pub(super) enum Phase {
 pub(super) struct Entry {
     pub(super) record: Record,
     pub(super) phase: Phase,
+    /// Of its host-side veth: a hash, which is not to be taken of every attachment whenever one of them changes.
+    veth: IfName,
 }
 
 impl Entry {
+    fn new(record: Record, phase: Phase) -> Self {
+        let veth = host_ifname(&record.attachment);
+        Self { record, phase, veth }
+    }
+
     pub(super) fn is_committed(&self) -> bool {
         matches!(self.phase, Phase::Committed { .. })
     }
@@ -129,7 +136,7 @@ impl Table {
                     Phase::Aborted { conn: None, not_before }
                 }
             };
-            table.insert(Entry { record, phase });
+            table.insert(Entry::new(record, phase));
         }
         table
     }
@@ -207,7 +214,7 @@ impl Table {
             host_ports: request.host_ports.clone(),
             bandwidth: request.bandwidth,
         };
-        let replaced = self.insert(Entry { record: record.clone(), phase: Phase::Reserved { conn } });
+        let replaced = self.insert(Entry::new(record.clone(), Phase::Reserved { conn }));
         if let Some(Entry { record: old, .. }) = replaced {
             self.free(old.addresses.into_iter().chain(old.held.into_iter().map(|held| held.address)));
         }
@@ -239,7 +246,7 @@ impl Table {
     pub(super) fn commit(&mut self, record: Record, last_look: u64) {
         // The look after the last one may have begun already.
         let phase = Phase::Committed { seen_from: last_look + 2 };
-        self.entries.insert(record.attachment.clone(), Entry { record, phase });
+        self.entries.insert(record.attachment.clone(), Entry::new(record, phase));
     }
 
     /// Starts to undo an attachment, unless it was reserved at or after `since`. True when there is one to undo.
@@ -272,7 +279,7 @@ impl Table {
     pub(super) fn hang_up(&mut self, conn: ConnId, by_peer: bool) -> Vec<Attachment> {
         self.open.remove(&conn);
         let mut undone = Vec::new();
-        for (key, Entry { record, phase }) in &mut self.entries {
+        for (key, Entry { record, phase, .. }) in &mut self.entries {
             let over = if by_peer { Boottime::default() } else { wiring_over(record) };
             match *phase {
                 Phase::Reserved { conn: owner } | Phase::Aborted { conn: Some(owner), .. }
@@ -307,7 +314,7 @@ impl Table {
 
     pub(super) fn remove(&mut self, key: &Attachment) {
         let Some(entry) = self.entries.remove(key) else { return };
-        self.names.remove(&host_ifname(key));
+        self.names.remove(&entry.veth);
         let held = entry.record.held.iter().map(|held| held.address);
         self.free(entry.record.addresses.iter().copied().chain(held));
     }
@@ -349,7 +356,7 @@ impl Table {
         for (key, entry) in &self.entries {
             let Phase::Committed { seen_from } = entry.phase else { continue };
             let ifindex = entry.record.committed.map_or(0, |wired| wired.host_ifindex);
-            let veth = SeenVeth { name: host_ifname(key), ifindex };
+            let veth = SeenVeth { name: entry.veth.clone(), ifindex };
             if seen.pass >= seen_from && !present.contains(&veth) {
                 suspects.attachments.push((key.clone(), ifindex));
             }
@@ -443,7 +450,7 @@ impl Table {
             let need = BridgeNeed { subnets: vec![used.subnet], mtu: used.mtu, mac: used.mac };
             needs.bridges.insert(name.clone(), need);
         }
-        for (key, Entry { record, phase }) in &self.entries {
+        for Entry { record, phase, veth } in self.entries.values() {
             if matches!(phase, Phase::Aborted { .. }) {
                 continue;
             }
@@ -463,7 +470,7 @@ impl Table {
             if let Some(wired) = record.committed {
                 let (options, mtu) = (record.bridge.clone(), record.mtu);
                 let (ifindex, limits) = (wired.host_ifindex, record.bandwidth);
-                needs.bridge_ports.insert(host_ifname(key), BridgePortNeed { ifindex, options, mtu, limits });
+                needs.bridge_ports.insert(veth.clone(), BridgePortNeed { ifindex, options, mtu, limits });
             }
         }
         needs
@@ -567,7 +574,7 @@ impl Table {
             entry.record.addresses.iter().for_each(|address| pool.block(*address));
         }
         let key = entry.record.attachment.clone();
-        self.names.insert(host_ifname(&key), key.clone());
+        self.names.insert(entry.veth.clone(), key.clone());
         self.entries.insert(key, entry)
     }
 }

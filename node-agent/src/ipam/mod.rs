@@ -507,7 +507,7 @@ fn limits_status(bandwidth: &Bandwidth) -> Vec<String> {
 /// In the largest unit that needs no rounding.
 fn bits(rate: u64) -> String {
     let units = [(1_000_000_000, "Gbit/s"), (1_000_000, "Mbit/s"), (1000, "kbit/s"), (1, "bit/s")];
-    let (size, unit) = units.into_iter().find(|(size, _)| rate % size == 0).unwrap_or((1, "bit/s"));
+    let (size, unit) = units.into_iter().find(|(size, _)| rate.is_multiple_of(*size)).unwrap_or((1, "bit/s"));
     format!("{} {unit}", rate / size)
 }
 

@@ -40,8 +40,13 @@ underlay() {
     ip route add default via 192.168.77.1
 }
 
+# As a runtime would, again where the plugin says "try again": an emulated kernel takes its time.
 add_pod() {
     ip netns add "$1"
+    until_true 60 add "$1"
+}
+
+add() {
     CNI_COMMAND=ADD CNI_CONTAINERID=$1 CNI_NETNS=/run/netns/$1 CNI_IFNAME=eth0 CNI_PATH=/usr/lib/cni \
         /usr/lib/cni/weft <<<'{"cniVersion":"1.0.0","name":"weft","type":"weft"}' >/dev/null
 }

@@ -140,6 +140,8 @@ async fn open_store(config: &StoreConfig) -> anyhow::Result<Store> {
             }
             Ok(Store::Embedded(store))
         }
+        #[cfg(feature = "kube")]
+        StoreConfig::Kube(kube) => Ok(Store::Kube(crate::lease::KubeStore::new(kube))),
     }
 }
 

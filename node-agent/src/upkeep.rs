@@ -10,10 +10,11 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use anyhow::Context;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::sleep_until;
 use tracing::{info, warn};
+use weft_shared::lease::LeaseKey;
 use weft_shared::subnet_env::SubnetEnv;
 
 use crate::durable::{Durable, DurableFile};
@@ -35,6 +36,10 @@ pub struct Upkeep {
     durable: Durable,
     written: Option<SubnetEnv>,
     announced: bool,
+    /// Counts the leases for which everything has been put in place.
+    available: watch::Sender<u64>,
+    /// The last of them, and when it was made.
+    available_for: Option<(LeaseKey, u64)>,
 }
 
 /// Where the node leaves what others read, itself among them.
@@ -78,8 +83,10 @@ impl Upkeep {
         choice: UnderlayChoice,
         files: Files,
         durable: Durable,
+        available: watch::Sender<u64>,
     ) -> Self {
-        Self { node, table, keeper, choice, files, durable, written: None, announced: false }
+        let (written, announced, available_for) = (None, false, None);
+        Self { node, table, keeper, choice, files, durable, written, announced, available, available_for }
     }
 
     /// Ends only with what feeds it.
@@ -268,6 +275,12 @@ impl Upkeep {
         }
         if self.node.serving(|serving| serving.told.as_ref() != Some(&env)) == Some(true) {
             self.node.update(|serving| serving.told = Some(env));
+        }
+        // What has been told of the network went with whatever an earlier lease belonged to.
+        let held = self.keeper.state.borrow().held().map(|held| (held.lease.key, held.lease.create_revision));
+        if saved.is_ok() && held.is_some() && self.available_for != held {
+            self.available_for = held;
+            self.available.send_modify(|leases| *leases += 1);
         }
         if saved.is_ok() && !std::mem::replace(&mut self.announced, true) {
             info!("ready: pods can be added");

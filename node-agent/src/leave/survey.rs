@@ -88,6 +88,8 @@ impl Survey<'_> {
         let is_there = match &self.config.store {
             StoreConfig::Embedded(embedded) => embedded.file.exists(),
             StoreConfig::Etcd(_) => true,
+            #[cfg(feature = "kube")]
+            StoreConfig::Kube(_) => true,
         };
         if self.wishes.release_lease && is_there {
             self.things.push(Thing::Lease { key, public_ip, store: Box::new(store) });
@@ -255,6 +257,8 @@ impl Survey<'_> {
         let spared = match &self.config.store {
             StoreConfig::Embedded(embedded) => vec![embedded.file.as_path()],
             StoreConfig::Etcd(_) => vec![],
+            #[cfg(feature = "kube")]
+            StoreConfig::Kube(_) => vec![],
         };
         let ours = [files::of_this_boot(self.config, before), files::of_every_boot(self.config)];
         for thing in ours.into_iter().flatten() {

@@ -62,6 +62,8 @@ pub struct Config {
     pub udp_offloads: Offloads,
     pub run_dir: PathBuf,
     pub state_dir: PathBuf,
+    /// Kernel settings are written below it.
+    pub sysctl_dir: PathBuf,
     pub cni_socket: PathBuf,
     pub admin_socket: PathBuf,
     pub admin_listen: Option<SocketAddr>,
@@ -192,6 +194,7 @@ impl Config {
             netlink_monitor: settings.switch("netlink-monitor")?,
             firewall: firewall_settings(settings)?,
             udp_offloads: udp_offloads(settings)?,
+            sysctl_dir: settings.required("sysctl-dir", "an absolute path", absolute)?,
             cni_socket: socket("cni-socket", "cni.sock")?,
             admin_socket: socket("admin-socket", "admin.sock")?,
             admin_listen: settings.required(

@@ -325,6 +325,13 @@ pub(super) const OPTIONS: &[Opt] = &[
     ),
     own("run-dir", Agent, Value("DIR"), names::RUN_DIR, "state that ends with this boot"),
     own("state-dir", Agent, Value("DIR"), names::STATE_DIR, "state that survives a reboot"),
+    own(
+        "sysctl-dir",
+        Agent,
+        Value("DIR"),
+        names::SYSCTL_DIR,
+        "where kernel settings are written, if /proc/sys is read-only here: net below it is the host's /proc/sys/net",
+    ),
     own("cni-socket", Agent, Value("FILE"), "", "where the CNI plugin asks (default: cni.sock in --run-dir)"),
     own("admin-socket", Agent, Value("FILE"), "", "where weftctl asks (default: admin.sock in --run-dir)"),
     own(

@@ -31,7 +31,7 @@ pub fn survey(config: &Config, wishes: &Wishes) -> Result<Plan, LeaveError> {
     let durable = DurableFile::in_dir(&config.state_dir).peek();
     let boot = boot_id().map_err(at(Path::new("/proc/sys/kernel/random/boot_id")))?;
     let before = Before::load(&config.run_dir, &boot).map_err(at(&config.run_dir))?;
-    let kernel = LinuxKernel::open()?;
+    let kernel = LinuxKernel::open()?.with_sysctls_in(&config.sysctl_dir);
     let (things, stays) = (Vec::new(), Vec::new());
     let mut survey = Survey { config, wishes, durable, kernel, things, stays, refusals };
 

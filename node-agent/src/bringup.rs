@@ -26,7 +26,9 @@ use crate::durable::{Durable, DurableFile};
 use crate::kernel::{KernelError, LinuxKernel};
 use crate::lease::backoff::Backoff;
 use crate::lease::health::heard;
-use crate::lease::{AcquireRequest, Keeper, LeaseStore, LeaseTable, Store, StoreHealth, wait_for_config};
+use crate::lease::{
+    AcquireRequest, Keeper, LeaseStore, LeaseTable, Store, StoreError, StoreHealth, wait_for_config,
+};
 use crate::netconf::needs_restart;
 use crate::node::{Node, Serving};
 use crate::object::LinkKind;
@@ -51,8 +53,9 @@ pub async fn bring_up(
     let Memory { durable, saved } = memory;
     let first_start = durable.is_none();
     let mut durable = durable.unwrap_or_default();
-    let Start { network, saved } = start(&node, &config, saved, &health).await;
-    let choice = choice(&node, &config.underlay, &network, saved.as_ref(), &health).await;
+    let start = start(&node, &config, saved, &health).await;
+    let network = start.network.clone();
+    let (choice, saved) = choice(&node, &config.underlay, start, &health).await;
     let underlay = wait_for_underlay(&node, &choice, &network).await;
 
     let vtep_mac = vtep_mac(&network, &underlay, durable.vtep_mac).await?;
@@ -208,8 +211,10 @@ impl Saved {
 /// What bringing up begins with.
 struct Start {
     network: NetworkConfig,
-    /// The store did not tell it.
+    /// What fits it of what was told last.
     saved: Option<Saved>,
+    /// The store has told it just now; or whoever keeps it where the store does not.
+    told: bool,
 }
 
 /// The network configuration from the store; where that gives none and this node has been here before, the one it had.
@@ -229,7 +234,7 @@ async fn start(
         heard(health, &*node.store, problem);
     });
     let Some(saved) = saved else {
-        return Start { network: from_store.await, saved: None };
+        return Start { network: from_store.await, saved: None, told: true };
     };
     let network = tokio::select! {
         biased;
@@ -238,46 +243,50 @@ async fn start(
             let age = Recalled { saved: saved.at }.age(SystemTime::now()).as_secs();
             warn!(saved_seconds_ago = age, own = %saved.own.key, peers = saved.snapshot.peers.len(),
                 "the store gives no configuration: going on with what it said last");
-            return Start { network: saved.snapshot.network.clone(), saved: Some(saved) };
+            return Start { network: saved.snapshot.network.clone(), saved: Some(saved), told: false };
         }
     };
     let changes = needs_restart(&saved.snapshot.network, &network);
-    if !changes.is_empty() {
-        snapshot_file(config).0.set_aside("other-network", &changes.join("; "));
+    if changes.is_empty() {
+        return Start { network, saved: Some(saved), told: true };
     }
-    Start { network, saved: None }
+    snapshot_file(config).0.set_aside("other-network", &changes.join("; "));
+    Start { network, saved: None, told: true }
 }
 
-/// With the public IP that an operator has written beside this node, in place of the option's. A node that goes on from
-/// what was saved cannot ask, and keeps the address that it was leased with, if that is still one it can have.
+/// With the public IP that an operator has written beside this node, in place of the option's; and what was saved, if
+/// the store has not told. One that keeps its configuration elsewhere is asked here for the first time: a node that goes
+/// on without it keeps the address that it was leased with, if that is still one it can have.
 async fn choice(
     node: &Node,
     given: &UnderlayChoice,
-    network: &NetworkConfig,
-    saved: Option<&Saved>,
+    start: Start,
     health: &watch::Sender<StoreHealth>,
-) -> UnderlayChoice {
+) -> (UnderlayChoice, Option<Saved>) {
+    let Start { network, saved, told } = start;
     let with = |public_ip| UnderlayChoice { public_ip: Some(public_ip), ..given.clone() };
     let mut backoff = Backoff::new(WISH_RETRY.0, WISH_RETRY.1);
     loop {
-        match (node.store.public_ip_wish().await, saved) {
-            (Ok(wish), _) => {
-                heard(health, &*node.store, None);
-                return wish.map_or_else(|| given.clone(), with);
+        let error = match node.store.public_ip_wish().await {
+            Ok(wish) => {
+                let choice = wish.map_or_else(|| given.clone(), with);
+                return (choice, saved.filter(|_| !told));
             }
-            (Err(error), Some(saved)) => {
-                warn!(%error, "nobody says whether this node has a public IP of an operator's choice");
-                let leased = with(saved.own.public_ip);
-                let usable = find_underlay(leased.clone(), None).await.is_ok();
-                return if usable { leased } else { given.clone() };
-            }
-            (Err(error), None) => {
-                heard(health, &*node.store, Some(&error));
-                node.wait_for(Some(network.clone()), format!("this node's entry in the store: {error}"));
-                sleep(backoff.wait()).await;
-            }
+            Err(error) => error,
+        };
+        heard(health, &*node.store, Some(&error));
+        let away = matches!(error, StoreError::Unavailable { .. } | StoreError::Refused { .. });
+        if let Some(saved) = saved.as_ref().filter(|_| away) {
+            warn!(%error, own = %saved.own.key, peers = saved.snapshot.peers.len(),
+                "the store does not answer: going on with what it said last");
+            break;
         }
+        node.wait_for(Some(network.clone()), format!("this node's entry in the store: {error}"));
+        sleep(backoff.wait()).await;
     }
+    let leased = saved.as_ref().map_or_else(|| given.clone(), |saved| with(saved.own.public_ip));
+    let usable = find_underlay(leased.clone(), None).await.is_ok();
+    (if usable { leased } else { given.clone() }, saved)
 }
 
 async fn wait_for_underlay(node: &Node, choice: &UnderlayChoice, network: &NetworkConfig) -> Underlay {

@@ -184,7 +184,7 @@ fn agents_are_nodes_of_a_cluster() -> Result<()> {
         ensure!(page.contains("REFUSED node/garbage") && page.contains("Nodes' podCIDRs"), "{page}");
         cluster.nodes[0].agent.metric("weft_lease_refused{key=\"node/garbage\"}")?;
         cluster.nodes[0].agent.metric("weft_store_kind{kind=\"kubernetes\"}")?;
-        ping(&near.netns, far.address, 1, SECOND)
+        ping(&near.netns, far.address, 1, SECOND).map(drop)
     })
 }
 
@@ -256,6 +256,6 @@ fn what_befalls_the_api_does_not_befall_the_pods() -> Result<()> {
             let network = cluster.nodes[0].status()?.network.context("a network")?;
             Ok(network.notice.is_some_and(|notice| notice.text.contains("Backend.Type = host-gw")))
         })?;
-        ping(&near.netns, fresh.address, 5, SECOND)
+        ping(&near.netns, fresh.address, 5, SECOND).map(drop)
     })
 }

@@ -58,7 +58,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     if store.one_machine_only() {
         warn!("the embedded store serves the agents of one machine only");
     }
-    let kernel = LinuxKernel::open().context("a netlink socket cannot be opened")?;
+    let kernel =
+        LinuxKernel::open().context("a netlink socket cannot be opened")?.with_sysctls_in(&config.sysctl_dir);
     let before = weft_shared::tombstone::boot_id().and_then(|boot| Before::load(&config.run_dir, &boot));
     let before = before.with_context(|| format!("--run-dir = {}", config.run_dir.display()))?;
     let inputs = Inputs { firewall: config.firewall.clone(), ..Inputs::default() };
@@ -142,6 +143,8 @@ async fn open_store(config: &StoreConfig) -> anyhow::Result<Store> {
             }
             Ok(Store::Embedded(store))
         }
+        #[cfg(feature = "kube")]
+        StoreConfig::Kube(kube) => Ok(Store::Kube(crate::lease::KubeStore::new(kube))),
     }
 }
 

@@ -24,8 +24,11 @@ use crate::dataplane::Backend;
 use crate::durable::snapshot::{OwnSubnet, Recalled, Snapshot, SnapshotFile};
 use crate::durable::{Durable, DurableFile};
 use crate::kernel::{KernelError, LinuxKernel};
+use crate::lease::backoff::Backoff;
 use crate::lease::health::heard;
-use crate::lease::{AcquireRequest, Keeper, LeaseStore, LeaseTable, StoreHealth, wait_for_config};
+use crate::lease::{
+    AcquireRequest, Keeper, LeaseStore, LeaseTable, Store, StoreError, StoreHealth, wait_for_config,
+};
 use crate::netconf::needs_restart;
 use crate::node::{Node, Serving};
 use crate::object::LinkKind;
@@ -34,6 +37,8 @@ use crate::reconcile::{Inputs, NodeInputs};
 use crate::underlay::{Underlay, UnderlayChoice, find_underlay, fits};
 use crate::upkeep::{Files, Upkeep};
 
+/// From and to.
+const WISH_RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
 const UNDERLAY_RETRY: Duration = Duration::from_secs(1);
 /// Updates of the watch under way: a snapshot is one.
 const UPDATES: usize = 1024;
@@ -48,8 +53,10 @@ pub async fn bring_up(
     let Memory { durable, saved } = memory;
     let first_start = durable.is_none();
     let mut durable = durable.unwrap_or_default();
-    let Start { network, saved } = start(&node, &config, saved, &health).await;
-    let underlay = wait_for_underlay(&node, &config.underlay, &network).await;
+    let start = start(&node, &config, saved, &health).await;
+    let network = start.network.clone();
+    let (choice, saved) = choice(&node, &config.underlay, start, &health).await;
+    let underlay = wait_for_underlay(&node, &choice, &network).await;
 
     let vtep_mac = vtep_mac(&network, &underlay, durable.vtep_mac).await?;
     let file = DurableFile::in_dir(&config.state_dir);
@@ -98,11 +105,32 @@ pub async fn bring_up(
     tasks.spawn(async move { match keeper.run().await {} });
     let store = node.store.clone();
     tasks.spawn(async move { store.watch(sender, health).await });
-    let upkeep = Upkeep::new(node, table, handle, config.underlay.clone(), files, durable);
+    let (available, in_place) = watch::channel(0);
+    tasks.spawn(tell_network(node.store.clone(), in_place));
+    let upkeep = Upkeep::new(node, table, handle, choice, files, durable, available);
     tokio::select! {
         ended = upkeep.run(updates) => ended,
         task = tasks.join_next() => anyhow::bail!("the lease keeper or the watch ended: {task:?}"),
     }
+}
+
+/// Passes on that everything is in place, until the store has it; again for every lease that is taken.
+async fn tell_network(store: Arc<Store>, mut in_place: watch::Receiver<u64>) {
+    let mut told = None;
+    while in_place.changed().await.is_ok() {
+        let mut backoff = Backoff::new(WISH_RETRY.0, WISH_RETRY.1);
+        while let Err(error) = store.network_available().await {
+            let text = error.to_string();
+            if told.as_ref() != Some(&text) {
+                warn!(%error, "the cluster cannot be told yet that this node has its network");
+                told = Some(text);
+            }
+            sleep(backoff.wait()).await;
+        }
+        told = None;
+    }
+    // The watch channel's other end lives as long as the node is kept.
+    std::future::pending().await
 }
 
 /// The file that holds what the store told last, and what store that is.
@@ -110,6 +138,8 @@ pub fn snapshot_file(config: &Config) -> (SnapshotFile, String) {
     let store = match &config.store {
         StoreConfig::Etcd(etcd) => format!("etcd, prefix {}", etcd.prefix),
         StoreConfig::Embedded(embedded) => format!("embedded store {}", embedded.file.display()),
+        #[cfg(feature = "kube")]
+        StoreConfig::Kube(kube) => format!("Kubernetes, {:?}, annotations {:?}", kube.node, kube.prefix),
     };
     (SnapshotFile::in_dir(&config.state_dir), store)
 }
@@ -181,8 +211,10 @@ impl Saved {
 /// What bringing up begins with.
 struct Start {
     network: NetworkConfig,
-    /// The store did not tell it.
+    /// What fits it of what was told last.
     saved: Option<Saved>,
+    /// The store has told it just now; or whoever keeps it where the store does not.
+    told: bool,
 }
 
 /// The network configuration from the store; where that gives none and this node has been here before, the one it had.
@@ -202,7 +234,7 @@ async fn start(
         heard(health, &*node.store, problem);
     });
     let Some(saved) = saved else {
-        return Start { network: from_store.await, saved: None };
+        return Start { network: from_store.await, saved: None, told: true };
     };
     let network = tokio::select! {
         biased;
@@ -211,14 +243,50 @@ async fn start(
             let age = Recalled { saved: saved.at }.age(SystemTime::now()).as_secs();
             warn!(saved_seconds_ago = age, own = %saved.own.key, peers = saved.snapshot.peers.len(),
                 "the store gives no configuration: going on with what it said last");
-            return Start { network: saved.snapshot.network.clone(), saved: Some(saved) };
+            return Start { network: saved.snapshot.network.clone(), saved: Some(saved), told: false };
         }
     };
     let changes = needs_restart(&saved.snapshot.network, &network);
-    if !changes.is_empty() {
-        snapshot_file(config).0.set_aside("other-network", &changes.join("; "));
+    if changes.is_empty() {
+        return Start { network, saved: Some(saved), told: true };
     }
-    Start { network, saved: None }
+    snapshot_file(config).0.set_aside("other-network", &changes.join("; "));
+    Start { network, saved: None, told: true }
+}
+
+/// With the public IP that an operator has written beside this node, in place of the option's; and what was saved, if
+/// the store has not told. One that keeps its configuration elsewhere is asked here for the first time: a node that goes
+/// on without it keeps the address that it was leased with, if that is still one it can have.
+async fn choice(
+    node: &Node,
+    given: &UnderlayChoice,
+    start: Start,
+    health: &watch::Sender<StoreHealth>,
+) -> (UnderlayChoice, Option<Saved>) {
+    let Start { network, saved, told } = start;
+    let with = |public_ip| UnderlayChoice { public_ip: Some(public_ip), ..given.clone() };
+    let mut backoff = Backoff::new(WISH_RETRY.0, WISH_RETRY.1);
+    loop {
+        let error = match node.store.public_ip_wish().await {
+            Ok(wish) => {
+                let choice = wish.map_or_else(|| given.clone(), with);
+                return (choice, saved.filter(|_| !told));
+            }
+            Err(error) => error,
+        };
+        heard(health, &*node.store, Some(&error));
+        let away = matches!(error, StoreError::Unavailable { .. } | StoreError::Refused { .. });
+        if let Some(saved) = saved.as_ref().filter(|_| away) {
+            warn!(%error, own = %saved.own.key, peers = saved.snapshot.peers.len(),
+                "the store does not answer: going on with what it said last");
+            break;
+        }
+        node.wait_for(Some(network.clone()), format!("this node's entry in the store: {error}"));
+        sleep(backoff.wait()).await;
+    }
+    let leased = saved.as_ref().map_or_else(|| given.clone(), |saved| with(saved.own.public_ip));
+    let usable = find_underlay(leased.clone(), None).await.is_ok();
+    (if usable { leased } else { given.clone() }, saved)
 }
 
 async fn wait_for_underlay(node: &Node, choice: &UnderlayChoice, network: &NetworkConfig) -> Underlay {

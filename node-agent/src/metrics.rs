@@ -2,6 +2,7 @@
 //!
 //! Names follow the OpenMetrics rules: base units, `_total` on counters only.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 
@@ -18,6 +19,9 @@ use crate::status::{PacketPathStatus, PodStatus, Status, TrafficStatus};
 
 /// What the agent says of itself now.
 pub type StatusSource = Arc<dyn Fn() -> Status + Send + Sync>;
+
+/// Refused entries that are named: a store full of garbage is not to fill its scraper.
+const NAMED: usize = 50;
 
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -67,6 +71,8 @@ impl Collector for StatusCollector {
             ]),
         )?;
         out.gauge("ready", "1 when the first ADD can succeed", flag(status.ready))?;
+        let kind = [([("kind", status.store.kind.clone())], 1)];
+        out.gauges("store_kind", "1 at the kind of the lease store", &kind)?;
         out.gauge("store_connected", "1 when the lease store answers", flag(status.store.connected))?;
         let recalled = flag(status.store.recalled_age.is_some());
         out.gauge(
@@ -107,6 +113,13 @@ impl Collector for StatusCollector {
         let expired = status.peers.iter().filter(|peer| peer.grace_left.is_some()).count();
         out.gauge("peers_expired", "Peers that are used although their lease has expired", expired as u64)?;
         out.gauge("leases_refused", "Entries of the store that are not used", status.refused.len() as u64)?;
+        let named = status.refused.iter().map(|refused| refused.key.as_str()).collect::<BTreeSet<_>>();
+        let named: Vec<_> = named.into_iter().take(NAMED).map(|key| ([("key", key.to_owned())], 1)).collect();
+        out.gauges(
+            "lease_refused",
+            "1 at each entry of the store that is not used, as far as they are few",
+            &named,
+        )?;
         if let Some(dataplane) = &status.dataplane {
             let pending = dataplane.pending.len() as u64;
             out.gauge("objects", "Kernel objects that are as they should be", dataplane.objects as u64)?;
@@ -271,6 +284,8 @@ mod tests {
             "weft_peers_programmed 1",
             "weft_peers_expired 1",
             "weft_leases_refused 1",
+            "weft_lease_refused{key=\"10.9.1.0-24\"} 1",
+            "weft_store_kind{kind=\"etcd\"} 1",
             "weft_objects 9",
             "weft_objects_pending 1",
             "weft_reconcile_passes_total 41",

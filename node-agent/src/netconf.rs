@@ -70,7 +70,7 @@ impl Changes {
     fn range(&mut self, family: &str, old: Option<Range>, new: Option<Range>) {
         let network = |range: Option<Range>| range.map_or("none".to_owned(), |r| r.network.to_string());
         self.note(&format!("{family}Network"), &network(old), &network(new));
-        let len = |range: Option<Range>| range.map_or(0, |r| r.subnet_len);
+        let len = |range: Option<Range>| range.filter(|r| !r.any_len).map_or(0, |r| r.subnet_len);
         self.note(&format!("{family}SubnetLen"), &len(old), &len(new));
     }
 

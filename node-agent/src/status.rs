@@ -53,7 +53,7 @@ impl Status {
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct StoreStatus {
-    /// `etcd` or `embedded`.
+    /// `etcd`, `kubernetes` or `embedded`.
     pub kind: String,
     pub location: String,
     pub connected: bool,
@@ -71,6 +71,9 @@ pub struct StoreStatus {
 pub struct NetworkStatus {
     pub network: Subnet,
     pub subnet_len: u8,
+    /// Subnets are the Nodes' podCIDRs, of whatever length.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub any_len: bool,
     /// First and last subnet that is leased.
     #[serde(default)]
     pub subnet_min: Option<IpAddr>,
@@ -367,6 +370,7 @@ pub(crate) mod sample {
             network: Some(NetworkStatus {
                 network: "10.5.0.0/16".parse().expect("network"),
                 subnet_len: 24,
+                any_len: false,
                 subnet_min: "10.5.1.0".parse().ok(),
                 subnet_max: "10.5.255.0".parse().ok(),
                 backend: "vxlan".into(),

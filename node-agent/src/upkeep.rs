@@ -10,10 +10,11 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use anyhow::Context;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::sleep_until;
 use tracing::{info, warn};
+use weft_shared::lease::LeaseKey;
 use weft_shared::subnet_env::SubnetEnv;
 
 use crate::durable::{Durable, DurableFile};
@@ -34,6 +35,10 @@ pub struct Upkeep {
     files: Files,
     durable: Durable,
     announced: bool,
+    /// Counts the leases for which everything has been put in place.
+    available: watch::Sender<u64>,
+    /// The last of them, and when it was made.
+    available_for: Option<(LeaseKey, u64)>,
 }
 
 /// Where the node leaves what others read, itself among them.
@@ -77,8 +82,10 @@ impl Upkeep {
         choice: UnderlayChoice,
         files: Files,
         durable: Durable,
+        available: watch::Sender<u64>,
     ) -> Self {
-        Self { node, table, keeper, choice, files, durable, announced: false }
+        let (announced, available_for) = (false, None);
+        Self { node, table, keeper, choice, files, durable, announced, available, available_for }
     }
 
     /// Ends only with what feeds it.
@@ -267,6 +274,12 @@ impl Upkeep {
         }
         if saved.is_ok() && !told {
             self.node.update(|serving| serving.told = Some(env));
+        }
+        // What has been told of the network went with whatever an earlier lease belonged to.
+        let held = self.keeper.state.borrow().held().map(|held| (held.lease.key, held.lease.create_revision));
+        if saved.is_ok() && held.is_some() && self.available_for != held {
+            self.available_for = held;
+            self.available.send_modify(|leases| *leases += 1);
         }
         if saved.is_ok() && !std::mem::replace(&mut self.announced, true) {
             info!("ready: pods can be added");

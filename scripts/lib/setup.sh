@@ -4,6 +4,8 @@ TARGET=x86_64-unknown-linux-musl
 GO_LINE="curl -fsSL https://go.dev/dl/go1.26.0.linux-amd64.tar.gz | tar -C /usr/local -xz"
 # What weft's plugin is compared with and chained before.
 REFERENCE_PLUGINS=v1.9.1
+# The cluster of the tests and of the lab. What 1.34.2 calls its modules, v0.34.2, follows from it.
+KUBERNETES=v1.34.2
 RUSTUP_LINE="curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y --profile minimal"
 
 die() {
@@ -100,4 +102,44 @@ need_reference_plugins() {
     echo "Reference CNI plugins $REFERENCE_PLUGINS ..."
     as_owner env GOBIN="$dir" CGO_ENABLED=0 go install "${missing[@]}"
     as_owner sh -c 'echo "$1" >"$0"' "$dir/.version" "$REFERENCE_PLUGINS"
+}
+
+# kubernetes_dir: where need_kubernetes keeps the programs: outside the tree, which is removed more often than they change.
+kubernetes_dir() {
+    as_owner sh -c 'echo "${WEFT_CACHE:-$HOME/.cache/weft}/kubernetes/$1"' "$0" "$KUBERNETES"
+}
+
+# need_kubernetes: the six programs of a cluster, by Go's module proxy. `go install` refuses the module, whose own parts are
+# at v0.0.0 in it: a module made for the build names their published versions, and takes every other one as it is there.
+need_kubernetes() {
+    local dir build names=(kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy kubectl)
+    dir=$(kubernetes_dir)
+    [ ! -d "$dir" ] || return 0
+    need_go "Kubernetes is built with it"
+    echo "Kubernetes $KUBERNETES, built from source: 4 to 8 minutes on two cores, once ..."
+    as_owner mkdir -p "${dir%/*}"
+    build=$(as_owner mktemp -d "$dir.XXXXXX")
+    # Under a temporary name until all of it is there: the directory's presence says that it is whole.
+    as_owner bash -euo pipefail -c '
+        build=$1 version=$2
+        trap '\''rm -rf "$build"'\'' EXIT
+        mkdir "$build/module" "$build/bin" && cd "$build/module"
+        original=$(go mod download -json "k8s.io/kubernetes@$version" | sed -n "s/^.*\"GoMod\": \"\(.*\)\".*/\1/p")
+        {
+            echo "module cluster"
+            grep -E "^(go|godebug) " "$original"
+            echo "require k8s.io/kubernetes $version"
+            awk "/^require \(/ { inside = 1 } inside && !/ v0\.0\.0( |\$)/ { print } /^\)/ { inside = 0 }" "$original"
+            sed -n "s,^\t*\(replace \)*\(k8s.io/[^ ]*\) => ./staging/.*,replace \2 => \2 v0${version#v1},p" "$original"
+        } >go.mod
+        echo "Modules ..."
+        set -- "${@:3}"
+        version_of="-X k8s.io/component-base/version.gitVersion=$version -X k8s.io/client-go/pkg/version.gitVersion=$version"
+        for name; do
+            echo "$name ..."
+            GOFLAGS=-mod=mod CGO_ENABLED=0 nice go build -ldflags "-s -w $version_of" -o "$build/bin/" "k8s.io/kubernetes/cmd/$name"
+        done
+        # Somebody else may have been faster; his are as good.
+        mv -T "$build/bin" "${build%.*}" || [ -d "${build%.*}" ]
+    ' "$0" "$build" "$KUBERNETES" "${names[@]}" || die "Kubernetes could not be built; see above"
 }

@@ -18,6 +18,8 @@ pub const ADMIN_LISTEN: &str = "127.0.0.1:9474";
 pub const RUN_DIR: &str = "/run/weft";
 /// Survives a reboot: own lease, VTEP MACs, the embedded store.
 pub const STATE_DIR: &str = "/var/lib/weft";
+/// Kernel settings, where a container does not have them read-only.
+pub const SYSCTL_DIR: &str = "/proc/sys";
 pub const SUBNET_FILE: &str = "/run/flannel/subnet.env";
 
 pub const DEFAULT_BRIDGE: &str = "cni0";

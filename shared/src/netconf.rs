@@ -28,6 +28,9 @@ pub struct Range {
     pub network: Subnet,
     /// Prefix length of a leased subnet, in bits.
     pub subnet_len: u8,
+    /// Subnets of any length: not weft leases them out but Kubernetes, whose nodes need not all have the same.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub any_len: bool,
     /// First and last leased subnet, both inclusive.
     pub min: IpAddr,
     pub max: IpAddr,
@@ -99,8 +102,16 @@ impl BackendConfig {
 }
 
 impl Range {
+    /// Whether a subnet has the length that one of this range has.
+    pub fn has_len(&self, len: u8) -> bool {
+        if self.any_len { len >= self.network.len() } else { len == self.subnet_len }
+    }
+
     /// Whether a leased subnet fits this range: right length, between the first and the last.
     pub fn admits(&self, subnet: Subnet) -> bool {
+        if self.any_len {
+            return self.network.covers(subnet);
+        }
         subnet.len() == self.subnet_len && (self.min..=self.max).contains(&subnet.addr())
     }
 }
@@ -112,6 +123,19 @@ impl NetworkConfig {
     }
 
     pub fn parse(json: &str) -> Result<Self, ConfigError> {
+        Self::parse_with(json, Range::parse_v4)
+    }
+
+    /// Where Kubernetes gives the subnets out, flannel reads none of what says how to: `SubnetLen`, `SubnetMin` and
+    /// `SubnetMax` are whatever they are.
+    pub fn parse_for_nodes(json: &str) -> Result<Self, ConfigError> {
+        Self::parse_with(json, Range::parse_v4_of_nodes)
+    }
+
+    fn parse_with(
+        json: &str,
+        range: impl FnOnce(&Keys<'_>) -> Result<Range, ConfigError>,
+    ) -> Result<Self, ConfigError> {
         let value: Value = serde_json::from_str(json).map_err(|e| ConfigError::Json(e.to_string()))?;
         let Value::Object(map) = value else {
             return Err(ConfigError::Json(format!(
@@ -131,7 +155,7 @@ impl NetworkConfig {
         // Either value is accepted and has no effect: it chooses between flannel's iptables and nftables, and weft's
         // firewall is always nftables.
         keys.bool("EnableNFTables", false)?;
-        Ok(Self { v4: Range::parse_v4(&keys)?, v6: None, backend: BackendConfig::parse(&keys)? })
+        Ok(Self { v4: range(&keys)?, v6: None, backend: BackendConfig::parse(&keys)? })
     }
 
     /// Whether a lease is one that this configuration would hand out.
@@ -149,7 +173,13 @@ impl NetworkConfig {
 pub const EXAMPLE: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#;
 
 impl Range {
-    fn parse_v4(keys: &Keys<'_>) -> Result<Self, ConfigError> {
+    fn parse_v4_of_nodes(keys: &Keys<'_>) -> Result<Self, ConfigError> {
+        let network = Self::parse_network(keys)?;
+        let subnet_len = network.len().max(24);
+        Ok(Self { network, subnet_len, any_len: true, min: network.addr(), max: network.last() })
+    }
+
+    fn parse_network(keys: &Keys<'_>) -> Result<Subnet, ConfigError> {
         const NETWORK: &str = "an IPv4 network such as 10.5.0.0/16";
         let network = keys.str("Network", NETWORK)?.ok_or_else(|| missing(keys, "Network", NETWORK))?;
         let network = network
@@ -160,6 +190,11 @@ impl Range {
         if not_for_hosts().any(|special| special.overlaps(network)) {
             return Err(keys.bad("Network", "a unicast network such as 10.5.0.0/16").into());
         }
+        Ok(network)
+    }
+
+    fn parse_v4(keys: &Keys<'_>) -> Result<Self, ConfigError> {
+        let network = Self::parse_network(keys)?;
         let subnet_len = match keys.integer::<u64>("SubnetLen", "a whole number")?.filter(|len| *len != 0) {
             Some(len) if len > 30 => {
                 return Err(keys.bad("SubnetLen", "a prefix length of at most 30").into());
@@ -197,7 +232,7 @@ impl Range {
         if min > max {
             return Err(keys.bad("SubnetMin", &format!("an address not above SubnetMax {max}")).into());
         }
-        Ok(Self { network, subnet_len, min, max })
+        Ok(Self { network, subnet_len, any_len: false, min, max })
     }
 }
 

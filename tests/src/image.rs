@@ -5,8 +5,8 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
+
+use crate::dist::CHECKOUT;
 
 /// What docs/install.md and scenarios call it.
 pub const BUSYBOX: &str = "docker.io/library/busybox:latest";
@@ -27,38 +27,17 @@ pub fn root_fs(dir: &Path) -> Result<()> {
     tar(&root, &dir.join("rootfs.tar"))
 }
 
-/// `image.tar` in `dir` under those names, as `ctr images import` reads it: image-spec, "OCI Image Layout".
+/// `image.tar` in `dir` under those names, made as scripts/image makes weft's.
 pub fn oci_image(dir: &Path, names: &[&str]) -> Result<()> {
     root_fs(dir)?;
-    let layout = dir.join("layout");
-    let blobs = layout.join("blobs/sha256");
-    fs::create_dir_all(&blobs)?;
-    let blob = |kind: &str, content: &[u8]| -> Result<Value> {
-        let digest: String = Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect();
-        fs::write(blobs.join(&digest), content)?;
-        let media_type = format!("application/vnd.oci.image.{kind}");
-        Ok(json!({ "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": content.len() }))
-    };
-    let layer = blob("layer.v1.tar", &fs::read(dir.join("rootfs.tar"))?)?;
-    let config = json!({
-        "architecture": "amd64", "os": "linux", "config": { "Env": ["PATH=/bin"], "Cmd": ["sleep", "2147483647"] },
-        "rootfs": { "type": "layers", "diff_ids": [layer["digest"]] },
-    });
-    let config = blob("config.v1+json", config.to_string().as_bytes())?;
-    let manifest = json!({
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": config, "layers": [layer],
-    });
-    let manifest = blob("manifest.v1+json", manifest.to_string().as_bytes())?;
-    let named = |name: &&str| {
-        let mut named = manifest.clone();
-        named["annotations"] = json!({ "io.containerd.image.name": name });
-        named
-    };
-    let manifests: Vec<Value> = names.iter().map(named).collect();
-    fs::write(layout.join("index.json"), json!({ "schemaVersion": 2, "manifests": manifests }).to_string())?;
-    fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
-    tar(&layout, &dir.join("image.tar"))
+    let output = Command::new(Path::new(CHECKOUT).join("scripts/lib/oci-archive"))
+        .arg(dir.join("rootfs"))
+        .arg(dir.join("image.tar"))
+        .args(["amd64", r#"{"Env":["PATH=/bin"],"Cmd":["sleep","2147483647"]}"#])
+        .args(names)
+        .output()?;
+    ensure!(output.status.success(), "oci-archive: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
 }
 
 fn tar(from: &Path, to: &Path) -> Result<()> {

@@ -29,6 +29,7 @@ pub mod forge;
 pub mod host;
 pub mod image;
 pub mod kernel;
+pub mod kube;
 pub mod lab;
 pub mod machine;
 pub mod monitor;

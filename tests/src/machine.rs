@@ -6,7 +6,7 @@
 //! too. cgroups and devices stay the host's. There is no systemd:
 //! `systemctl` is a stand-in (systemctl.py) that starts what unit files say.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -52,14 +52,19 @@ pub struct Machine {
 impl Machine {
     /// `dir` is an empty directory of the bed's.
     pub fn start(netns: &Netns, dir: &Path, name: &str) -> Result<Self> {
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "--uts", "--pid", "--fork", "--kill-child", "--propagation", "private"]);
-        command.args(["sh", "-c", ROOT, "machine"]).arg(dir).arg(name).stdin(Stdio::null());
+        // Of no terminal's session: a lab outlives the one that started it.
+        let mut command = Command::new("setsid");
+        command.args(["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child"]);
+        command.args(["--propagation", "private", "sh", "-c", ROOT, "machine"]).arg(dir).arg(name);
+        // Nor does it hold what others read to its end.
+        let log = File::create(dir.with_extension("log"))?;
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let holder = netns.spawn(&mut command)?;
         let mut machine = Self { name: name.to_owned(), netns: netns.clone(), holder, first: 0 };
         eventually(&format!("the root of {name}"), SECOND * 60, || {
             if let Some(status) = machine.holder.try_wait()? {
-                bail!("it could not be made: {status}");
+                let why = fs::read_to_string(dir.with_extension("log")).unwrap_or_default();
+                bail!("it could not be made: {status}: {why}");
             }
             let id = machine.holder.id();
             let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children"))?;
@@ -71,9 +76,14 @@ impl Machine {
         Ok(machine)
     }
 
+    /// The process that everything of the machine lives and ends with.
+    pub fn first(&self) -> u32 {
+        self.first
+    }
+
     /// Where the machine's file lies, seen from here.
     pub fn path(&self, path: &str) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/root{path}", self.first))
+        path_below(self.first, path)
     }
 
     pub fn put(&self, path: &str, content: &[u8]) -> Result<()> {
@@ -100,9 +110,8 @@ impl Machine {
 
     /// Whatever becomes of a script, as root in a shell of the machine's; the first command that fails ends it.
     pub fn output(&self, script: &str) -> Result<Output> {
-        let mut command = Command::new("nsenter");
-        command.args(["--target", &self.first.to_string(), "--mount", "--uts", "--pid", "--net"]);
-        command.args(["--wdns=/root", "bash", "-euo", "pipefail", "-c", script]);
+        let mut command = enter(self.first);
+        command.args(["bash", "-euo", "pipefail", "-c", script]);
         command.env_clear().env("HOME", "/root").env("DEBIAN_FRONTEND", "noninteractive");
         command.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
         command.stdin(Stdio::null()).output().with_context(|| format!("on {}: {script}", self.name))
@@ -126,6 +135,18 @@ impl Machine {
         let (well, text) = self.try_sh(script)?;
         if well { bail!("on {}: {script} succeeded\n{text}", self.name) } else { Ok(text) }
     }
+}
+
+/// Where the file of a machine with that first process lies.
+pub fn path_below(first: u32, path: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/{first}/root{path}"))
+}
+
+/// What runs its arguments on the machine with that first process.
+pub fn enter(first: u32) -> Command {
+    let mut command = Command::new("nsenter");
+    command.args(["--target", &first.to_string(), "--mount", "--uts", "--pid", "--net", "--wdns=/root"]);
+    command
 }
 
 impl Drop for Machine {

@@ -2,10 +2,12 @@
 //!
 //! Names, syntax and variables are flanneld's (main.go), and weft's own settings stand beside them. A unit file of
 //! flanneld's therefore starts weftd unchanged if it gives none of the options that this version lacks
-//! (`options::NOT_YET`: `--kube-subnet-mgr`, which most manifests give, is among them): those are
-//! refused by name, unless they are off (`--kube-subnet-mgr=false`), which is what weftd does. Unlike flanneld's, a wrong option exits with status 2 and none is ignored.
+//! (`options::NOT_YET`): those are refused by name, unless they are off (`--ip-blackhole-route=false`), which is what
+//! weftd does. Unlike flanneld's, a wrong option exits with status 2 and none is ignored.
 
 mod help;
+#[cfg(feature = "kube")]
+mod kube;
 mod options;
 mod settings;
 #[cfg(test)]
@@ -18,6 +20,8 @@ use std::time::Duration;
 
 use crate::firewall;
 use crate::lease::EtcdConfig;
+#[cfg(feature = "kube")]
+use crate::lease::KubeConfig;
 use crate::lease::etcd::{ClientCert, Login, Secret};
 use crate::udp::{Offload, Offloads};
 use crate::underlay::{IfaceSpec, UnderlayChoice};
@@ -27,6 +31,7 @@ use weft_shared::names::MAX_SOCKET_PATH;
 
 pub use settings::Source;
 
+use options::{Group, Shape};
 use settings::Settings;
 use values::{absolute, clean_key, duration, endpoint, network, node_name, offload, regex, socket_path};
 
@@ -57,6 +62,8 @@ pub struct Config {
     pub udp_offloads: Offloads,
     pub run_dir: PathBuf,
     pub state_dir: PathBuf,
+    /// Kernel settings are written below it.
+    pub sysctl_dir: PathBuf,
     pub cni_socket: PathBuf,
     pub admin_socket: PathBuf,
     pub admin_listen: Option<SocketAddr>,
@@ -68,6 +75,8 @@ pub struct Config {
 pub enum StoreConfig {
     Etcd(EtcdConfig),
     Embedded(EmbeddedConfig),
+    #[cfg(feature = "kube")]
+    Kube(Box<KubeConfig>),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -125,7 +134,8 @@ pub fn own_variables() -> Result<Vec<(String, String)>, UsageError> {
     for (name, value) in std::env::vars_os() {
         // Other programs' variables may hold anything.
         let Ok(name) = name.into_string() else { continue };
-        if options::Origin::ALL.iter().any(|origin| name.starts_with(origin.prefix())) {
+        let of_pod = settings::OF_POD.contains(&name.as_str());
+        if of_pod || options::Origin::ALL.iter().any(|origin| name.starts_with(origin.prefix())) {
             let value = value.into_string().map_err(|_| UsageError::NotText(name.clone()))?;
             variables.push((name, value));
         }
@@ -166,7 +176,7 @@ impl Config {
         Ok(Self {
             node_name: settings
                 .parse("node-name", "1 to 253 characters without white space", node_name)?
-                .unwrap_or_else(|| hostname.to_owned()),
+                .unwrap_or_else(|| settings.of_pod("NODE_NAME").unwrap_or(hostname).to_owned()),
             store: StoreConfig::from_settings(settings, &state_dir)?,
             underlay: underlay_choice(settings)?,
             subnet_file: settings.required("subnet-file", "an absolute path", absolute)?,
@@ -184,6 +194,7 @@ impl Config {
             netlink_monitor: settings.switch("netlink-monitor")?,
             firewall: firewall_settings(settings)?,
             udp_offloads: udp_offloads(settings)?,
+            sysctl_dir: settings.required("sysctl-dir", "an absolute path", absolute)?,
             cni_socket: socket("cni-socket", "cni.sock")?,
             admin_socket: socket("admin-socket", "admin.sock")?,
             admin_listen: settings.required(
@@ -205,6 +216,16 @@ impl Config {
 
 impl StoreConfig {
     fn from_settings(settings: &Settings, state_dir: &Path) -> Result<Self, UsageError> {
+        if settings.switch("kube-subnet-mgr")? {
+            return kubernetes(settings);
+        }
+        if let Some(given) = options::only_for(Group::Kubernetes)
+            .filter(|opt| opt.shape != Shape::Switch)
+            .find_map(|opt| settings.departure(opt))
+        {
+            return Err(clash(given, "only with --kube-subnet-mgr"));
+        }
+        settings.switch("set-node-network-unavailable")?;
         let expected = "etcd, embedded or embedded=FILE with an absolute path";
         let embedded = settings.required("store", expected, |text| match text.split_once('=') {
             None if text == "etcd" => Some(None),
@@ -218,12 +239,35 @@ impl StoreConfig {
                 Some(given) => Err(clash(given, "only for --store embedded; etcd's is written with etcdctl")),
             };
         };
-        if let Some(given) = options::etcd_only().find_map(|name| settings.source(name)) {
+        if let Some(given) = options::only_for(Group::Etcd).find_map(|opt| settings.source(opt.name)) {
             return Err(clash(given, "only for --store etcd, but the store is embedded"));
         }
         let net_config = settings.text("net-config").map(PathBuf::from);
         Ok(Self::Embedded(EmbeddedConfig { file, net_config }))
     }
+}
+
+/// Whatever says something of another store, or of leases that expire, is a mistake.
+#[cfg(feature = "kube")]
+fn kubernetes(settings: &Settings) -> Result<StoreConfig, UsageError> {
+    let own = ["store", "net-config", "lease-ttl", "subnet-lease-renew-margin"]
+        .into_iter()
+        .filter_map(options::find);
+    let others = options::only_for(Group::Etcd).chain(own);
+    if let Some(given) = others.into_iter().find_map(|opt| settings.departure(opt)) {
+        return Err(clash(
+            given,
+            "means nothing with --kube-subnet-mgr: the store is the cluster, whose subnets do not expire",
+        ));
+    }
+    kube::config(settings).map(|config| StoreConfig::Kube(Box::new(config)))
+}
+
+#[cfg(not(feature = "kube"))]
+fn kubernetes(settings: &Settings) -> Result<StoreConfig, UsageError> {
+    let given = settings.source("kube-subnet-mgr").cloned();
+    let given = given.unwrap_or_else(|| Source::Flag("kube-subnet-mgr".to_owned()));
+    Err(clash(&given, "this weftd was built without the cargo feature kube, which is the Kubernetes store"))
 }
 
 fn etcd_config(settings: &Settings) -> Result<EtcdConfig, UsageError> {

@@ -35,6 +35,7 @@ pub(super) enum Shape {
 pub(super) enum Group {
     Store,
     Etcd,
+    Kubernetes,
     Lease,
     Underlay,
     Firewall,
@@ -66,9 +67,10 @@ impl Opt {
 }
 
 impl Group {
-    pub(super) const ALL: [Group; 8] = [
+    pub(super) const ALL: [Group; 9] = [
         Group::Store,
         Group::Etcd,
+        Group::Kubernetes,
         Group::Underlay,
         Group::Lease,
         Group::Firewall,
@@ -81,6 +83,7 @@ impl Group {
         match self {
             Group::Store => "Store (where network configuration and leases live)",
             Group::Etcd => "etcd (only with --store etcd)",
+            Group::Kubernetes => "Kubernetes (only with --kube-subnet-mgr)",
             Group::Underlay => "Underlay (the interface whose address peers send to)",
             Group::Lease => "Subnet lease",
             Group::Firewall => "Masquerade and forwarding (always nftables, whatever EnableNFTables says)",
@@ -111,7 +114,7 @@ const fn own(
     Opt { name, origin: Origin::Weft, shape, group, default, help }
 }
 
-use Group::{Agent, Etcd, Firewall, Lease, Log, Store, Udp, Underlay};
+use Group::{Agent, Etcd, Firewall, Kubernetes, Lease, Log, Store, Udp, Underlay};
 use Shape::{List, Switch, Value};
 
 pub(super) const OPTIONS: &[Opt] = &[
@@ -159,6 +162,49 @@ pub(super) const OPTIONS: &[Opt] = &[
         Value("TEXT"),
         "",
         "better given by its variable: a command line is visible to every user",
+    ),
+    flannel(
+        "kube-subnet-mgr",
+        Kubernetes,
+        Switch,
+        "false",
+        "the store is the cluster: this Node's podCIDR is its subnet, annotations of Nodes are the leases. Which Node \
+         this is, the variables NODE_NAME, or POD_NAME and POD_NAMESPACE, or --node-name say",
+    ),
+    flannel(
+        "kubeconfig-file",
+        Kubernetes,
+        Value("FILE"),
+        "",
+        "how to reach the apiserver (default: the pod's service account, else KUBECONFIG or ~/.kube/config)",
+    ),
+    flannel(
+        "kube-api-url",
+        Kubernetes,
+        Value("URL"),
+        "",
+        "the apiserver, in place of the one that the kubeconfig names",
+    ),
+    flannel(
+        "kube-annotation-prefix",
+        Kubernetes,
+        Value("PREFIX"),
+        "flannel.alpha.coreos.com",
+        "what the names of annotations begin with",
+    ),
+    flannel(
+        "net-config-path",
+        Kubernetes,
+        Value("FILE"),
+        "/etc/kube-flannel/net-conf.json",
+        "network configuration (JSON), as a ConfigMap is mounted there",
+    ),
+    flannel(
+        "set-node-network-unavailable",
+        Kubernetes,
+        Switch,
+        "true",
+        "write the Node's condition NetworkUnavailable=False when everything is in place",
     ),
     flannel(
         "iface",
@@ -279,6 +325,13 @@ pub(super) const OPTIONS: &[Opt] = &[
     ),
     own("run-dir", Agent, Value("DIR"), names::RUN_DIR, "state that ends with this boot"),
     own("state-dir", Agent, Value("DIR"), names::STATE_DIR, "state that survives a reboot"),
+    own(
+        "sysctl-dir",
+        Agent,
+        Value("DIR"),
+        names::SYSCTL_DIR,
+        "where kernel settings are written, if /proc/sys is read-only here: net below it is the host's /proc/sys/net",
+    ),
     own("cni-socket", Agent, Value("FILE"), "", "where the CNI plugin asks (default: cni.sock in --run-dir)"),
     own("admin-socket", Agent, Value("FILE"), "", "where weftctl asks (default: admin.sock in --run-dir)"),
     own(
@@ -298,21 +351,15 @@ pub(super) const OPTIONS: &[Opt] = &[
 /// [`is_off`] knows the values that ask for nothing.
 pub(super) const NOT_YET: &[(&str, &str)] = &[
     ("public-ipv6", ""),
-    ("kube-subnet-mgr", ""),
-    ("kube-api-url", ""),
-    ("kube-annotation-prefix", ""),
-    ("kubeconfig-file", ""),
     ("healthz-ip", "use --admin-listen=ADDRESS:PORT, which answers /healthz and /readyz"),
     ("healthz-port", "use --admin-listen=ADDRESS:PORT, which answers /healthz and /readyz"),
     ("ip-blackhole-route", ""),
-    ("net-config-path", "with --store embedded, use --net-config"),
-    ("set-node-network-unavailable", ""),
     ("vmodule", "use --log-level"),
     ("log_backtrace_at", ""),
 ];
 
 /// Of [`NOT_YET`], the switches that may be off: weftd does nothing of the kind anyway.
-const OFF_SWITCHES: &[&str] = &["ip-blackhole-route", "kube-subnet-mgr", "set-node-network-unavailable"];
+const OFF_SWITCHES: &[&str] = &["ip-blackhole-route"];
 
 /// The option of flannel's, absent here, of which `value` says that it is not wanted.
 pub(super) fn is_off(name: &str, value: &str) -> Option<&'static str> {
@@ -336,6 +383,6 @@ pub(super) fn find(name: &str) -> Option<&'static Opt> {
 }
 
 /// Options that mean nothing to another store.
-pub(super) fn etcd_only() -> impl Iterator<Item = &'static str> {
-    OPTIONS.iter().filter(|o| o.group == Group::Etcd).map(|o| o.name)
+pub(super) fn only_for(group: Group) -> impl Iterator<Item = &'static Opt> {
+    OPTIONS.iter().filter(move |o| o.group == group)
 }

@@ -14,7 +14,12 @@ use super::options::{NOT_YET, OPTIONS, Opt, Origin, Shape, boolean, find, is_off
 #[derive(Debug, Default)]
 pub(super) struct Settings {
     given: BTreeMap<&'static str, Vec<Given>>,
+    /// Variables that a pod is given by its manifest, and that are nobody's options.
+    of_pod: BTreeMap<&'static str, String>,
 }
+
+/// By which a pod is told where it runs (the downward API), as flannel's manifest names them.
+pub(super) const OF_POD: [&str; 3] = ["NODE_NAME", "POD_NAME", "POD_NAMESPACE"];
 
 #[derive(Debug, Clone)]
 struct Given {
@@ -90,6 +95,12 @@ impl Settings {
     ) -> Result<(), UsageError> {
         let mut found = BTreeMap::new();
         for (variable, value) in variables {
+            if let Some(name) = OF_POD.into_iter().find(|name| *name == variable) {
+                if !value.is_empty() {
+                    self.of_pod.insert(name, value);
+                }
+                continue;
+            }
             let Some(name) = option_of(&variable) else { continue };
             let source = Source::Variable(variable.clone());
             match OPTIONS.iter().find(|o| o.variable() == variable) {
@@ -106,6 +117,16 @@ impl Settings {
         }
         self.given.append(&mut found);
         Ok(())
+    }
+
+    /// A variable of [`OF_POD`].
+    pub(super) fn of_pod(&self, name: &str) -> Option<&str> {
+        self.of_pod.get(name).map(String::as_str)
+    }
+
+    /// Where an option was given another value than its default.
+    pub(super) fn departure(&self, opt: &Opt) -> Option<&Source> {
+        self.last(opt.name).filter(|given| given.value != opt.default).map(|given| &given.source)
     }
 
     /// Whether an option was given a value at all; an empty one means its default.

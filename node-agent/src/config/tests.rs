@@ -224,10 +224,13 @@ fn refusals_name_setting_value_and_expectation() {
         ),
         (&[], &[("WEFTD_IFACE", "a")], "WEFTD_IFACE is no setting of weftd; did you mean FLANNELD_IFACE?"),
         (
-            &["--kube-subnet-mgr"],
+            &["--ip-blackhole-route"],
             &[],
-            "--kube-subnet-mgr is a setting of flannel's that this version of weftd does not have",
+            "--ip-blackhole-route is a setting of flannel's that this version of weftd does not have",
         ),
+        (&["--kube-api-url=https://10.0.0.1:6443"], &[], "--kube-api-url: only with --kube-subnet-mgr"),
+        (&["--net-config-path=/x"], &[], "--net-config-path: only with --kube-subnet-mgr"),
+        (&["--set-node-network-unavailable=x"], &[], "\"x\": expected true or false"),
         (&["--ip-masq=maybe"], &[], "--ip-masq = \"maybe\": expected true or false"),
         (
             &["--ip-masq", "--ip-masq-exclude=10.0.0.0/8,x"],
@@ -237,7 +240,7 @@ fn refusals_name_setting_value_and_expectation() {
         (&["--ip-masq-exclude=10.0.0.0/8"], &[], "--ip-masq-exclude: only with --ip-masq"),
         (&["--iptables-resync=0"], &[], "--iptables-resync = \"0\": expected whole seconds from 1 to 3600"),
         (&["--healthz-port=1"], &[], "does not have; use --admin-listen=ADDRESS:PORT"),
-        (&[], &[("FLANNELD_KUBE_SUBNET_MGR", "true")], "FLANNELD_KUBE_SUBNET_MGR is a setting of flannel's"),
+        (&[], &[("FLANNELD_PUBLIC_IPV6", "fd00::1")], "FLANNELD_PUBLIC_IPV6 is a setting of flannel's"),
         (&[], &[("FLANNELD_LOG_BACKTRACE_AT", "x:1")], "FLANNELD_LOG_BACKTRACE_AT is a setting of flannel's"),
     ] {
         let error = run(args, variables).expect_err(&format!("{args:?} {variables:?}")).to_string();
@@ -247,14 +250,14 @@ fn refusals_name_setting_value_and_expectation() {
         );
     }
     assert!(
-        run(&[], &[("FLANNELD_KUBE_SUBNET_MGR", ""), ("FLANNELD_NO_SUCH", "")]).is_ok(),
+        run(&[], &[("FLANNELD_IP_BLACKHOLE_ROUTE", ""), ("FLANNELD_NO_SUCH", "")]).is_ok(),
         "empty is unset"
     );
 }
 
 #[test]
 fn what_weftd_has_not_may_be_off() {
-    let switches = ["kube-subnet-mgr", "ip-blackhole-route", "set-node-network-unavailable"];
+    let switches = ["ip-blackhole-route"];
     let refused = |args: &[&str], variables: &[(&str, &str)]| {
         let error = run(args, variables).expect_err(&format!("{args:?} {variables:?}"));
         assert!(matches!(error, UsageError::NotYet { .. }), "{error}");
@@ -282,8 +285,98 @@ fn what_weftd_has_not_may_be_off() {
     refused(&["--healthz-port", "8080"], &[]);
     refused(&["--healthz-port=false"], &[]);
     refused(&["--healthz-ip=0"], &[]);
-    refused(&["--kubeconfig-file=false"], &[]);
-    refused(&[], &[("WEFTD_KUBE_SUBNET_MGR", "false")]);
+    refused(&["--vmodule=false"], &[]);
+    refused(&[], &[("WEFTD_IP_BLACKHOLE_ROUTE", "false")]);
+}
+
+#[cfg(feature = "kube")]
+#[test]
+fn with_kube_subnet_mgr_the_cluster_is_the_store() {
+    use crate::lease::kube::{NodeIdentity, Prefix};
+
+    let kube = |args: &[&str], variables: &[(&str, &str)]| {
+        let args = [&["--kube-subnet-mgr"], args].concat();
+        match config(&args, variables).store {
+            StoreConfig::Kube(kube) => *kube,
+            other => panic!("{other:?}"),
+        }
+    };
+    // As kube-flannel's manifest starts it.
+    let by_manifest = kube(
+        &["--ip-masq"],
+        &[
+            ("POD_NAME", "kube-flannel-ds-x"),
+            ("POD_NAMESPACE", "kube-flannel"),
+            ("EVENT_QUEUE_DEPTH", "5000"),
+            ("CONT_WHEN_CACHE_NOT_READY", "false"),
+        ],
+    );
+    assert_eq!(
+        by_manifest,
+        KubeConfig {
+            kubeconfig: None,
+            api_url: None,
+            prefix: Prefix::parse("flannel.alpha.coreos.com").expect("prefix"),
+            net_config: "/etc/kube-flannel/net-conf.json".into(),
+            node: NodeIdentity::OfPod { namespace: "kube-flannel".into(), name: "kube-flannel-ds-x".into() },
+            set_network_available: true,
+        }
+    );
+    let pod = [("NODE_NAME", "worker-1"), ("POD_NAME", "p"), ("POD_NAMESPACE", "n")];
+    let args = [
+        "--kubeconfig-file=/etc/k",
+        "--kube-api-url",
+        "https://10.0.0.1:6443/",
+        "--kube-annotation-prefix=org.com/x",
+        "--net-config-path=/n.json",
+        "--set-node-network-unavailable=false",
+    ];
+    let all = kube(&args, &pod);
+    assert_eq!(all.node, NodeIdentity::Name("worker-1".into()), "NODE_NAME wins over the pod");
+    assert_eq!(all.kubeconfig.as_deref(), Some(Path::new("/etc/k")));
+    assert_eq!(all.api_url.as_deref(), Some("https://10.0.0.1:6443"));
+    assert_eq!(Some(all.prefix), Prefix::parse("org.com/x"));
+    assert!(!all.set_network_available && all.net_config == Path::new("/n.json"));
+    assert_eq!(kube(&["--node-name=w2"], &pod).node, NodeIdentity::Name("w2".into()));
+    assert_eq!(config(&["--kube-subnet-mgr"], &pod).node_name, "worker-1");
+    let by_variable = [("FLANNELD_KUBE_SUBNET_MGR", "true"), ("NODE_NAME", "w")];
+    assert!(matches!(config(&[], &by_variable).store, StoreConfig::Kube(_)));
+    assert!(matches!(config(&["--kube-subnet-mgr=false"], &by_variable).store, StoreConfig::Etcd(_)));
+
+    for (arg, expected) in [
+        (
+            "--kube-annotation-prefix=org/a/b",
+            "expected a prefix in the format fqdn/[0-9a-z-_]*, with at most a single slash",
+        ),
+        (
+            "--kube-api-url=10.0.0.1:6443",
+            "--kube-api-url = \"10.0.0.1:6443\": expected a URL such as https://10.0.0.1:6443",
+        ),
+        ("--kube-api-url=https://me@10.0.0.1", "expected a URL"),
+        ("--net-config-path=net.json", "expected an absolute path"),
+        ("--etcd-prefix=/x", "--etcd-prefix: means nothing with --kube-subnet-mgr"),
+        ("--store=embedded", "--store: means nothing with --kube-subnet-mgr"),
+        ("--lease-ttl=1h", "--lease-ttl: means nothing with --kube-subnet-mgr"),
+    ] {
+        let error = run(&["--kube-subnet-mgr", arg], &pod).expect_err(arg).to_string();
+        assert!(error.contains(expected), "{arg}: {error}");
+    }
+    for variables in [&[][..], &[("POD_NAME", "p")], &[("NODE_NAME", "")]] {
+        let error = run(&["--kube-subnet-mgr"], variables).expect_err("no Node").to_string();
+        assert!(error.starts_with("--kube-subnet-mgr: which Node is this?"), "{error}");
+    }
+    let error = run(&["--kube-subnet-mgr"], &[("NODE_NAME", "a b")]).expect_err("no name").to_string();
+    assert_eq!(error, "NODE_NAME = \"a b\": expected a Node's name");
+}
+
+#[cfg(not(feature = "kube"))]
+#[test]
+fn without_its_feature_the_kubernetes_store_is_refused() {
+    let error = run(&["--kube-subnet-mgr"], &[("NODE_NAME", "a")]).expect_err("no such store").to_string();
+    assert!(
+        error.starts_with("--kube-subnet-mgr: this weftd was built without the cargo feature kube"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -336,7 +429,7 @@ fn no_password_in_a_log() {
 fn help_and_version_come_before_any_refusal() {
     let print = |args: &[&str]| match read(
         args.iter().map(|a| (*a).to_owned()),
-        [("FLANNELD_KUBE_SUBNET_MGR".into(), "true".into())],
+        [("FLANNELD_IP_BLACKHOLE_ROUTE".into(), "true".into())],
         "n",
     ) {
         Ok(Invocation::Print(text)) => text,

@@ -37,6 +37,17 @@ pub(super) fn endpoint(url: &str, scheme: &str) -> Option<String> {
     (host_fits && port_fits).then(|| url.trim_end_matches('/').to_owned())
 }
 
+/// `http://` or `https://` with a host, and perhaps a path in front of the API's.
+#[cfg(feature = "kube")]
+pub(super) fn api_url(text: &str) -> Option<String> {
+    let rest = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"))?;
+    let host = rest.split('/').next().filter(|host| !host.is_empty() && !host.contains('@'))?;
+    let url = text.parse::<http::Uri>().ok().filter(|url| url.query().is_none())?;
+    url.authority()
+        .filter(|authority| authority.as_str() == host)
+        .map(|_| text.trim_end_matches('/').to_owned())
+}
+
 /// A key without doubled or trailing slashes, as Go's path.Join leaves it. `..` has no meaning in a key.
 pub(super) fn clean_key(text: &str) -> Option<String> {
     let parts: Vec<&str> = text.split('/').filter(|part| !part.is_empty()).collect();

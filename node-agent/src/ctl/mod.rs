@@ -5,6 +5,7 @@
 
 mod client;
 mod docker_opts;
+mod install_cni;
 mod render;
 #[cfg(test)]
 mod tests;
@@ -78,6 +79,11 @@ enum Verb {
     /// Variables DOCKER_OPT_* that are set are taken along, and so is what the combined variable holds already. Unlike
     /// the script it fails, and writes nothing, as long as there is no lease.
     DockerOpts(docker_opts::DockerOpts),
+    /// Put plugin, loopback and network configuration into a runtime's folders, as the image's init container does
+    ///
+    /// Each appears at once, under its final name; what is right already is not touched. A network configuration of
+    /// somebody else's that the runtime would prefer is named, and stays.
+    InstallCni(install_cni::InstallCni),
     /// The versions of weftctl and of the agent
     Version,
 }
@@ -103,6 +109,9 @@ pub fn main() -> ExitCode {
     }
     if let Verb::DockerOpts(opts) = &cli.verb {
         return opts.run(cli.json, cli.socket.as_deref());
+    }
+    if let Verb::InstallCni(install) = &cli.verb {
+        return install.run(cli.json, cli.socket.as_deref());
     }
     match cli.answer(&cli.socket(std::env::var_os(SOCKET_VARIABLE))) {
         Ok(answer) => {
@@ -157,7 +166,9 @@ impl Cli {
                 let well = reports.iter().all(|report| report.reachable);
                 Ok(Answer { well, text: self.print(&reports, |r| render::ping(r)) })
             }
-            Verb::Uninstall(_) | Verb::DockerOpts(_) => unreachable!("asks no agent: see main"),
+            Verb::Uninstall(_) | Verb::DockerOpts(_) | Verb::InstallCni(_) => {
+                unreachable!("asks no agent: see main")
+            }
             Verb::Version => {
                 // The own version is worth printing without an agent.
                 let agent = status(socket).ok().map(|status| status.version);

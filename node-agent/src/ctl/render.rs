@@ -227,7 +227,11 @@ fn peer_summary(page: &mut Page, status: &Status) {
 fn describe_network(network: &NetworkStatus) -> String {
     let port = network.port.map_or(String::new(), |port| format!(", UDP port {port}"));
     let vni = network.vni.map_or(String::new(), |vni| format!(", VNI {vni}"));
-    format!("{} in /{} subnets, {}{vni}{port}", network.network, network.subnet_len, network.backend)
+    let subnets = match network.any_len {
+        true => "in the Nodes' podCIDRs".to_owned(),
+        false => format!("in /{} subnets", network.subnet_len),
+    };
+    format!("{} {subnets}, {}{vni}{port}", network.network, network.backend)
 }
 
 pub(super) fn peers(status: &Status) -> String {

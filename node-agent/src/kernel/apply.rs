@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
+use std::path::Path;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage as Message;
@@ -24,6 +25,7 @@ pub(super) fn apply(
     socket: &mut RouteSocket,
     indices: &mut Indices,
     firewall: &mut Firewall,
+    sysctl_dir: &Path,
     ops: &[Op],
 ) -> Vec<Result<(), KernelError>> {
     let mut results = vec![Ok(()); ops.len()];
@@ -41,7 +43,7 @@ pub(super) fn apply(
                 results[place] = set_link(socket, indices, name, link, found, anew);
             }
             Op::Set { object: Object::Sysctl { path, value }, .. } => {
-                results[place] = super::sysctl::write(path, value);
+                results[place] = super::sysctl::write(sysctl_dir, path, value);
             }
             Op::Set { object: Object::Firewall(part), .. } => {
                 results[place] = firewall.set(part, || own_addresses(socket));

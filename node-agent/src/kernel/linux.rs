@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use netlink_packet_route::AddressFamily;
@@ -11,7 +12,7 @@ use netlink_packet_route::link::LinkMessage;
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage};
 use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage};
 use weft_shared::IfName;
-use weft_shared::names::LINK_GROUP;
+use weft_shared::names::{LINK_GROUP, SYSCTL_DIR};
 
 use super::apply::{self, Indices};
 use super::nft::Firewall;
@@ -25,11 +26,22 @@ pub struct LinuxKernel {
     pub(super) socket: RouteSocket,
     indices: Indices,
     firewall: Firewall,
+    sysctl_dir: PathBuf,
 }
 
 impl LinuxKernel {
     pub fn open() -> Result<Self, KernelError> {
-        Ok(Self { socket: RouteSocket::open()?, indices: Indices::new(), firewall: Firewall::default() })
+        Ok(Self {
+            socket: RouteSocket::open()?,
+            indices: Indices::new(),
+            firewall: Firewall::default(),
+            sysctl_dir: SYSCTL_DIR.into(),
+        })
+    }
+
+    /// Kernel settings are written below `dir`.
+    pub fn with_sysctls_in(self, dir: &Path) -> Self {
+        Self { sysctl_dir: dir.to_owned(), ..self }
     }
 
     /// Every link and every address: for choosing the underlay.
@@ -277,7 +289,7 @@ impl Kernel for LinuxKernel {
     }
 
     fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>> {
-        apply::apply(&mut self.socket, &mut self.indices, &mut self.firewall, ops)
+        apply::apply(&mut self.socket, &mut self.indices, &mut self.firewall, &self.sysctl_dir, ops)
     }
 }
 

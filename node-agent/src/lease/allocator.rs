@@ -126,7 +126,13 @@ mod tests {
 
     fn range(network: &str, len: u8, min: &str, max: &str) -> Range {
         let addr = |text: &str| text.parse().expect(text);
-        Range { network: network.parse().expect(network), subnet_len: len, min: addr(min), max: addr(max) }
+        Range {
+            network: network.parse().expect(network),
+            subnet_len: len,
+            any_len: false,
+            min: addr(min),
+            max: addr(max),
+        }
     }
 
     #[test]
@@ -197,6 +203,7 @@ mod tests {
             let range = Range {
                 network: "10.5.0.0/16".parse().expect("network"),
                 subnet_len: len,
+                any_len: false,
                 min: a.min(b),
                 max: a.max(b),
             };

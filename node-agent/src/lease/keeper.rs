@@ -223,7 +223,7 @@ impl<S: LeaseStore> Keeper<S> {
             let held = self.acquire().await;
             info!(key = %held.lease.key, reservation = held.expires.is_none(), "lease held");
             self.want.previous = Some(held.lease.key);
-            self.publish_held(held.clone(), rivalry.problem(&held));
+            self.publish_held(held.clone(), rivalry.problem(&*self.store, &held));
             let (owner, problem) = self.hold(held.clone(), &mut rivalry).await;
             let key = held.lease.key;
             warn!(%key, owner, problem, "lease lost");
@@ -293,7 +293,7 @@ impl<S: LeaseStore> Keeper<S> {
                     }
                 }
             };
-            self.publish_held(held.clone(), rivalry.problem(&held));
+            self.publish_held(held.clone(), rivalry.problem(&*self.store, &held));
         }
     }
 
@@ -327,8 +327,8 @@ impl<S: LeaseStore> Keeper<S> {
                     let at = *take_back.get_or_insert_with(|| Instant::now() + rivalry.wait());
                     wait = wait.min(at.saturating_duration_since(Instant::now()));
                     if wait.is_zero() {
-                        rivalry.declare(held);
-                        self.report(rivalry.problem(held));
+                        rivalry.declare(&*self.store, held);
+                        self.report(rivalry.problem(&*self.store, held));
                         return;
                     }
                 }

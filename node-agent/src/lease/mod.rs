@@ -1,7 +1,7 @@
 //! Subnet leases: the seam that every store implements, and what the agent makes of them.
 //!
 //! ```text
-//! store (etcd, embedded) --LeaseUpdate--> table: which peers can be used
+//! store (etcd, Kubernetes, embedded) --LeaseUpdate--> table: which peers can be used
 //!        ^-- acquire, renew -- keeper: this node's own lease, for ever
 //! ```
 //! `table`, `allocator` and `selection` do no I/O.
@@ -11,6 +11,8 @@ pub mod backoff;
 pub mod embedded;
 pub mod etcd;
 pub mod keeper;
+#[cfg(feature = "kube")]
+pub mod kube;
 pub mod selection;
 pub mod table;
 
@@ -22,6 +24,8 @@ mod store;
 pub use embedded::EmbeddedStore;
 pub use etcd::{EtcdConfig, EtcdStore};
 pub use keeper::{Keeper, KeeperHandle, LeaseState, wait_for_config};
+#[cfg(feature = "kube")]
+pub use kube::{KubeConfig, KubeStore};
 pub use store::Store;
 pub use table::LeaseTable;
 
@@ -82,6 +86,26 @@ pub trait LeaseStore: Send + Sync + 'static {
         updates: mpsc::Sender<LeaseUpdate>,
         health: watch::Sender<StoreHealth>,
     ) -> impl Future<Output = ()> + Send;
+
+    /// The public IP that an operator has written beside this node, where a store has a place for that; it wins over
+    /// `--public-ip`.
+    fn public_ip_wish(&self) -> impl Future<Output = Result<Option<Ipv4Addr>, StoreError>> + Send {
+        async { Ok(None) }
+    }
+
+    /// Everything is in place for the first time since the lease was taken: whoever else waits for a network on this
+    /// node may be told. Called again until it is done.
+    fn network_available(&self) -> impl Future<Output = Result<(), StoreError>> + Send {
+        async { Ok(()) }
+    }
+
+    /// What may be wrong when the own lease was found with another value, and was written back.
+    fn rewritten(&self, lease: &Lease) -> String {
+        format!(
+            "another node publishes this node's public IP {} and overwrites lease {}; give each its own --public-ip",
+            lease.attrs.public_ip, lease.key
+        )
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -210,6 +234,9 @@ pub enum StoreError {
     /// The key is gone, or somebody else's.
     #[error("lease {key} is {}", owner.as_ref().map_or("gone from the store".to_owned(), |o| format!("now held by {o}")))]
     Lost { key: LeaseKey, owner: Option<String> },
+    /// What the lease depends on is not as it has to be; whose doing that is, the reason says.
+    #[error("{reason}")]
+    NodeUnfit { node: String, reason: String },
     /// Others were faster, every time.
     #[error("lost the race for a subnet {0} times in a row")]
     Contended(u32),

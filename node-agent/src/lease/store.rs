@@ -4,9 +4,11 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use weft_shared::lease::{LeaseAttrs, LeaseKey};
+use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
 use weft_shared::netconf::NetworkConfig;
 
+#[cfg(feature = "kube")]
+use super::KubeStore;
 use super::{
     AcquireRequest, EmbeddedStore, EtcdStore, LeaseStore, LeaseUpdate, OwnedLease, Released, StoreError,
     StoreHealth,
@@ -16,6 +18,20 @@ use super::{
 pub enum Store {
     Etcd(EtcdStore),
     Embedded(EmbeddedStore),
+    #[cfg(feature = "kube")]
+    Kube(KubeStore),
+}
+
+/// The same of whichever it is.
+macro_rules! of_each {
+    ($self:ident, $store:ident => $answer:expr) => {
+        match $self {
+            Self::Etcd($store) => $answer,
+            Self::Embedded($store) => $answer,
+            #[cfg(feature = "kube")]
+            Self::Kube($store) => $answer,
+        }
+    };
 }
 
 impl Store {
@@ -24,6 +40,8 @@ impl Store {
         match self {
             Self::Etcd(_) => "etcd",
             Self::Embedded(_) => "embedded",
+            #[cfg(feature = "kube")]
+            Self::Kube(_) => "kubernetes",
         }
     }
 
@@ -35,31 +53,19 @@ impl Store {
 
 impl LeaseStore for Store {
     fn location(&self) -> String {
-        match self {
-            Self::Etcd(store) => store.location(),
-            Self::Embedded(store) => store.location(),
-        }
+        of_each!(self, store => store.location())
     }
 
     async fn network_config(&self) -> Result<NetworkConfig, StoreError> {
-        match self {
-            Self::Etcd(store) => store.network_config().await,
-            Self::Embedded(store) => store.network_config().await,
-        }
+        of_each!(self, store => store.network_config().await)
     }
 
     async fn acquire(&self, want: &AcquireRequest) -> Result<OwnedLease, StoreError> {
-        match self {
-            Self::Etcd(store) => store.acquire(want).await,
-            Self::Embedded(store) => store.acquire(want).await,
-        }
+        of_each!(self, store => store.acquire(want).await)
     }
 
     async fn renew(&self, held: &OwnedLease, ttl: Duration) -> Result<OwnedLease, StoreError> {
-        match self {
-            Self::Etcd(store) => store.renew(held, ttl).await,
-            Self::Embedded(store) => store.renew(held, ttl).await,
-        }
+        of_each!(self, store => store.renew(held, ttl).await)
     }
 
     async fn rewrite(
@@ -68,30 +74,30 @@ impl LeaseStore for Store {
         attrs: &LeaseAttrs,
         ttl: Duration,
     ) -> Result<OwnedLease, StoreError> {
-        match self {
-            Self::Etcd(store) => store.rewrite(held, attrs, ttl).await,
-            Self::Embedded(store) => store.rewrite(held, attrs, ttl).await,
-        }
+        of_each!(self, store => store.rewrite(held, attrs, ttl).await)
     }
 
     fn reconnect(&self) {
-        match self {
-            Self::Etcd(store) => store.reconnect(),
-            Self::Embedded(store) => store.reconnect(),
-        }
+        of_each!(self, store => store.reconnect())
     }
 
     async fn release(&self, key: &LeaseKey, public_ip: Ipv4Addr) -> Result<Released, StoreError> {
-        match self {
-            Self::Etcd(store) => store.release(key, public_ip).await,
-            Self::Embedded(store) => store.release(key, public_ip).await,
-        }
+        of_each!(self, store => store.release(key, public_ip).await)
     }
 
     async fn watch(&self, updates: mpsc::Sender<LeaseUpdate>, health: watch::Sender<StoreHealth>) {
-        match self {
-            Self::Etcd(store) => store.watch(updates, health).await,
-            Self::Embedded(store) => store.watch(updates, health).await,
-        }
+        of_each!(self, store => store.watch(updates, health).await)
+    }
+
+    async fn public_ip_wish(&self) -> Result<Option<Ipv4Addr>, StoreError> {
+        of_each!(self, store => store.public_ip_wish().await)
+    }
+
+    async fn network_available(&self) -> Result<(), StoreError> {
+        of_each!(self, store => store.network_available().await)
+    }
+
+    fn rewritten(&self, lease: &Lease) -> String {
+        of_each!(self, store => store.rewritten(lease))
     }
 }

@@ -337,7 +337,7 @@ impl Judged {
 fn misplaced(subnet: Subnet, range: &Range, network_key: &str, len_key: &str) -> Option<String> {
     if !range.network.covers(subnet) {
         Some(format!("subnet = {subnet}: expected one inside {network_key} {}", range.network))
-    } else if subnet.len() != range.subnet_len {
+    } else if !range.has_len(subnet.len()) {
         Some(format!("subnet = {subnet}: expected length {} ({len_key})", range.subnet_len))
     } else {
         None

@@ -252,5 +252,7 @@ fn open_store(config: &Config) -> Result<Store, LeaveError> {
             Ok(Store::Etcd(store))
         }
         StoreConfig::Embedded(embedded) => Ok(Store::Embedded(EmbeddedStore::new(&embedded.file))),
+        #[cfg(feature = "kube")]
+        StoreConfig::Kube(kube) => Ok(Store::Kube(crate::lease::KubeStore::new(kube))),
     }
 }

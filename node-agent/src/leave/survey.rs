@@ -31,7 +31,7 @@ pub fn survey(config: &Config, wishes: &Wishes) -> Result<Plan, LeaveError> {
     let durable = DurableFile::in_dir(&config.state_dir).peek();
     let boot = boot_id().map_err(at(Path::new("/proc/sys/kernel/random/boot_id")))?;
     let before = Before::load(&config.run_dir, &boot).map_err(at(&config.run_dir))?;
-    let kernel = LinuxKernel::open()?;
+    let kernel = LinuxKernel::open()?.with_sysctls_in(&config.sysctl_dir);
     let (things, stays) = (Vec::new(), Vec::new());
     let mut survey = Survey { config, wishes, durable, kernel, things, stays, refusals };
 
@@ -88,6 +88,8 @@ impl Survey<'_> {
         let is_there = match &self.config.store {
             StoreConfig::Embedded(embedded) => embedded.file.exists(),
             StoreConfig::Etcd(_) => true,
+            #[cfg(feature = "kube")]
+            StoreConfig::Kube(_) => true,
         };
         if self.wishes.release_lease && is_there {
             self.things.push(Thing::Lease { key, public_ip, store: Box::new(store) });
@@ -255,6 +257,8 @@ impl Survey<'_> {
         let spared = match &self.config.store {
             StoreConfig::Embedded(embedded) => vec![embedded.file.as_path()],
             StoreConfig::Etcd(_) => vec![],
+            #[cfg(feature = "kube")]
+            StoreConfig::Kube(_) => vec![],
         };
         let ours = [files::of_this_boot(self.config, before), files::of_every_boot(self.config)];
         for thing in ours.into_iter().flatten() {

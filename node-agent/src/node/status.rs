@@ -146,6 +146,7 @@ fn network_status(config: &NetworkConfig, serving: Option<&Serving>) -> NetworkS
     NetworkStatus {
         network: config.v4.network,
         subnet_len: config.v4.subnet_len,
+        any_len: config.v4.any_len,
         subnet_min: Some(config.v4.min),
         subnet_max: Some(config.v4.max),
         backend: config.backend.kind().into(),

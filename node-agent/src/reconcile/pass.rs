@@ -352,9 +352,10 @@ fn look_at_firewall(
 fn ownership(node: &NodeInputs, inputs: &Inputs, memory: &Memory) -> Ownership {
     let devices = memory.known.iter().map(|(name, facts)| (name.clone(), facts.ifindex));
     let ports = inputs.pods.bridge_ports.iter().map(|(veth, port)| (veth.clone(), port.ifindex));
+    let (range, own) = (node.config.v4, node.lease.v4.len());
     Ownership {
         networks: node.config.networks().collect(),
-        subnet_len: node.config.v4.subnet_len,
+        subnet_len: if range.any_len { own } else { range.subnet_len },
         underlay: node.underlay.iface.clone(),
         device: node.backend.plane().device().cloned(),
         vtep_mac: node.vtep_mac,

@@ -332,6 +332,7 @@ async fn one_ipv4_half_is_not_leased_twice_with_two_ipv6_halves() {
     config.v6 = Some(weft_shared::netconf::Range {
         network: "fd00::/48".parse().expect("network"),
         subnet_len: 64,
+        any_len: false,
         min: "fd00:0:0:1::".parse().expect("min"),
         max: "fd00:0:0:ffff::".parse().expect("max"),
     });

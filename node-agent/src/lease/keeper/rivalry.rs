@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-use super::super::OwnedLease;
 use super::super::backoff::Backoff;
+use super::super::{LeaseStore, OwnedLease};
 
 /// The first wait is also what tells a rival from a late echo: an update older than our own write is followed by it.
 const TAKE_BACK_MIN: Duration = Duration::from_secs(1);
@@ -40,24 +40,15 @@ impl Rivalry {
     }
 
     /// The value is still not ours.
-    pub(super) fn declare(&mut self, held: &OwnedLease) {
+    pub(super) fn declare(&mut self, store: &impl LeaseStore, held: &OwnedLease) {
         if self.last.replace(Instant::now()).is_none() {
             let (key, public_ip) = (held.lease.key, held.lease.attrs.public_ip);
-            warn!(
-                %key,
-                %public_ip,
-                "another node publishes this node's public IP in its lease; give each its own --public-ip"
-            );
+            warn!(%key, %public_ip, "{}", store.rewritten(&held.lease));
         }
     }
 
-    pub(super) fn problem(&self, held: &OwnedLease) -> Option<String> {
-        self.last.map(|_| {
-            format!(
-                "another node publishes this node's public IP {} and overwrites lease {}; give each its own --public-ip",
-                held.lease.attrs.public_ip, held.lease.key
-            )
-        })
+    pub(super) fn problem(&self, store: &impl LeaseStore, held: &OwnedLease) -> Option<String> {
+        self.last.map(|_| store.rewritten(&held.lease))
     }
 
     /// Whether the rival has just now been quiet for long enough to be forgotten.

@@ -12,6 +12,7 @@ fn dual_stack() -> NetworkConfig {
     let range = Range {
         network: "fd00::/48".parse().expect("network"),
         subnet_len: 64,
+        any_len: false,
         min: "fd00:0:0:1::".parse().expect("min"),
         max: "fd00:0:0:ffff::".parse().expect("max"),
     };

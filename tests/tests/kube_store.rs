@@ -1,0 +1,261 @@
+//! The Kubernetes store on a real API server and its etcd: agents in namespace nodes, Node objects made through the API,
+//! no kubelet. What the API says is read with kubectl.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, ensure};
+use e2e::bed::Bed;
+use e2e::binaries::Binaries;
+use e2e::cluster::READY;
+use e2e::etcd::Etcd;
+use e2e::kube::{ControlPlane, Programs};
+use e2e::node::Node;
+use e2e::traffic::datagrams::{Stream, nothing_missing};
+use e2e::traffic::echo::ping;
+use e2e::underlay::{NodeNumber, Underlay};
+use e2e::wait::{SECOND, eventually};
+use serde_json::{Value, json};
+
+const PREFIX: &str = "flannel.alpha.coreos.com";
+/// As kube-flannel's manifest has it, the ConfigMap's key.
+const NET_CONF: &str =
+    r#"{"Network": "10.244.0.0/16", "EnableNFTables": false, "Backend": {"Type": "vxlan"}}"#;
+
+/// Fields drop in order: agents end before the control plane, that before its store, the store before the namespaces.
+struct Cluster {
+    nodes: Vec<Node>,
+    control: ControlPlane,
+    etcd: Etcd,
+    bed: Bed,
+    _underlay: Underlay,
+}
+
+impl Cluster {
+    /// An API server and two agents that are not started; no Node is there yet.
+    fn prepare() -> Result<Self> {
+        let bed = Bed::for_test()?;
+        let binaries = Binaries::find()?;
+        let underlay = Underlay::create(&bed)?;
+        let etcd = Etcd::start(&underlay.netns, Underlay::GATEWAY, &bed.dir("etcd")?)?;
+        let dir = bed.dir("kube")?;
+        let mut control =
+            ControlPlane::start(&underlay.netns, &dir, &Programs::find()?, &etcd.endpoint(), 2)?;
+        // The test gives the ranges out.
+        control.controllers.kill()?;
+        let net_conf = bed.dir("config")?.join("net-conf.json");
+        fs::write(&net_conf, NET_CONF)?;
+        let mut nodes = Vec::new();
+        for number in (1..=2).map(NodeNumber) {
+            let net = underlay.attach(&bed, number)?;
+            let mut node = Node::new(bed.root(), number, net, &binaries)?;
+            node.agent.flags = vec![
+                "--kube-subnet-mgr".to_owned(),
+                "--ip-masq".to_owned(),
+                format!("--kubeconfig-file={}", dir.join("admin.conf").display()),
+                format!("--net-config-path={}", net_conf.display()),
+            ];
+            nodes.push(node);
+        }
+        Ok(Self { nodes, control, etcd, bed, _underlay: underlay })
+    }
+
+    fn net_conf(&self) -> PathBuf {
+        self.bed.root().join("config/net-conf.json")
+    }
+
+    fn create(&self, name: &str, cidr: Option<&str>, annotations: &Value) -> Result<()> {
+        let file = self.bed.root().join(format!("{name}.json"));
+        let cidrs: Vec<&str> = cidr.into_iter().collect();
+        let node = json!({
+            "apiVersion": "v1", "kind": "Node",
+            "metadata": {"name": name, "annotations": annotations},
+            "spec": {"podCIDR": cidr, "podCIDRs": cidrs},
+        });
+        fs::write(&file, node.to_string())?;
+        self.control.kubectl(&["create", "-f", &file.display().to_string()])?;
+        Ok(())
+    }
+
+    fn get(&self, name: &str) -> Result<Value> {
+        Ok(serde_json::from_str(&self.control.kubectl(&["get", "node", name, "-o", "json"])?)?)
+    }
+
+    fn annotate(&self, name: &str, annotation: &str) -> Result<()> {
+        let annotation = format!("{PREFIX}/{annotation}");
+        self.control.kubectl(&["annotate", "--overwrite", "node", name, &annotation])?;
+        Ok(())
+    }
+
+    /// Keys of the peers that the first node's kernel has.
+    fn peers(&self) -> Result<Vec<String>> {
+        let peers = self.nodes[0].status()?.peers;
+        Ok(peers.into_iter().filter(|peer| peer.programmed).map(|peer| peer.key.to_string()).collect())
+    }
+
+    fn until_peers(&self, what: &str, expected: &[&str]) -> Result<()> {
+        eventually(what, READY, || {
+            let peers = self.peers()?;
+            ensure!(peers == expected, "peers {peers:?}, refused {:?}", self.nodes[0].status()?.refused);
+            Ok(true)
+        })?;
+        Ok(())
+    }
+
+    fn explain(&self) -> String {
+        self.nodes.iter().map(|node| node.agent.explain()).collect()
+    }
+}
+
+fn scenario(body: impl FnOnce(&mut Cluster) -> Result<()>) -> Result<()> {
+    let mut cluster = Cluster::prepare()?;
+    body(&mut cluster).with_context(|| cluster.explain())
+}
+
+/// As flanneld's patch leaves a Node.
+fn flannels(mac: &str, ip: &str) -> Value {
+    json!({
+        format!("{PREFIX}/backend-data"): format!(r#"{{"VNI":1,"VtepMAC":"{mac}"}}"#),
+        format!("{PREFIX}/backend-type"): "vxlan",
+        format!("{PREFIX}/kube-subnet-manager"): "true",
+        format!("{PREFIX}/public-ip"): ip,
+    })
+}
+
+#[test]
+fn agents_are_nodes_of_a_cluster() -> Result<()> {
+    scenario(|cluster| {
+        let [n1, n2] = [0, 1].map(|n| cluster.nodes[n].name().to_owned());
+        // Without a Node, and without a range: waited for, by name.
+        cluster.nodes[0].agent.start()?;
+        let waits_for = |cluster: &Cluster, text: &str| {
+            eventually(&format!("status to say: {text}"), READY, || {
+                let status = cluster.nodes[0].status()?;
+                ensure!(status.store.kind == "kubernetes", "{:?}", status.store);
+                ensure!(
+                    !status.ready && status.waiting_for.concat().contains(text),
+                    "{:?}",
+                    status.waiting_for
+                );
+                Ok(true)
+            })
+        };
+        waits_for(cluster, "there is no such Node")?;
+        cluster.create(&n1, None, &json!({"example.com/theirs": "stays"}))?;
+        waits_for(cluster, "pod cidr not assigned")?;
+        let range = json!({"spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24"]}});
+        cluster.control.kubectl(&["patch", "node", &n1, "-p", &range.to_string()])?;
+        cluster.create(&n2, Some("10.244.2.0/24"), &json!({}))?;
+        cluster.nodes[1].agent.start()?;
+        for node in &mut cluster.nodes {
+            node.agent.wait_ready(READY)?;
+            node.wait_peers(1, READY)?;
+        }
+        let (near, far) = (cluster.nodes[0].pod("a")?, cluster.nodes[1].pod("a")?);
+        ping(&near.netns, far.address, 5, SECOND)?;
+
+        // Byte for byte, and nothing else of the Node.
+        let node = cluster.get(&n1)?;
+        let link = cluster.nodes[0].netns().ip("-j link show flannel.1")?;
+        let link: Value = serde_json::from_str(&link)?;
+        let mac = link[0]["address"].as_str().context("a MAC")?;
+        let mut expected = flannels(mac, &cluster.nodes[0].net.address.to_string());
+        expected["example.com/theirs"] = "stays".into();
+        assert_eq!(node["metadata"]["annotations"], expected);
+        eventually("NetworkUnavailable to be False", READY, || {
+            let conditions = cluster.get(&n1)?["status"]["conditions"].clone();
+            let ours =
+                conditions.as_array().into_iter().flatten().find(|c| c["type"] == "NetworkUnavailable");
+            let ours = ours.with_context(|| format!("conditions {conditions}"))?;
+            ensure!(ours["status"] == "False" && ours["reason"] == "FlannelIsUp", "{ours}");
+            Ok(true)
+        })?;
+
+        // A flanneld's Node is a peer, garbage is named, whom no agent looks after is neither.
+        cluster.create("foreign", Some("10.244.3.0/25"), &flannels("c6:d2:32:6f:8f:44", "192.0.2.3"))?;
+        cluster.create("garbage", Some("10.244.4.0/24"), &flannels("no mac", "192.0.2.4"))?;
+        cluster.create("plain", Some("10.244.5.0/24"), &json!({}))?;
+        cluster.until_peers("flannel's Node", &["10.244.2.0-24", "10.244.3.0-25"])?;
+        let refused = |cluster: &Cluster| -> Result<Vec<String>> {
+            Ok(cluster.nodes[0].status()?.refused.into_iter().map(|r| r.key).collect())
+        };
+        eventually("the garbage by name", READY, || Ok(refused(cluster)? == ["node/garbage"]))?;
+        let page = cluster.nodes[0].agent.ctl(&["status"])?;
+        ensure!(page.contains("REFUSED node/garbage") && page.contains("Nodes' podCIDRs"), "{page}");
+        cluster.nodes[0].agent.metric("weft_lease_refused{key=\"node/garbage\"}")?;
+        cluster.nodes[0].agent.metric("weft_store_kind{kind=\"kubernetes\"}")?;
+        ping(&near.netns, far.address, 1, SECOND).map(drop)
+    })
+}
+
+#[test]
+fn what_befalls_the_api_does_not_befall_the_pods() -> Result<()> {
+    scenario(|cluster| {
+        let [n1, n2] = [0, 1].map(|n| cluster.nodes[n].name().to_owned());
+        cluster.create(&n1, Some("10.244.1.0/24"), &json!({}))?;
+        cluster.create(&n2, Some("10.244.2.0/24"), &json!({}))?;
+        cluster.create("foreign", Some("10.244.3.0/24"), &flannels("c6:d2:32:6f:8f:44", "192.0.2.3"))?;
+        for node in &mut cluster.nodes {
+            node.agent.start()?;
+        }
+        for node in &mut cluster.nodes {
+            node.agent.wait_ready(READY)?;
+            node.wait_peers(2, READY)?;
+        }
+        let (near, far) = (cluster.nodes[0].pod("a")?, cluster.nodes[1].pod("a")?);
+        ping(&near.netns, far.address, 5, SECOND)?;
+        let stream = Stream::start(&near.netns, &far.netns, far.address, 100)?;
+        // The API goes, its history too; what happened meanwhile is found by the next list.
+        cluster.control.api.kill()?;
+        eventually("status to say that the store is away", READY, || {
+            let status = cluster.nodes[0].status()?;
+            ensure!(!status.store.connected && status.store.problem.is_some(), "{:?}", status.store);
+            Ok(true)
+        })?;
+        assert_eq!(cluster.peers()?, ["10.244.2.0-24", "10.244.3.0-24"]);
+        // A start without it goes on with what it said last.
+        cluster.nodes[0].agent.stop()?;
+        cluster.nodes[0].agent.restart(READY)?;
+        ensure!(
+            cluster.nodes[0].status()?.store.recalled_age.is_some(),
+            "{:?}",
+            cluster.nodes[0].status()?.store
+        );
+        cluster.until_peers("the peers from disk", &["10.244.2.0-24", "10.244.3.0-24"])?;
+        let foreign = "/registry/minions/foreign";
+        cluster.etcd.ctl(&["del", foreign])?;
+        let revision: Value = serde_json::from_str(&cluster.etcd.ctl(&["get", foreign, "-w", "json"])?)?;
+        cluster.etcd.ctl(&["compact", &revision["header"]["revision"].to_string()])?;
+        cluster.control.start_api()?;
+        cluster.until_peers("the peer that went meanwhile to go", &["10.244.2.0-24"])?;
+
+        // Joined again with another range: here, and at the other end.
+        nothing_missing([stream])?;
+        cluster.control.kubectl(&["delete", "node", &n2])?;
+        cluster.until_peers("a deleted Node to go", &[])?;
+        cluster.create(&n2, Some("10.244.9.0/24"), &json!({}))?;
+        cluster.until_peers("its new range", &["10.244.9.0-24"])?;
+        cluster.nodes[1].agent.wait_ready(READY)?;
+        let fresh = cluster.nodes[1].pod("b")?;
+        ensure!(fresh.address.octets()[2] == 9, "{}", fresh.address);
+        ping(&near.netns, fresh.address, 5, SECOND)?;
+
+        // An operator's address is what peers are told; the file is followed, and what cannot be applied is said.
+        cluster.annotate(&n2, "public-ip-overwrite=192.0.2.99")?;
+        eventually("the overwrite to reach the peers", READY, || {
+            let peers = cluster.nodes[0].status()?.peers;
+            Ok(peers.iter().any(|peer| peer.public_ip.to_string() == "192.0.2.99"))
+        })?;
+        cluster.annotate(&n2, "public-ip-overwrite-")?;
+        eventually("and back", READY, || {
+            let peers = cluster.nodes[0].status()?.peers;
+            Ok(peers.iter().any(|peer| peer.public_ip == cluster.nodes[1].net.address))
+        })?;
+        fs::write(cluster.net_conf(), NET_CONF.replace("vxlan", "host-gw"))?;
+        eventually("the notice", READY, || {
+            let network = cluster.nodes[0].status()?.network.context("a network")?;
+            Ok(network.notice.is_some_and(|notice| notice.text.contains("Backend.Type = host-gw")))
+        })?;
+        ping(&near.netns, fresh.address, 5, SECOND).map(drop)
+    })
+}

@@ -25,8 +25,12 @@ enum Command {
         nodes: u8,
         #[arg(long, value_enum, default_value = "vxlan")]
         backend: Backend,
-        #[arg(long, value_enum, default_value = "embedded")]
-        store: StoreKind,
+        /// embedded unless it is named
+        #[arg(long, value_enum, conflicts_with = "kubernetes")]
+        store: Option<StoreKind>,
+        /// A Kubernetes cluster, with weft installed by its manifest
+        #[arg(long)]
+        kubernetes: bool,
     },
     /// What every agent says of itself
     Status,
@@ -37,6 +41,11 @@ enum Command {
         target: String,
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<OsString>,
+    },
+    /// kubectl, on a lab that is a Kubernetes cluster
+    Kubectl {
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
     },
     /// Throughput and latency of each backend beside node-to-node, in a lab of its own
     Bench {
@@ -59,7 +68,8 @@ fn main() {
 
 fn run(command: Command) -> Result<()> {
     match command {
-        Command::Up { nodes, backend, store } => lab::up(nodes, backend, store),
+        Command::Up { nodes, backend, store, kubernetes } => lab::up(nodes, backend, store, kubernetes),
+        Command::Kubectl { args } => exit(lab::exit_code(lab::kubectl(&args)?)),
         Command::Status => lab::status(),
         Command::Ping => lab::ping(),
         Command::Exec { target, command } => exit(lab::exit_code(lab::exec(&target, &command)?)),

@@ -11,6 +11,7 @@ mod node;
 mod programs;
 pub mod reference;
 pub mod web;
+pub mod weft;
 
 use std::ffi::OsStr;
 use std::net::Ipv4Addr;
@@ -21,6 +22,8 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::Value;
 
 use crate::bed::Bed;
+use crate::binaries::Binaries;
+use crate::cluster::Backend;
 use crate::etcd::Etcd;
 use crate::image;
 use crate::machine::Machine;
@@ -31,13 +34,14 @@ use crate::wait::{eventually, until_ok};
 pub use control::{ControlPlane, Daemon};
 pub use node::{KubeNode, pod_netns};
 pub use programs::Programs;
+pub use weft::Weft;
 
 /// Of the pods; each node has a /24 of it, from the controller manager.
 pub const POD_NETWORK: &str = "10.244.0.0/16";
 pub const SERVICE_NETWORK: &str = "10.96.0.0/16";
 /// For whatever the cluster does by itself, on a machine that does much else.
 pub const PATIENCE: Duration = Duration::from_secs(180);
-const LOG_TAIL_LINES: usize = 12;
+const LOG_TAIL_LINES: usize = 30;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProxyMode {
@@ -205,6 +209,7 @@ impl Kube {
         for args in [
             &["get", "nodes,pods", "-A", "-o", "wide"][..],
             &["get", "events", "-A", "--sort-by=.lastTimestamp"],
+            &["logs", "-n", weft::NAMESPACE, "-l", weft::LABEL, "--prefix", "--tail=20"],
         ] {
             let printed = self.kubectl(args).unwrap_or_else(|error| format!("{error:#}"));
             text += &format!("kubectl {}:\n{}", args.join(" "), tail(&printed));
@@ -214,6 +219,8 @@ impl Kube {
             text += &format!("{}, end of log:\n{}", daemon.name, tail(&log));
         }
         for node in &self.nodes {
+            let printed = weft::ctl(node, &["status"]).unwrap_or_else(|error| format!("{error:#}"));
+            text += &format!("weft on {}:\n{printed}\n", node.name);
             for service in ["containerd", "kubelet", "kube-proxy"] {
                 let log = node.machine.read(&format!("/var/log/{service}.log")).unwrap_or_default();
                 text += &format!("{service} on {}, end of log:\n{}", node.name, tail(&log));
@@ -229,13 +236,33 @@ pub fn cgroup_of(bed: &Path) -> String {
 }
 
 /// Runs `body` on a cluster of so many nodes without a network; a failure carries the logs.
-pub fn kube(
+pub fn kube(nodes: u8, proxy: ProxyMode, body: impl FnOnce(&mut Kube) -> Result<()>) -> Result<()> {
+    run(Bed::for_test()?, nodes, proxy, &[], body)
+}
+
+/// The same where weft is installed, and every node Ready.
+pub fn kube_with_weft(
+    nodes: u8,
+    proxy: ProxyMode,
+    backend: Backend,
+    body: impl FnOnce(&mut Kube) -> Result<()>,
+) -> Result<()> {
+    let bed = Bed::for_test()?;
+    let weft = Weft::prepare(&Binaries::find()?, &bed.dir("weft")?, backend)?;
+    run(bed, nodes, proxy, weft.images(), |kube| {
+        weft.install(kube)?;
+        body(kube)
+    })
+}
+
+fn run(
+    bed: Bed,
     nodes: u8,
     proxy: ProxyMode,
     images: &[PathBuf],
     body: impl FnOnce(&mut Kube) -> Result<()>,
 ) -> Result<()> {
-    let mut kube = Kube::start(Bed::for_test()?, nodes, proxy, images)?;
+    let mut kube = Kube::start(bed, nodes, proxy, images)?;
     body(&mut kube).map_err(|error| anyhow!("{error:#}\n{}", kube.explain()))
 }
 

@@ -5,6 +5,7 @@
 //! works as well after an `up` that was killed.
 
 pub mod bench;
+pub mod kubernetes;
 pub mod matrix;
 pub mod out;
 pub mod state;
@@ -33,11 +34,15 @@ const PODS_PER_NODE: [&str; 2] = ["a", "b"];
 const PING_TRIES: u16 = 5;
 
 /// Brings the lab up and shows that it works.
-pub fn up(nodes: u8, backend: Backend, store: StoreKind) -> Result<()> {
+pub fn up(nodes: u8, backend: Backend, store: Option<StoreKind>, kubernetes: bool) -> Result<()> {
     let started = Instant::now();
     if Path::new(ROOT).exists() {
         bail!("{ROOT} exists: a lab is up, or one was left unfinished. `scripts/lab down` removes it");
     }
+    if kubernetes {
+        return kubernetes::up(nodes, backend);
+    }
+    let store = store.unwrap_or(StoreKind::Embedded);
     require_tools(&[("ip", "iproute2")])?;
     if store == StoreKind::Etcd {
         require_tools(&[("etcd", "etcd-server"), ("etcdctl", "etcd-client")])?;
@@ -74,15 +79,23 @@ pub fn up(nodes: u8, backend: Backend, store: StoreKind) -> Result<()> {
 
 /// What every agent says of itself.
 pub fn status() -> Result<()> {
-    let (_, nodes) = open()?;
-    all_answered(&ask(&nodes, &["status"]))
+    let (state, nodes) = open()?;
+    match &state.kubernetes {
+        Some(cluster) => kubernetes::status(&state, cluster),
+        None => all_answered(&ask(&nodes, &["status"])),
+    }
 }
 
 /// Every agent pings every other over underlay and overlay, then every pod every other.
 pub fn ping() -> Result<()> {
     let (state, nodes) = open()?;
-    let silent = ask(&nodes, &["ping", "all"]);
-    let matrix = Matrix::measure(&state.pod_netns(Path::new(ROOT)), PING_TRIES)?;
+    let (silent, matrix) = match &state.kubernetes {
+        Some(_) => (Vec::new(), kubernetes::matrix(&state)?),
+        None => {
+            let silent = ask(&nodes, &["ping", "all"]);
+            (silent, Matrix::measure(&state.pod_netns(Path::new(ROOT)), PING_TRIES)?)
+        }
+    };
     say(format!("\n{matrix}"));
     if !matrix.is_complete() {
         bail!("not every pod reaches every other");
@@ -93,6 +106,9 @@ pub fn ping() -> Result<()> {
 /// Runs a command in the namespace of a node or of a pod.
 pub fn exec(target: &str, command: &[OsString]) -> Result<ExitStatus> {
     let (state, nodes) = open()?;
+    if let Some(cluster) = &state.kubernetes {
+        return kubernetes::exec(&state, cluster, target, command);
+    }
     let netns = state.netns(Path::new(ROOT), target)?;
     let node = nodes.iter().find(|node| state.is_on(target, node)).context("every pod is on a node")?;
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -104,6 +120,15 @@ pub fn exec(target: &str, command: &[OsString]) -> Result<ExitStatus> {
     Ok(netns.spawn(&mut command)?.wait()?)
 }
 
+/// Runs kubectl on a lab that is a Kubernetes cluster.
+pub fn kubectl(args: &[OsString]) -> Result<ExitStatus> {
+    let (state, _) = open()?;
+    match &state.kubernetes {
+        Some(cluster) => kubernetes::run_kubectl(cluster, args),
+        None => bail!("the lab is no Kubernetes cluster: `scripts/lab up --kubernetes` starts one"),
+    }
+}
+
 /// Removes whatever is there of the lab and of a bench that was cut short.
 pub fn down() -> Result<()> {
     let mut found = false;
@@ -111,6 +136,7 @@ pub fn down() -> Result<()> {
         found |= Path::new(root).exists();
         teardown(Path::new(root))?;
     }
+    kubernetes::remove_cgroups();
     say(if found { "The lab is gone." } else { "There is no lab." });
     Ok(())
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use super::kubernetes::Cluster;
 use crate::bed::netns_path;
 use crate::binaries::Binaries;
 use crate::cluster::{Backend, StoreKind};
@@ -22,6 +23,8 @@ pub struct State {
     pub backend: Backend,
     pub store: StoreKind,
     pub pods: Vec<LabPod>,
+    /// The cluster that the lab is, if it is one.
+    pub kubernetes: Option<Cluster>,
     bin_dir: PathBuf,
 }
 
@@ -34,7 +37,7 @@ pub struct LabPod {
 
 impl State {
     pub fn new(nodes: u8, backend: Backend, store: StoreKind, binaries: &Binaries) -> Self {
-        Self { nodes, backend, store, pods: Vec::new(), bin_dir: binaries.dir.clone() }
+        Self { nodes, backend, store, pods: Vec::new(), kubernetes: None, bin_dir: binaries.dir.clone() }
     }
 
     pub fn add_pod(&mut self, node: &Node, pod: &Pod) {

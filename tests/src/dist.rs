@@ -85,6 +85,37 @@ impl Dist {
     }
 }
 
+/// The image of this machine's architecture, of the programs that every scenario runs.
+pub fn image() -> Result<PathBuf> {
+    static MADE: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let made = MADE.get_or_init(|| {
+        let packed = match env::var_os("WEFT_DIST_DIR") {
+            Some(dir) => Ok(PathBuf::from(dir).join(image_name("x86_64"))),
+            None => Binaries::find().and_then(|found| pack_image("x86_64", &found.dir, &folder("image")?)),
+        };
+        let there = |image: PathBuf| {
+            ensure!(image.is_file(), "{} is missing, scripts/image makes it", image.display());
+            Ok(image)
+        };
+        packed.and_then(there).map_err(|error| format!("{error:#}"))
+    });
+    made.clone().map_err(|error| anyhow!(error))
+}
+
+/// Packs the programs that lie in `programs` as an image into `out`.
+pub fn pack_image(arch: &str, programs: &Path, out: &Path) -> Result<PathBuf> {
+    let mut command = Command::new(Path::new(CHECKOUT).join("scripts/image"));
+    command.args(["--arch", arch, "--out"]).arg(out).env("WEFT_BIN_DIR", programs).stdin(Stdio::null());
+    let output = command.output()?;
+    let text = [output.stdout, output.stderr].concat();
+    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&text));
+    Ok(out.join(image_name(arch)))
+}
+
+fn image_name(arch: &str) -> String {
+    format!("weft-image-{}-{arch}.tar", env!("CARGO_PKG_VERSION"))
+}
+
 /// The test executable's own, in cargo's folder for such things; replaced by the next run.
 fn folder(kind: &str) -> Result<PathBuf> {
     let exe = env::current_exe()?;

@@ -107,15 +107,15 @@ impl Page {
     }
 
     fn run(&mut self, block: &Block) -> Result<()> {
+        let Some(place) = &block.place else { return Ok(()) };
         self.before(block)?;
-        let text = match block.place.as_deref() {
-            Some("admin") => self.as_admin(&block.script)?,
-            Some("nodes") => {
+        let text = match place.as_str() {
+            "admin" => self.as_admin(&block.script)?,
+            "nodes" => {
                 let texts = self.kube.nodes.iter().map(|node| node.machine.sh(&block.script));
                 texts.collect::<Result<Vec<_>>>()?.concat()
             }
-            Some(other) => bail!("{other:?}: expected admin or nodes"),
-            None => return Ok(()),
+            other => bail!("{other:?}: expected admin or nodes"),
         };
         report::figure(format_args!("--- {}\n{text}", block.script));
         Ok(())

@@ -14,6 +14,8 @@ pub fn start(config: &Config) {
     let ours = LevelFilter::from_level(config.log_level);
     let filter = Targets::new()
         .with_default(LevelFilter::WARN)
+        // It calls every refused connection an error; the store says it once, and why.
+        .with_target("kube_client", LevelFilter::OFF)
         .with_target("weftd", ours)
         .with_target("weft_agent", ours);
     let layer = fmt::layer().with_writer(std::io::stderr).with_target(false);

@@ -19,8 +19,7 @@ const NODES: usize = 5000;
 const LONG: Duration = Duration::from_secs(900);
 const NET_CONF: &str = r#"{"Network": "10.128.0.0/10", "Backend": {"Type": "vxlan"}}"#;
 
-/// Nodes as kubelet and kube-flannel leave them, images and conditions included, over as many connections as are useful.
-/// `create COUNT`, or `beat COUNT SECONDS`: every Node's status each ten seconds, and the number of patches at the end.
+/// Nodes as kubelet and kube-flannel leave them, images and conditions included.
 const NODES_PY: &str = include_str!("kube_scale.py");
 
 #[test]

@@ -36,15 +36,7 @@ impl Dist {
         static MADE: OnceLock<Result<Dist, String>> = OnceLock::new();
         once(&MADE, || match env::var_os("WEFT_DIST_DIR") {
             Some(dir) => Self::packed("aarch64", "arm64", Path::new(&dir)),
-            None => {
-                let built = Path::new(CHECKOUT).join("target/aarch64-unknown-linux-musl/debug");
-                ensure!(
-                    built.join("weftd").exists(),
-                    "{} has no weftd: build it with `scripts/dist --arch aarch64 --profile dev`",
-                    built.display()
-                );
-                Self::pack("aarch64", &built, &folder("foreign")?)
-            }
+            None => Self::pack("aarch64", &foreign_programs()?, &folder("foreign")?),
         })
     }
 
@@ -85,6 +77,51 @@ impl Dist {
     }
 }
 
+/// The image of this machine's architecture, of the programs that every scenario runs.
+pub fn image() -> Result<PathBuf> {
+    static MADE: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    once(&MADE, || image_of("x86_64", "image", || Ok(Binaries::find()?.dir)))
+}
+
+/// The other architecture's.
+pub fn foreign_image() -> Result<PathBuf> {
+    static MADE: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    once(&MADE, || image_of("aarch64", "foreign-image", foreign_programs))
+}
+
+fn image_of(arch: &str, kind: &str, programs: impl FnOnce() -> Result<PathBuf>) -> Result<PathBuf> {
+    let image = match env::var_os("WEFT_DIST_DIR") {
+        Some(dir) => PathBuf::from(dir).join(image_name(arch)),
+        None => pack_image(arch, &programs()?, &folder(kind)?)?,
+    };
+    ensure!(image.is_file(), "WEFT_DIST_DIR: {} is missing, scripts/image makes it", image.display());
+    Ok(image)
+}
+
+fn foreign_programs() -> Result<PathBuf> {
+    let built = Path::new(CHECKOUT).join("target/aarch64-unknown-linux-musl/debug");
+    ensure!(
+        built.join("weftd").exists(),
+        "{} has no weftd: build it with `scripts/dist --arch aarch64 --profile dev`",
+        built.display()
+    );
+    Ok(built)
+}
+
+/// Packs the programs that lie in `programs` as an image into `out`.
+pub fn pack_image(arch: &str, programs: &Path, out: &Path) -> Result<PathBuf> {
+    let mut command = Command::new(Path::new(CHECKOUT).join("scripts/image"));
+    command.args(["--arch", arch, "--out"]).arg(out).env("WEFT_BIN_DIR", programs).stdin(Stdio::null());
+    let output = command.output()?;
+    let text = [output.stdout, output.stderr].concat();
+    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&text));
+    Ok(out.join(image_name(arch)))
+}
+
+fn image_name(arch: &str) -> String {
+    format!("weft-image-{}-{arch}.tar", env!("CARGO_PKG_VERSION"))
+}
+
 /// The test executable's own, in cargo's folder for such things; replaced by the next run.
 fn folder(kind: &str) -> Result<PathBuf> {
     let exe = env::current_exe()?;
@@ -93,6 +130,6 @@ fn folder(kind: &str) -> Result<PathBuf> {
     Ok(dir)
 }
 
-fn once(cell: &'static OnceLock<Result<Dist, String>>, make: impl FnOnce() -> Result<Dist>) -> Result<Dist> {
+fn once<T: Clone>(cell: &'static OnceLock<Result<T, String>>, make: impl FnOnce() -> Result<T>) -> Result<T> {
     cell.get_or_init(|| make().map_err(|error| format!("{error:#}"))).clone().map_err(|error| anyhow!(error))
 }

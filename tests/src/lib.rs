@@ -36,6 +36,7 @@ pub mod monitor;
 pub mod netns;
 pub mod node;
 pub mod packet;
+pub mod page;
 pub mod plugin;
 pub mod pod;
 pub mod podman;

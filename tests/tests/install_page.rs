@@ -4,12 +4,13 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use e2e::bed::Bed;
 use e2e::cgroups::Cgroups;
 use e2e::dist::{CHECKOUT, Dist};
 use e2e::image::{BUSYBOX, oci_image};
 use e2e::machine::Machine;
+use e2e::page::{Block, blocks};
 use e2e::report;
 use e2e::underlay::{NodeNumber, Underlay};
 use e2e::wait::{SECOND, eventually};
@@ -18,41 +19,14 @@ use serde_json::Value;
 /// The containers that it starts.
 const CONTAINERS: [&str; 2] = ["here", "there"];
 
-/// A block of commands.
-#[derive(Debug, PartialEq, Eq)]
-struct Block {
-    /// Where it is run; nowhere, if the page says so.
-    hosts: Vec<usize>,
-    /// What the page says behind the hosts.
-    note: String,
-    script: String,
-}
-
-/// The blocks of a page, each with its mark. One without a mark is an error.
-fn blocks(page: &str) -> Result<Vec<Block>> {
-    let mut found = Vec::new();
-    let mut lines = page.lines();
-    while let Some(line) = lines.next() {
-        let Some(language) = line.strip_prefix("```") else { continue };
-        let body: Vec<&str> = lines.by_ref().take_while(|line| *line != "```").collect();
-        if language != "sh" {
-            continue;
-        }
-        let mark = body.first().copied().unwrap_or_default();
-        let script = body.get(1..).unwrap_or_default().join("\n");
-        if let Some(note) = mark.strip_prefix("# not run: ") {
-            found.push(Block { hosts: Vec::new(), note: note.to_owned(), script });
-            continue;
-        }
-        let Some(run) = mark.strip_prefix("# run: ") else { bail!("a block without a mark: {mark:?}") };
-        let (hosts, note) = run.split_once(", ").unwrap_or((run, ""));
-        let mut words = hosts.split(' ');
-        ensure!(matches!(words.next(), Some("host" | "hosts")), "hosts of {mark:?}");
-        let hosts = words.map(|n| n.parse::<usize>().map_err(Into::into)).collect::<Result<Vec<_>>>()?;
-        ensure!(!hosts.is_empty() && hosts.iter().all(|n| (1..=3).contains(n)), "hosts of {mark:?}");
-        found.push(Block { hosts, note: note.to_owned(), script });
-    }
-    Ok(found)
+/// The hosts that a block names: none, if it is not run.
+fn hosts(block: &Block) -> Result<Vec<usize>> {
+    let Some(place) = &block.place else { return Ok(Vec::new()) };
+    let mut words = place.split(' ');
+    ensure!(matches!(words.next(), Some("host" | "hosts")), "hosts of {block:?}");
+    let hosts = words.map(|n| n.parse::<usize>().map_err(Into::into)).collect::<Result<Vec<_>>>()?;
+    ensure!(!hosts.is_empty() && hosts.iter().all(|n| (1..=3).contains(n)), "hosts of {block:?}");
+    Ok(hosts)
 }
 
 struct Page {
@@ -94,7 +68,7 @@ impl Page {
 
     /// The same afterwards: packages start services on a host that has an init, and images come from the Internet.
     fn after(&self, block: &Block) -> Result<()> {
-        for number in &block.hosts {
+        for number in &hosts(block)? {
             if block.script.contains("apt-get install -y containerd") {
                 self.host(*number)?.sh("systemctl start containerd")?;
             }
@@ -109,7 +83,7 @@ impl Page {
 
     fn run(&mut self, block: &Block) -> Result<()> {
         self.before(block)?;
-        for number in &block.hosts {
+        for number in &hosts(block)? {
             let host = self.host(*number)?;
             let address = self.address.as_deref().unwrap_or_default();
             let text = host.sh(&format!("export ADDRESS='{address}'\n{}", block.script))?;
@@ -126,7 +100,8 @@ impl Page {
 fn the_install_page_works_as_written() -> Result<()> {
     let page = fs::read_to_string(Path::new(CHECKOUT).join("docs/install.md"))?;
     let blocks = blocks(&page)?;
-    ensure!(blocks.iter().filter(|block| !block.hosts.is_empty()).count() >= 12, "{blocks:?}");
+    blocks.iter().try_for_each(|block| hosts(block).map(drop))?;
+    ensure!(blocks.iter().filter(|block| block.place.is_some()).count() >= 12, "{blocks:?}");
     let _cgroups = Cgroups::of(CONTAINERS.map(|name| format!("default/{name}")));
     let bed = Bed::for_test()?;
     let dist = Dist::native()?;
@@ -174,23 +149,13 @@ fn the_install_page_works_as_written() -> Result<()> {
 }
 
 #[test]
-fn every_block_of_the_page_has_a_mark() -> Result<()> {
-    let found = blocks(
-        "text\n```sh\n# run: hosts 1 3, when x\na\nb\n```\n```sh\n# not run: why\nc\n```\n```json\n{}\n```\n",
-    )?;
-    let block = |hosts: &[usize], note: &str, script: &str| Block {
-        hosts: hosts.to_vec(),
-        note: note.to_owned(),
-        script: script.to_owned(),
+fn every_block_names_hosts_that_there_are() -> Result<()> {
+    let named = |place: Option<&str>| {
+        hosts(&Block { place: place.map(str::to_owned), note: String::new(), script: String::new() })
     };
-    assert_eq!(found, [block(&[1, 3], "when x", "a\nb"), block(&[], "why", "c")]);
-    for wrong in [
-        "```sh\nrm -rf x\n```",
-        "```sh\n# run: everywhere\nx\n```",
-        "```sh\n# run: host 4\nx\n```",
-        "```sh\n# run: hosts\nx\n```",
-    ] {
-        blocks(wrong).expect_err(wrong);
+    ensure!(named(Some("hosts 1 3"))? == [1, 3] && named(Some("host 2"))? == [2] && named(None)?.is_empty());
+    for wrong in ["everywhere", "host 4", "hosts", "hosts x"] {
+        named(Some(wrong)).expect_err(wrong);
     }
     Ok(())
 }

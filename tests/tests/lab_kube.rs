@@ -8,12 +8,11 @@ use anyhow::{Context as _, Result, ensure};
 
 use lab_stand::{Lab, ROOT};
 
-/// What containers of the lab's have outside of its folder.
-fn cgroups() -> Result<String> {
-    let output = Command::new("find")
-        .args(["/sys/fs/cgroup", "-type", "d", "-name", "weft-kube-weft-lab-*"])
-        .output()?;
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+/// What these containers have outside of the lab's folder.
+fn cgroups(ids: &str) -> Result<usize> {
+    let output = Command::new("find").args(["/sys/fs/cgroup", "-type", "d"]).output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().filter(|path| ids.lines().any(|id| path.ends_with(id))).count())
 }
 
 #[test]
@@ -39,9 +38,9 @@ fn a_cluster_comes_up_is_used_and_goes() -> Result<()> {
     let pod = lab.run("kubectl get pods -o jsonpath={.items[0].metadata.name}")?;
     ensure!(lab.run(&format!("exec {pod} ip -o address"))?.contains("eth0"));
     ensure!(lab.refuse("exec n9 true")?.contains("n9"));
-    ensure!(!cgroups()?.is_empty(), "containers have cgroups");
+    let ids = lab.run("exec n1 ctr --namespace k8s.io containers list -q")?;
+    ensure!(cgroups(&ids)? > 0, "containers have cgroups: {ids}");
     lab.down()?;
-    let left = cgroups()?;
-    ensure!(left.is_empty(), "{left}");
+    ensure!(cgroups(&ids)? == 0, "cgroups of {ids} are left");
     Ok(())
 }

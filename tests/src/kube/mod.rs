@@ -32,7 +32,7 @@ use crate::underlay::{NodeNumber, Underlay};
 use crate::wait::{eventually, until_ok};
 
 pub use control::{ControlPlane, Daemon};
-pub use node::{KubeNode, pod_netns};
+pub use node::{KubeNode, cgroups_of, pod_netns};
 pub use programs::Programs;
 pub use weft::Weft;
 
@@ -111,9 +111,7 @@ impl Kube {
         let machine = Machine::start(netns, &self.bed.dir(&format!("roots/{name}"))?, &name)?;
         let images: Vec<&Path> = self.images.iter().map(PathBuf::as_path).collect();
         let address = number.address();
-        let cgroup = format!("{}-{name}", cgroup_of(self.bed.root()));
-        let node =
-            KubeNode::join(machine, address, &self.control, &self.programs, &images, self.proxy, &cgroup)?;
+        let node = KubeNode::join(machine, address, &self.control, &self.programs, &images, self.proxy)?;
         self.nodes.push(node);
         Ok(())
     }
@@ -228,11 +226,6 @@ impl Kube {
         }
         text
     }
-}
-
-/// What the names of nodes' cgroups begin with.
-pub fn cgroup_of(bed: &Path) -> String {
-    format!("weft-kube-{}", bed.file_name().unwrap_or_default().to_string_lossy())
 }
 
 /// Runs `body` on a cluster of so many nodes without a network; a failure carries the logs.

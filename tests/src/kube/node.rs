@@ -4,7 +4,6 @@
 use std::fs;
 use std::net::Ipv4Addr;
 use std::path::Path;
-use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
@@ -12,7 +11,7 @@ use serde_json::json;
 use super::control::{ControlPlane, kubeconfig, token_of};
 use super::{POD_NETWORK, Programs, ProxyMode};
 use crate::cgroups::Cgroups;
-use crate::machine::Machine;
+use crate::machine::{Machine, path_below};
 use crate::netns::Netns;
 use crate::wait::{SECOND, until_ok};
 
@@ -41,6 +40,9 @@ done
 mount --make-rshared /
 ";
 
+/// Where containerd has a folder for every container that runs.
+const TASKS: &str = "/run/containerd/io.containerd.runtime.v2.task/k8s.io";
+
 /// The machine ends before its containers' cgroups are removed.
 #[derive(Debug)]
 pub struct KubeNode {
@@ -48,7 +50,7 @@ pub struct KubeNode {
     /// In the underlay.
     pub address: Ipv4Addr,
     pub machine: Machine,
-    _cgroups: Arc<Cgroups>,
+    cgroups: Cgroups,
 }
 
 impl KubeNode {
@@ -60,11 +62,8 @@ impl KubeNode {
         programs: &Programs,
         images: &[&Path],
         proxy: ProxyMode,
-        cgroup: &str,
     ) -> Result<Self> {
-        let name = machine.name.clone();
-        let cgroups = Arc::new(Cgroups::of([cgroup]));
-        let node = Self { name, address, machine, _cgroups: cgroups };
+        let node = Self { name: machine.name.clone(), address, machine, cgroups: Cgroups::default() };
         let machine = &node.machine;
         machine.sh(TUNED)?;
         machine.put("/etc/containerd/config.toml", CONTAINERD.as_bytes())?;
@@ -78,7 +77,7 @@ impl KubeNode {
             let config = kubeconfig(&token_of(user), "/etc/kubernetes/ca.crt");
             machine.put(&format!("/etc/kubernetes/{user}.conf"), config.as_bytes())?;
         }
-        machine.put("/etc/kubernetes/kubelet.yaml", kubelet_config(cgroup).as_bytes())?;
+        machine.put("/etc/kubernetes/kubelet.yaml", kubelet_config().as_bytes())?;
         node.service(
             "kubelet",
             programs,
@@ -132,6 +131,20 @@ impl KubeNode {
     }
 }
 
+impl Drop for KubeNode {
+    fn drop(&mut self) {
+        for end in cgroups_of(self.machine.first()) {
+            self.cgroups.add(end);
+        }
+    }
+}
+
+/// The ends of the paths of the cgroups that the containers have which run on the machine with that first process.
+pub fn cgroups_of(first: u32) -> Vec<String> {
+    let tasks = fs::read_dir(path_below(first, TASKS)).into_iter().flatten().flatten();
+    tasks.map(|task| format!("k8s.io/{}", task.file_name().to_string_lossy())).collect()
+}
+
 /// In the folder that containerd keeps pods' namespaces in.
 pub fn pod_netns(dir: &Path, address: Ipv4Addr) -> Result<Netns> {
     for entry in fs::read_dir(dir).with_context(|| dir.display().to_string())? {
@@ -147,13 +160,13 @@ pub fn pod_netns(dir: &Path, address: Ipv4Addr) -> Result<Netns> {
 
 /// kubernetes.io, "Kubelet Configuration (v1beta1)". Without cgroups of its own for classes of pods, and without a care for
 /// the machine's memory and disk, which are not the node's.
-fn kubelet_config(cgroup: &str) -> String {
+fn kubelet_config() -> String {
     json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
         "authentication": { "anonymous": { "enabled": true }, "webhook": { "enabled": false } },
         "authorization": { "mode": "AlwaysAllow" },
         "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
-        "cgroupDriver": "cgroupfs", "cgroupsPerQOS": false, "cgroupRoot": format!("/{cgroup}"),
+        "cgroupDriver": "cgroupfs", "cgroupsPerQOS": false,
         "enforceNodeAllocatable": [],
         "evictionHard": { "memory.available": "0%", "nodefs.available": "0%", "imagefs.available": "0%" },
         "imageMinimumGCAge": "100h", "localStorageCapacityIsolation": false,

@@ -139,9 +139,10 @@ pub fn exec(state: &State, cluster: &Cluster, target: &str, line: &[OsString]) -
     Ok(netns.spawn(Command::new(program).args(args))?.wait()?)
 }
 
-/// Removes what containers leave outside of the bed, once all have ended.
-pub fn remove_cgroups() {
-    drop(Cgroups::of([format!("{}-*", kube::cgroup_of(Path::new(ROOT)))]));
+/// What containers have outside of the lab's folder: removed when this value goes, once all have ended.
+pub fn cgroups() -> Cgroups {
+    let cluster = State::load(Path::new(ROOT)).ok().and_then(|state| state.kubernetes);
+    Cgroups::of(cluster.iter().flat_map(|cluster| &cluster.first).flat_map(|first| kube::cgroups_of(*first)))
 }
 
 fn pods(state: &State) -> Result<Vec<(LabPod, Netns)>> {

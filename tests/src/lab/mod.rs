@@ -132,11 +132,11 @@ pub fn kubectl(args: &[OsString]) -> Result<ExitStatus> {
 /// Removes whatever is there of the lab and of a bench that was cut short.
 pub fn down() -> Result<()> {
     let mut found = false;
+    let _cgroups = kubernetes::cgroups();
     for root in [ROOT, BENCH_ROOT] {
         found |= Path::new(root).exists();
         teardown(Path::new(root))?;
     }
-    kubernetes::remove_cgroups();
     say(if found { "The lab is gone." } else { "There is no lab." });
     Ok(())
 }

@@ -15,17 +15,25 @@ const WITHOUT_ETCD: &[u8] = b"away=300\n";
 #[test]
 fn under_systemd_nothing_is_lost_and_nothing_waits() -> Result<()> {
     let bed = Bed::for_test()?;
-    let dist = Dist::native()?;
-    let (package, tarball) = (fs::read(dist.package)?, fs::read(dist.tarball)?);
-    let files: [(&str, &[u8]); 3] =
-        [("weft.deb", &package), ("weft.tar.gz", &tarball), ("settings", WITHOUT_ETCD)];
-    let vm = Vm::create(&bed.dir("vm")?, &files)?;
-    for stage in 1..=2 {
-        let console = vm.boot(SECOND * 900)?;
-        for line in console.lines().filter(|line| line.starts_with("ok ")) {
-            report::figure(line.trim_end());
-        }
-        ensure!(console.contains(&format!("VM stage {stage}: passed")), "{console}");
+    let package = fs::read(Dist::native()?.package)?;
+    let vm = Vm::create(&bed.dir("vm")?, &[("weft.deb", &package), ("settings", WITHOUT_ETCD)])?;
+    stage(&vm, 1)?;
+    stage(&vm, 2)
+}
+
+#[test]
+fn the_tarballs_install_asks_systemd_and_leaves_nothing() -> Result<()> {
+    let bed = Bed::for_test()?;
+    let tarball = fs::read(Dist::native()?.tarball)?;
+    let files: [(&str, &[u8]); 3] = [("weft.tar.gz", &tarball), ("settings", WITHOUT_ETCD), ("stage", b"3")];
+    stage(&Vm::create(&bed.dir("vm")?, &files)?, 3)
+}
+
+fn stage(vm: &Vm, number: u8) -> Result<()> {
+    let console = vm.boot(SECOND * 900)?;
+    for line in console.lines().filter(|line| line.starts_with("ok ")) {
+        report::figure(line.trim_end());
     }
+    ensure!(console.contains(&format!("VM stage {number}: passed")), "{console}");
     Ok(())
 }

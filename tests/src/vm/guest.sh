@@ -40,6 +40,8 @@ underlay() {
     ip route add default via 192.168.77.1
 }
 
+configure() { etcdctl put /coreos.com/network/config '{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}'; }
+
 # As a runtime would, again where the plugin says "try again": an emulated kernel takes its time.
 add_pod() {
     ip netns add "$1"
@@ -60,7 +62,7 @@ stage1() {
     local before pid restarts number
     underlay
     systemctl start etcd containerd || fail "etcd or containerd does not start"
-    etcdctl put /coreos.com/network/config '{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}' || fail "etcdctl"
+    configure || fail "etcdctl"
     dpkg -i "$here/weft.deb" || fail "dpkg -i"
     systemctl is-enabled --quiet weftd || fail "weftd is not enabled"
     [ "$(property ActiveState)" = inactive ] || fail "weftd was started unasked"
@@ -142,13 +144,15 @@ stage2() {
     ! ip link show flannel.1 2>/dev/null && ! ip link show cni0 2>/dev/null || fail "purge left devices"
     ! systemctl cat weftd >/dev/null 2>&1 || fail "purge left the unit"
     ok "purged: nothing is left"
-    tarball
     finish passed
 }
 
-# The tarball's own install, on the host that the package has left: what it asks systemd is answered by systemd.
-tarball() {
+# The tarball's own install, on a host that never had the package: what it asks systemd is answered by systemd.
+stage3() {
     local dir pid before path said
+    underlay
+    systemctl start etcd containerd || fail "etcd or containerd does not start"
+    configure || fail "etcdctl"
     mkdir /opt/weft && tar -xzf "$here/weft.tar.gz" -C /opt/weft --strip-components 1 || fail "tar"
     dir=/opt/weft
     install() { said=$("$dir/install" "$@" 2>&1) || fail "install $*: $said"; }
@@ -191,6 +195,7 @@ tarball() {
     done
     ! ip link show flannel.1 2>/dev/null && ! ip link show cni0 2>/dev/null || fail "remove left devices"
     ok "removed: nothing is left"
+    finish passed
 }
 
 property_is() { [ "$(property "$1")" = "$2" ]; }

@@ -520,11 +520,19 @@ async fn the_keeper_keeps_what_the_node_says() {
     let store = Arc::new(cluster.store());
     let (keeper, handle) = Keeper::new(store.clone(), request(), Duration::from_secs(60));
     let keeping = tokio::spawn(async move { match keeper.run().await {} });
+    let mut state = handle.state.clone();
+    let mut until = async |what: &str, done: &dyn Fn(&LeaseState) -> bool| {
+        let waited = tokio::time::timeout(contract::PATIENCE, state.wait_for(|s| done(s))).await;
+        waited.unwrap_or_else(|_| panic!("never {what}")).expect("keeper").clone()
+    };
+    until("held", &|s| s.held().is_some()).await;
+    // A list from before the lease would make the keeper look, and put right unsaid what another hand has just done.
     let (sender, mut updates) = mpsc::channel(8);
     let watching = tokio::spawn({
         let store = store.clone();
         async move { store.watch(sender, latest::Sender::new(StoreHealth::default())).await }
     });
+    while !matches!(updates.recv().await.expect("the watch"), LeaseUpdate::Snapshot { .. }) {}
     let observing = tokio::spawn({
         let handle = handle.clone();
         async move {
@@ -533,12 +541,6 @@ async fn the_keeper_keeps_what_the_node_says() {
             }
         }
     });
-    let mut state = handle.state.clone();
-    let mut until = async |what: &str, done: &dyn Fn(&LeaseState) -> bool| {
-        let waited = tokio::time::timeout(contract::PATIENCE, state.wait_for(|s| done(s))).await;
-        waited.unwrap_or_else(|_| panic!("never {what}")).expect("keeper").clone()
-    };
-    until("held", &|s| s.held().is_some()).await;
     let said =
         |name: &str| cluster.api.node("own")["metadata"]["annotations"][format!("{PREFIX}/{name}")].clone();
     cluster.api.patches();

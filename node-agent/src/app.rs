@@ -1,8 +1,8 @@
 //! The composition root: builds every part, connects them, and decides what ends the agent. Only here do the pure and
 //! the effectful sides meet.
 
-use std::fs::DirBuilder;
-use std::os::unix::fs::DirBuilderExt;
+use std::fs::{self, DirBuilder, Permissions};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
+use weft_shared::names::RUN_DIR;
 use weft_shared::netconf::EXAMPLE;
 
 use crate::alone;
@@ -46,6 +47,11 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     DirBuilder::new().recursive(true).mode(0o700).create(&config.run_dir).with_context(|| {
         format!("--run-dir = {}: expected a directory, or a place to make one", config.run_dir.display())
     })?;
+    // A kubelet makes it open to readers. Under another name it may be anybody's, such as /run.
+    if config.run_dir == Path::new(RUN_DIR) && config.run_dir.symlink_metadata().is_ok_and(|m| m.is_dir()) {
+        fs::set_permissions(&config.run_dir, Permissions::from_mode(0o700))
+            .with_context(|| format!("--run-dir = {RUN_DIR}"))?;
+    }
     // First of all: where packets are carried by threads of ours, nobody has carried them since the last agent's end.
     let memory = Memory::load(&config)?;
     let path = PacketPath::new(config.udp_offloads.clone());

@@ -42,7 +42,7 @@ fn an_agent_among_five_thousand_nodes() -> Result<()> {
     };
     let since = Instant::now();
     underlay.netns.run(&mut script("create", &[])).context("python3 is needed (package python3)")?;
-    report::took(&format!("{} Nodes created", NODES - 1), since.elapsed());
+    report::took(format!("{} Nodes created", NODES - 1), since.elapsed());
 
     let net = underlay.attach(&bed, NodeNumber(1))?;
     let mut node = Node::new(bed.root(), NodeNumber(1), net, &binaries)?;

@@ -4,7 +4,7 @@
 //! underlay's namespace: etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kubectl
 //!  +- n1, n2, ...: containerd, kubelet, kube-proxy, pods
 //! ```
-//! The network of its pods is what a scenario installs: weft by its manifest, or the stock plugins ([`reference`]).
+//! The network of its pods is what a scenario installs: weft by its manifest, or the stock plugins ([`mod@reference`]).
 
 mod control;
 mod node;

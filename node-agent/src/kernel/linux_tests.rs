@@ -732,7 +732,7 @@ fn a_dump_that_races_with_changes_is_complete_or_an_error() {
                             &mut socket,
                             &mut indices,
                             &mut Firewall::default(),
-                            std::path::Path::new("/proc/sys"),
+                            std::path::Path::new(weft_shared::names::SYSCTL_DIR),
                             &[set, Op::Remove(object.clone())],
                         ) {
                             result.expect("the kernel takes it");

@@ -72,15 +72,20 @@ fn a_pod_is_cut_off_and_its_address_free_when_del_has_answered() -> Result<()> {
             let talking = socket(&pod, 0)?;
             thread::scope(|scope| {
                 let talk = scope.spawn(|| talk(&talking, to));
-                eventually("the pod to be heard", READY, || Ok(neighbour.recv_from(&mut [0; 8]).is_ok()))?;
-                pod.unwire()?;
-                let cut_off = is_cut_off(node, &pod, &talking, to);
+                let cut_off = (|| {
+                    let sender = SocketAddr::from((pod.address, talking.local_addr()?.port()));
+                    eventually("the pod to be heard", READY, || {
+                        Ok(neighbour.recv_from(&mut [0; 8]).is_ok_and(|(_, from)| from == sender))
+                    })?;
+                    pod.unwire()?;
+                    is_cut_off(node, &pod, &talking, to)
+                })();
                 // The talker ends with the network: were it to go on for ever, nobody would learn why.
                 if cut_off.is_err() {
-                    pod.netns.ip("link delete eth0")?;
+                    let _ = pod.netns.ip("link delete eth0");
                 }
-                talk.join().expect("no panic")?;
-                cut_off
+                let talked = talk.join().expect("no panic");
+                cut_off.and(talked)
             })
             .with_context(|| format!("round {round}"))?;
             let next = Pod::create_at(node, &format!("next-{round}"), &pod.address.to_string())?;

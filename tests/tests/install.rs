@@ -89,6 +89,8 @@ fn starts(dist: &Dist, qemu: Option<&str>) -> Result<()> {
         "conf/weftd.service",
         "conf/weftd.env",
         "conf/10-weft.conflist",
+        "conf/kubernetes/weft.yaml",
+        "conf/kubernetes/uninstall.yaml",
         "LICENSE",
     ] {
         ensure!(dir.join(file).is_file(), "{file} is not packed");

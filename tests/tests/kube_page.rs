@@ -174,13 +174,9 @@ impl Page {
                 self.as_admin(&format!("kubectl auth can-i {} {who} -A || true", question.join(" ")))?;
             Ok::<_, anyhow::Error>(text.lines().last() == Some("yes"))
         };
-        for question in [
-            &["list", "nodes"][..],
-            &["watch", "nodes"],
-            &["patch", "nodes", "--subresource=status"],
-            &["list", "networkpolicies"],
-            &["create", "events"],
-        ] {
+        for question in
+            [&["list", "nodes"][..], &["watch", "nodes"], &["patch", "nodes", "--subresource=status"]]
+        {
             ensure!(may(question)?, "weft may not {question:?}");
         }
         for question in [
@@ -189,7 +185,8 @@ impl Page {
             &["patch", "nodes"],
             &["update", "nodes", "--subresource=status"],
             &["delete", "nodes"],
-            &["watch", "networkpolicies"],
+            &["list", "networkpolicies"],
+            &["create", "events"],
             &["list", "configmaps"],
         ] {
             ensure!(!may(question)?, "weft may {question:?}");

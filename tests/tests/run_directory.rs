@@ -2,7 +2,9 @@
 //! for the plugin, and whole for the next agent.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::books::invariant;
@@ -28,6 +30,15 @@ fn wait_until_whole(node: &Node, pods: usize) -> Result<()> {
     Ok(())
 }
 
+/// weftd may be writing meanwhile.
+fn remove(dir: &Path) -> Result<()> {
+    eventually("the run directory to be deleted", 30 * SECOND, || match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(true),
+    })?;
+    Ok(())
+}
+
 fn every_pod_outlives_a_restart(node: &mut Node, pods: &[Pod]) -> Result<()> {
     wait_until_whole(node, pods.len())?;
     node.agent.kill()?;
@@ -44,7 +55,7 @@ fn a_deleted_run_directory_comes_back_from_memory() -> Result<()> {
         let mut pods = vec![node.pod("one")?, node.pod("two")?];
         let run = node.agent.run_dir();
 
-        fs::remove_dir_all(&run)?;
+        remove(&run)?;
         // A runtime's next ADD comes before anything has been noticed, or after: it waits for the socket.
         pods.push(node.pod("three")?);
         every_pod_outlives_a_restart(node, &pods)?;

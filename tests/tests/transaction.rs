@@ -133,7 +133,8 @@ fn an_add_that_is_cut_off_is_undone_wherever_that_was() -> Result<()> {
         // Its DEL has some time to come first.
         eventually("the last one to count as dead", SECOND * 60, || {
             Ok(node.status()?.pods.counters.dead_freed == 1)
-        })
+        })?;
+        Ok(())
     })
 }
 

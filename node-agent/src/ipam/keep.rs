@@ -56,14 +56,17 @@ impl<F: Fabric> Ipam<F> {
     /// How many were written, if they had to be.
     fn restore_records(&self) -> Result<Option<usize>, String> {
         let mut state = self.state();
-        if !state.is_short && state.records.is_there() {
+        let is_there = state.records.is_there();
+        if !state.is_short && is_there {
             return Ok(None);
         }
         // What fails on the way is begun anew.
         state.is_short = true;
         state.records.take_anew().map_err(|error| error.to_string())?;
         let written = state.write_all().map_err(|error| error.to_string())?;
-        state.is_short = false;
+        // Whoever deletes the directory may still be at it, and take along what has just been written: once more at the
+        // next look.
+        state.is_short = !is_there;
         Ok(Some(written))
     }
 }

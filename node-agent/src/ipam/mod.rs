@@ -122,7 +122,7 @@ pub struct Connection<F: Fabric> {
 
 /// The longest time between two looks at what may be due; anything known to be due is looked at in time.
 const IDLE: Duration = Duration::from_secs(30);
-/// A DEL's plugin deletes the veth before it tells the agent, and has this long to do so.
+/// A plugin that has waited for the agent in vain deletes the veth itself, and tells or leaves word within this time.
 const CLAIM: Duration = deadline::WIRING;
 /// What could not be undone is tried again this much later.
 const RETRY: Duration = Duration::from_secs(1);

@@ -76,10 +76,6 @@ impl Weft {
         kube.wait_nodes_ready()?;
         agents(kube).map(drop)
     }
-
-    pub fn manifest(&self) -> &str {
-        &self.manifest
-    }
 }
 
 /// The pods of the DaemonSet, one on every node and ready.

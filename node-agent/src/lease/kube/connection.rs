@@ -60,21 +60,16 @@ impl Connection {
 
     pub(super) async fn node(&self, name: &str) -> Result<Option<Node>, StoreError> {
         let request = Resource::new(NODES).get(name, &GetParams::default());
-        self.found(self.ask(request).await).map(|answer| answer.map(|(node, _)| node))
+        self.found(self.ask(request).await)
     }
 
     /// The Node's conditions as they are: all of a Node, once.
     pub(super) async fn whole_node(&self, name: &str) -> Result<Option<Value>, StoreError> {
         let request = Resource::new(NODES).get(name, &GetParams::default());
-        self.found(self.ask(request).await).map(|answer| answer.map(|(node, _)| node))
+        self.found(self.ask(request).await)
     }
 
-    /// A page of Nodes, and how many bytes it had.
-    pub(super) async fn nodes(
-        &self,
-        limit: u32,
-        token: Option<&str>,
-    ) -> Result<(NodeList, usize), kube::Error> {
+    pub(super) async fn nodes(&self, limit: u32, token: Option<&str>) -> Result<NodeList, kube::Error> {
         let params = ListParams { limit: Some(limit), ..ListParams::default() };
         let params = match token {
             Some(token) => params.continue_token(token),
@@ -87,8 +82,8 @@ impl Connection {
     pub(super) async fn node_of_pod(&self, namespace: &str, pod: &str) -> Result<Option<String>, StoreError> {
         let pods = format!("/api/v1/namespaces/{namespace}/pods");
         let request = Resource::new(pods).get(pod, &GetParams::default());
-        let pod: Option<(Value, usize)> = self.found(self.ask(request).await)?;
-        Ok(pod.and_then(|(pod, _)| pod.pointer("/spec/nodeName")?.as_str().map(str::to_owned)))
+        let pod: Option<Value> = self.found(self.ask(request).await)?;
+        Ok(pod.and_then(|pod| pod.pointer("/spec/nodeName")?.as_str().map(str::to_owned)))
     }
 
     /// A patch of `nodes/<name>/status`, all that RBAC has to allow. `None`: there is no such Node.
@@ -99,7 +94,7 @@ impl Connection {
     ) -> Result<Option<Node>, StoreError> {
         let params = PatchParams { field_manager: Some(MANAGER.into()), ..PatchParams::default() };
         let request = Resource::new(NODES).patch_subresource("status", name, &params, patch);
-        self.found(self.ask(request).await).map(|answer| answer.map(|(node, _)| node))
+        self.found(self.ask(request).await)
     }
 
     /// Every change of a Node after `version`.
@@ -149,19 +144,18 @@ impl Connection {
         }
     }
 
-    /// One request and its answer, parsed as it is read, with its size.
+    /// One request and its answer.
     async fn ask<T: DeserializeOwned>(
         &self,
         request: Result<Request<Vec<u8>>, kube::core::request::Error>,
-    ) -> Result<(T, usize), kube::Error> {
+    ) -> Result<T, kube::Error> {
         let request = request.map_err(kube::Error::BuildRequest)?;
         let client = self.client().await?;
         let answered = timeout(DEADLINE, async {
             let mut body = Vec::new();
             let mut stream = Box::pin(client.request_stream(request).await?);
             stream.read_to_end(&mut body).await.map_err(kube::Error::ReadEvents)?;
-            let answer = serde_json::from_slice(&body).map_err(kube::Error::SerdeError)?;
-            Ok((answer, body.len()))
+            serde_json::from_slice(&body).map_err(kube::Error::SerdeError)
         });
         answered.await.unwrap_or_else(|_| Err(silent(DEADLINE)))
     }

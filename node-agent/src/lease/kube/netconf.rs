@@ -55,11 +55,17 @@ pub(super) async fn stored(path: &Path) -> Option<StoredConfig> {
 pub(super) async fn follow(path: &Path, updates: &mpsc::Sender<LeaseUpdate>) {
     let mut bell = None;
     let mut known = None;
+    let mut said = String::new();
     loop {
         if bell.is_none() {
-            bell = hang(path)
-                .inspect_err(|error| warn!(%error, "no inotify, the sweep alone notices changes"))
-                .ok();
+            match hang(path) {
+                Ok(hung) => bell = Some(hung),
+                Err(error) if error.to_string() == said => {}
+                Err(error) => {
+                    warn!(%error, "no inotify, the sweep alone notices changes");
+                    said = error.to_string();
+                }
+            }
         }
         let now = stored(path).await;
         if now.is_some() && now != known {

@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use self::apiserver::ApiServer;
 use super::*;
-use crate::lease::contract::{self, Fixture, Watching, acquire, attrs, value, want};
+use crate::lease::contract::{self, Fixture, Watching, acquire, attrs, want};
 use crate::lease::{Keeper, LeaseState, StoredConfig};
 
 contract::contract!(@ Cluster: watch_sends_a_snapshot_then_changes, watch_ends_with_its_receiver,);
@@ -575,5 +575,4 @@ async fn the_keeper_keeps_what_the_node_says() {
     for task in [keeping, watching, observing] {
         task.abort();
     }
-    let _ = value;
 }

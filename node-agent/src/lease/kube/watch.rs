@@ -135,7 +135,7 @@ impl Watcher<'_> {
         let mut own = None;
         loop {
             let page = self.store.connection.nodes(PAGE, token.as_deref()).await;
-            let (page, _) = match page {
+            let page = match page {
                 Err(kube::Error::Api(status)) if status.code == 410 => {
                     return Err(End::Relist("the list took longer than its version is kept"));
                 }
@@ -276,7 +276,7 @@ impl Watcher<'_> {
     /// Whether anybody is there, and of this history: one Node, and the version that a list has now.
     async fn check(&self) -> Result<(), End> {
         let page = self.store.connection.nodes(1, None).await;
-        let (page, _) = page.map_err(|e| End::Broken(self.store.connection.error(&e)))?;
+        let page = page.map_err(|e| End::Broken(self.store.connection.error(&e)))?;
         let Some(seen) = &self.seen else { return Ok(()) };
         match number(&page.metadata.resource_version) {
             None => Err(End::Relist(NO_VERSION)),

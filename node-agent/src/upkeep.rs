@@ -170,7 +170,7 @@ impl Upkeep {
                     changes if changes.is_empty() => {
                         if serving.config != *config {
                             let (range, backend) = (&config.v4, &config.backend);
-                            info!(first = %range.min, last = %range.max, backend = backend.kind(), "network configuration taken over");
+                            info!(first = %range.min, last = %range.max, %backend, "network configuration taken over");
                             serving.config.clone_from(config);
                         }
                         None

@@ -3,6 +3,7 @@
 //! Go's rules that users rely on hold here: keys match without regard to case, unknown keys are ignored. Everything
 //! else is checked at once (pkg/subnet/config.go, `CheckNetworkConfig`) and refused by key, value and expectation.
 
+use std::fmt;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
@@ -79,6 +80,32 @@ pub enum ConfigError {
     Value(#[from] BadValue),
     #[error("network configuration: {key} is missing: expected {expected}")]
     Missing { key: String, expected: String },
+}
+
+/// For people: the settings that are in force, by their keys.
+impl fmt::Display for BackendConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.kind())?;
+        let flags = match self {
+            Self::HostGw => Vec::new(),
+            Self::Vxlan(vxlan) => {
+                write!(f, ", VNI {}, port {}", vxlan.vni, vxlan.port)?;
+                if let Some(mtu) = vxlan.mtu {
+                    write!(f, ", MTU {mtu}")?;
+                }
+                let (gbp, learning) = ((vxlan.gbp, "GBP"), (vxlan.learning, "Learning"));
+                vec![gbp, learning, (vxlan.direct_routing, "DirectRouting")]
+            }
+            Self::Udp(udp) => {
+                write!(f, ", port {}", udp.port)?;
+                vec![(udp.strict_source, "StrictSource"), (udp.peers_behind_nat, "PeersBehindNAT")]
+            }
+        };
+        for (_, key) in flags.into_iter().filter(|(set, _)| *set) {
+            write!(f, ", {key}")?;
+        }
+        Ok(())
+    }
 }
 
 impl BackendConfig {

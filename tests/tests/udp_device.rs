@@ -199,7 +199,7 @@ fn whose_packets_are_believed_is_taken_over_by_a_running_node_and_the_port_is_no
         )?;
         let node = &cluster.nodes[0];
         eventually("the policies to be taken over", READY, || {
-            Ok(node.agent.log().contains("strict_source: true, peers_behind_nat: true"))
+            Ok(node.agent.log().contains("port 8285, StrictSource, PeersBehindNAT"))
         })?;
         assert_eq!(notice(node)?, "");
         cluster.etcd()?.put_config(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"udp","Port":9000}}"#)?;

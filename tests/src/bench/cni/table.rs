@@ -218,7 +218,7 @@ mod tests {
         let summary = summary(&results);
         for line in [
             "| weft | 1.00 ×0.125 | 2.00 ×0.125 | - | - | 2.25 ×1.00 | - | - |\n",
-            "| bridge + host-local | 8.00 | 16.0 | 27.0 | 54.0 | ",
+            "| bridge + host-local | 8.00 | 16.0 | 9.00 | 18.0 | 2.25 | - | - |\n",
             &format!("On {}, Linux", results.conditions.surroundings.machine),
         ] {
             assert!(summary.contains(line), "{line}: {summary}");

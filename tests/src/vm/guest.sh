@@ -156,6 +156,7 @@ stage3() {
     mkdir /opt/weft && tar -xzf "$here/weft.tar.gz" -C /opt/weft --strip-components 1 || fail "tar"
     dir=/opt/weft
     install() { said=$("$dir/install" "$@" 2>&1) || fail "install $*: $said"; }
+    packed() { (cd "$dir" && find . -type f ! -name SHA256SUMS -printf '%P\n' | xargs sha256sum >SHA256SUMS); }
     install
     systemctl is-enabled --quiet weftd || fail "install: weftd is not enabled: $said"
     [ "$(property ActiveState)" = inactive ] || fail "install started weftd unasked"
@@ -169,16 +170,19 @@ stage3() {
     ok "installed from the tarball; the second install changes nothing"
 
     echo >>"$dir/bin/weftd"
+    packed
     install
     restarted "$pid" "$before" || fail "another build was not started: $said"
     pid=$(property MainPID)
     sed -i 's/^Description=.*/& (another)/' "$dir/conf/weftd.service"
+    packed
     install
     restarted "$pid" "$before" || fail "another unit was not started: $said"
     [ "$(property NeedDaemonReload)" = no ] || fail "systemd was not told of the unit"
     pid=$(property MainPID)
     # Somebody else has put the unit and told nobody: systemd runs what it knew.
     echo >>"$dir/conf/weftd.service" && cp "$dir/conf/weftd.service" /etc/systemd/system/weftd.service
+    packed
     until_true 60 property_is NeedDaemonReload yes || fail "systemd does not notice a changed unit"
     install
     restarted "$pid" "$before" || fail "a unit put by hand was not started: $said"

@@ -89,27 +89,41 @@ impl Agent {
         }
     }
 
-    pub(crate) fn reserve(&mut self, reserve: Reserve) -> Result<Reservation, AgentError> {
-        match self.ask(&Request::Reserve(reserve))? {
+    /// Asks for what the plan is made of; [`Agent::reserved`] waits for the answer.
+    pub(crate) fn reserve(&mut self, reserve: Reserve) -> Result<(), AgentError> {
+        self.tell(&Request::Reserve(reserve))
+    }
+
+    pub(crate) fn reserved(&mut self) -> Result<Reservation, AgentError> {
+        match self.hear()? {
             Reply::Reserved(reservation) => Ok(reservation),
             other => Err(unexpected(other)),
         }
     }
 
+    /// Says that the wiring stands; [`Agent::committed`] waits for the answer.
     pub(crate) fn commit(&mut self, commit: Commit) -> Result<(), AgentError> {
-        self.done(&Request::Commit(commit))
+        self.tell(&Request::Commit(commit))
     }
 
-    /// Any request that is answered by a plain `Done`.
-    pub(crate) fn done(&mut self, request: &Request) -> Result<(), AgentError> {
-        match self.ask(request)? {
+    pub(crate) fn committed(&mut self) -> Result<(), AgentError> {
+        match self.hear()? {
             Reply::Done => Ok(()),
             other => Err(unexpected(other)),
         }
     }
 
-    fn ask(&mut self, request: &Request) -> Result<Reply, AgentError> {
-        protocol::write_frame(self.0.get_mut(), request)?;
+    /// Any request that is answered by a plain `Done`.
+    pub(crate) fn done(&mut self, request: &Request) -> Result<(), AgentError> {
+        self.tell(request)?;
+        self.committed()
+    }
+
+    fn tell(&mut self, request: &Request) -> Result<(), AgentError> {
+        Ok(protocol::write_frame(self.0.get_mut(), request)?)
+    }
+
+    fn hear(&mut self) -> Result<Reply, AgentError> {
         Ok(protocol::read_frame(&mut self.0)?)
     }
 }

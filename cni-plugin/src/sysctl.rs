@@ -7,11 +7,9 @@ use std::path::{Path, PathBuf};
 
 use weft_shared::IfName;
 
-/// Makes the kernel announce the interface's addresses whenever its MAC address is set, and settles IPv6: switched
-/// off without an IPv6 address, so that no router advertisement gives the container one behind the cluster's back.
-/// Detection of duplicates is asked for in case that somebody switches it on.
+/// Settles IPv6: switched off without an IPv6 address, so that no router advertisement gives the container one behind the
+/// cluster's back. Detection of duplicates is asked for in case that somebody switches it on.
 pub(crate) fn prepare(ifname: &IfName, ipv6: bool, detects_duplicates: bool) -> io::Result<()> {
-    set("ipv4", ifname, "arp_notify", "1")?;
     if detects_duplicates {
         for name in ["enhanced_dad", "accept_dad"] {
             match set("ipv6", ifname, name, "1") {

@@ -132,6 +132,8 @@ impl Pod {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Wired {
     pub(crate) host_ifindex: u32,
+    /// In the container's namespace.
+    pub(crate) container_ifindex: u32,
     pub(crate) host_mac: Mac,
     pub(crate) container_mac: Mac,
 }
@@ -187,25 +189,33 @@ fn configure(plan: &Plan, created: &Link, host: &mut Netlink, pod: &mut Pod) -> 
         alias: &plan.alias,
     };
     host.set_port(&port).map_err(step("set the bridge port's options"))?;
-    let container = pod.netlink.link_by_name(&plan.container_name).map_err(step("look the interface up"))?;
-    let (Some(Link { index, mac: Some(container_mac), .. }), Some(host_mac)) = (container, created.mac)
-    else {
-        return Err(failed("look the interface up", &"it is gone"));
-    };
+    let gone = || failed("look the interface up", &"it is gone");
+    let index = created.peer.ok_or_else(gone)?;
     let ipv6 = plan.addresses.iter().any(|a| a.is_ipv6());
     pod.netns
         .enter(|| sysctl::prepare(&plan.container_name, ipv6, plan.detects_duplicates))
         .map_err(|e| failed("set the interface's sysctls", &e))?;
-    pod.netlink
+    let container = pod
+        .netlink
         .configure(index, &plan.addresses, &plan.routes)
         .map_err(step("set the interface's addresses and routes"))?;
-    // An announcement before the port forwards would be lost, and neighbours would go on sending to the address's
-    // former owner for as long as half a minute.
-    await_forwarding(host, created.index, plan.bridge).map_err(step("wait for the bridge port"))?;
-    // The kernel announces, not a packet socket of ours: closing one waits for an RCU grace period (af_packet.c
-    // packet_release), 8 to 30 ms measured, ten times the rest of the ADD.
-    pod.netlink.announce(index, container_mac).map_err(step("announce the addresses"))?;
-    Ok(Wired { host_ifindex: created.index, host_mac, container_mac })
+    let (Some(container_mac), Some(host_mac)) = (container.and_then(|link| link.mac), created.mac) else {
+        return Err(gone());
+    };
+    Ok(Wired { host_ifindex: created.index, container_ifindex: index, host_mac, container_mac })
+}
+
+/// Tells the neighbours of the container's addresses, as soon as they can hear it.
+///
+/// An announcement before the port forwards would be lost, and they would go on sending to the address's former owner for as
+/// long as half a minute. The kernel announces, not a packet socket of ours: closing one waits for an RCU grace period
+/// (af_packet.c `packet_release`), 8 to 30 ms measured, ten times the rest of the ADD.
+pub(crate) fn announce(plan: &Plan, wired: &Wired, host: &mut Netlink, pod: &mut Pod) -> Result<(), Failure> {
+    await_forwarding(host, wired.host_ifindex, plan.bridge)
+        .map_err(|e| failed("wait for the bridge port", &e))?;
+    pod.netlink
+        .announce(wired.container_ifindex, wired.container_mac)
+        .map_err(|e| failed("announce the addresses", &e))
 }
 
 fn await_forwarding(host: &mut Netlink, port: u32, bridge: u32) -> Result<(), NetlinkError> {
@@ -223,8 +233,8 @@ fn await_forwarding(host: &mut Netlink, port: u32, bridge: u32) -> Result<(), Ne
 /// (net/core/link_watch.c): until then its queue drops what it gets, the first look for the pod's MAC above all, and the
 /// second one comes a second later.
 fn forwards(host: &mut Netlink, port: u32, bridge: u32) -> Result<bool, NetlinkError> {
-    Ok(host.link_by_index(port)?.is_some_and(|link| link.port.forwarding)
-        && host.link_by_index(bridge)?.is_some_and(|link| link.operational))
+    let [port, bridge] = host.links_by_index([port, bridge])?;
+    Ok(port.is_some_and(|link| link.port.forwarding) && bridge.is_some_and(|link| link.operational))
 }
 
 fn failed(what: &str, why: &dyn std::fmt::Display) -> Failure {

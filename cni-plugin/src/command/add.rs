@@ -45,7 +45,7 @@ pub(crate) fn add(
     let attachment = conf.attachment(target);
     let unavailable = |e: crate::agent::AgentError| e.into_failure(&socket, Code::TryAgainLater);
     let mut agent = Agent::connect(&socket, deadline::ADD_CONNECT, deadline).map_err(unavailable)?;
-    let reserved = agent
+    agent
         .reserve(Reserve {
             attachment: attachment.clone(),
             netns: netns_path.to_owned(),
@@ -57,6 +57,8 @@ pub(crate) fn add(
             bandwidth: interface.bandwidth,
         })
         .map_err(unavailable)?;
+    let mut host = Netlink::open().map_err(|e| Failure::new(Code::Wiring, format!("netlink socket: {e}")))?;
+    let reserved = agent.reserved().map_err(unavailable)?;
     let unheard =
         interface.bridge.needs_newer_agent() && reserved.options.as_ref() != Some(&interface.bridge);
     if unheard || (&reserved.host_ports, reserved.bandwidth) != (&interface.host_ports, interface.bandwidth) {
@@ -65,7 +67,6 @@ pub(crate) fn add(
         return Err(Failure::new(Code::ProtocolMismatch, msg));
     }
 
-    let mut host = Netlink::open().map_err(|e| Failure::new(Code::Wiring, format!("netlink socket: {e}")))?;
     let plan = Plan::new(&attachment, &interface, &reserved)?;
     let wired = wiring::wire(&plan, &mut host, &mut pod)?;
     let commit = Commit {
@@ -74,12 +75,16 @@ pub(crate) fn add(
         host_mac: wired.host_mac,
         container_mac: wired.container_mac,
     };
-    if let Err(e) = agent.commit(commit) {
+    // The neighbours are told while the agent writes down.
+    let told = agent.commit(commit).map(|()| wiring::announce(&plan, &wired, &mut host, &mut pod));
+    let committed = told.and_then(|announced| agent.committed().map(|()| announced));
+    let announced = committed.map_err(|e| {
         wiring::undo(&mut host, wired.host_ifindex);
-        return Err(Failure { code: Code::TryAgainLater as u32, ..unavailable(e) });
-    }
+        Failure { code: Code::TryAgainLater as u32, ..unavailable(e) }
+    })?;
     let result = result(&interface, &plan, &reserved, &wired, netns_path);
-    result.render(conf.version).and_then(|text| print(&text, out)).inspect_err(|_| {
+    let printed = announced.and_then(|()| result.render(conf.version)).and_then(|text| print(&text, out));
+    printed.inspect_err(|_| {
         wiring::undo(&mut host, wired.host_ifindex);
         take_back(&socket, attachment);
     })
@@ -136,7 +141,7 @@ fn result(
     }
 }
 
-/// The runtime does not know of the container's interface, so nobody will ever delete it. On a connection of its own:
+/// The runtime is not told of the container's interface, so nobody will ever delete it. On a connection of its own:
 /// the transaction's is done.
 fn take_back(socket: &Path, attachment: Attachment) {
     let deadline = Instant::now() + deadline::TAKE_BACK;

@@ -6,7 +6,7 @@ use ipnetwork::IpNetwork;
 use weft_shared::Subnet;
 use weft_shared::cni::RouteForm;
 
-use super::link::push_up;
+use super::link::{Link, found, push_get_link, push_up};
 use super::message::{Attributes, attribute, attributes, u16_at, u32_at};
 use super::uapi::*;
 use super::{Netlink, NetlinkError};
@@ -50,13 +50,14 @@ fn table(form: &RouteForm) -> u32 {
 }
 
 impl Netlink {
-    /// Gives an interface its addresses, brings it up and adds its routes, in one `sendmsg`.
+    /// Gives an interface its addresses, brings it up, adds its routes and looks it up, in one `sendmsg`. From then on the
+    /// kernel announces its IPv4 addresses whenever its MAC address is set (`arp_notify`, ip-sysctl.rst).
     pub(crate) fn configure(
         &mut self,
         ifindex: u32,
         addresses: &[Address],
         routes: &[Route],
-    ) -> Result<(), NetlinkError> {
+    ) -> Result<Option<Link>, NetlinkError> {
         let mut batch = self.batch();
         for address in addresses {
             let fixed = ifaddrmsg(ifindex, family(address.ip()), address.prefix());
@@ -70,7 +71,15 @@ impl Netlink {
                 }
             });
         }
-        push_up(&mut batch, ifindex);
+        push_up(&mut batch, ifindex, |a| {
+            a.nest(IFLA_AF_SPEC, |a| {
+                a.nest(u16::from(AF_INET), |a| {
+                    a.nest(IFLA_INET_CONF, |a| {
+                        a.u32(IPV4_DEVCONF_ARP_NOTIFY, 1);
+                    });
+                });
+            });
+        });
         for route in routes {
             let fixed = rtmsg(family(route.dst.addr()), route.dst.len(), &route.form);
             // Behind an equal route: a pod may have a second interface of ours, and the first one's keeps its place.
@@ -82,7 +91,11 @@ impl Netlink {
                 push_form(a, &route.form);
             });
         }
-        self.apply(batch)
+        push_get_link(&mut batch, ifindex, |_| {});
+        let mut outcomes = self.transact(batch)?;
+        let link = outcomes.pop().unwrap_or(Err(NetlinkError::Garbled));
+        outcomes.into_iter().try_for_each(|outcome| outcome.map(drop))?;
+        found(link)
     }
 
     /// Every address of one interface.

@@ -116,12 +116,6 @@ impl Netlink {
         self.transact(batch)?.into_iter().try_for_each(|outcome| outcome.map(drop))
     }
 
-    /// Sends one message and returns the first payload of its answer.
-    fn get(&mut self, batch: Batch) -> Result<Vec<u8>, NetlinkError> {
-        let outcome = self.transact(batch)?.into_iter().next().unwrap_or(Err(NetlinkError::Garbled))?;
-        outcome.into_iter().next().ok_or(NetlinkError::Garbled)
-    }
-
     fn dump<T>(
         &mut self,
         kind: u16,

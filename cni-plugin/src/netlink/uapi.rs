@@ -55,6 +55,8 @@ pub(super) const IFLA_AF_SPEC: u16 = 26;
 pub(super) const IFLA_GROUP: u16 = 27;
 pub(super) const IFLA_NET_NS_FD: u16 = 28;
 pub(super) const IFLA_EXT_MASK: u16 = 29;
+pub(super) const IFLA_NUM_TX_QUEUES: u16 = 31;
+pub(super) const IFLA_NUM_RX_QUEUES: u16 = 32;
 pub(super) const IFLA_INFO_KIND: u16 = 1;
 pub(super) const IFLA_INFO_DATA: u16 = 2;
 pub(super) const IFLA_INFO_SLAVE_KIND: u16 = 4;
@@ -62,6 +64,7 @@ pub(super) const IFLA_INFO_SLAVE_DATA: u16 = 5;
 pub(super) const IFLA_BRPORT_STATE: u16 = 1;
 pub(super) const IFLA_BRPORT_MODE: u16 = 4;
 pub(super) const IFLA_BRPORT_ISOLATED: u16 = 33;
+pub(super) const IFLA_INET_CONF: u16 = 1;
 pub(super) const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 pub(super) const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 pub(super) const IFF_UP: u32 = 1;
@@ -71,6 +74,9 @@ pub(super) const IF_OPER_UP: u8 = 6;
 pub(super) const BR_STATE_FORWARDING: u8 = 3;
 /// linux/veth.h
 pub(super) const VETH_INFO_PEER: u16 = 1;
+
+// linux/ip.h
+pub(super) const IPV4_DEVCONF_ARP_NOTIFY: u16 = 22;
 
 // linux/if_addr.h
 pub(super) const IFA_ADDRESS: u16 = 1;

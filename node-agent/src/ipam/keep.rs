@@ -11,7 +11,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::{Ipam, State};
+use super::{Boottime, Ipam, State};
 use crate::pods::Fabric;
 
 /// An ADD waits longer than this for a socket that is not there.
@@ -63,7 +63,7 @@ impl<F: Fabric> Ipam<F> {
         // What fails on the way is begun anew.
         state.is_short = true;
         state.records.take_anew().map_err(|error| error.to_string())?;
-        let written = state.write_all().map_err(|error| error.to_string())?;
+        let written = state.write_all((self.clock)()).map_err(|error| error.to_string())?;
         // Whoever deletes the directory may still be at it, and take along what has just been written: once more at the
         // next look.
         state.is_short = !is_there;
@@ -72,8 +72,8 @@ impl<F: Fabric> Ipam<F> {
 }
 
 impl State {
-    fn write_all(&self) -> io::Result<usize> {
-        self.records.write_continuity(&self.table.continuity())?;
+    fn write_all(&mut self, now: Boottime) -> io::Result<usize> {
+        self.write_continuity(now)?;
         let mut written = 0;
         for (_, entry) in self.table.entries() {
             self.records.write(&entry.record)?;

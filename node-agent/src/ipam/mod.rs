@@ -27,6 +27,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -35,10 +36,10 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
-use weft_shared::IfName;
 use weft_shared::deadline;
 use weft_shared::names::{attachment_hash, host_ifname};
 use weft_shared::protocol::{Attachment, Bandwidth, Limit};
+use weft_shared::{IfName, Subnet};
 
 pub use boottime::Boottime;
 pub use records::RecordsError;
@@ -105,6 +106,8 @@ pub struct Ipam<F> {
 struct State {
     table: Table,
     records: Records,
+    /// As they were written down last.
+    cursors: BTreeMap<Subnet, IpAddr>,
     /// Some record is in memory only, since a foreign hand deleted their directory.
     is_short: bool,
     /// Attachments that were freed because their veth was gone, until a DEL claims them or has had time to.
@@ -146,6 +149,7 @@ impl<F: Fabric> Ipam<F> {
             state: Mutex::new(State {
                 table,
                 records,
+                cursors: BTreeMap::new(),
                 is_short: false,
                 unclaimed: BTreeMap::new(),
                 stuck: BTreeMap::new(),
@@ -197,11 +201,8 @@ impl<F: Fabric> Ipam<F> {
                 state.table.set_network(&network);
             }
             // Or the next start would give a bridge its former MTU for a moment.
-            if state.table.is_unrecorded() {
-                match state.records.write_continuity(&state.table.continuity()) {
-                    Ok(()) => state.table.recorded(),
-                    Err(error) => warn!(%error, "subnet and MTU of the bridges are not recorded"),
-                }
+            if let Err(error) = state.keep_continuity(now) {
+                warn!(%error, "subnet and MTU of the bridges are not recorded");
             }
             state.table.expire_held(now);
             let before = state.unclaimed.len();
@@ -315,7 +316,7 @@ impl<F: Fabric> Ipam<F> {
         let damaged = state.table.remove_damaged(&hash);
         if due || damaged {
             // A file that stays behind blocks its address at the next start, until that finds the veth gone.
-            if let Err(error) = state.records.remove(&hash) {
+            if let Err(error) = state.remove_record(&hash, (self.clock)()) {
                 warn!(attachment = %key, %error, "record file not removed");
             }
         }
@@ -396,7 +397,7 @@ impl<F: Fabric> Ipam<F> {
         let mut state = self.state();
         if state.table.remove_damaged(hash) {
             info!(hash, "veth of an unreadable record is gone, addresses freed");
-            if let Err(error) = state.records.remove(hash) {
+            if let Err(error) = state.remove_record(hash, (self.clock)()) {
                 warn!(hash, %error, "record file not removed");
             }
         }
@@ -426,6 +427,28 @@ impl<F: Fabric> Ipam<F> {
             self.publish(&state);
         }
         undone
+    }
+}
+
+impl State {
+    fn write_continuity(&mut self, now: Boottime) -> io::Result<()> {
+        let continuity = self.table.continuity(now);
+        self.records.write_continuity(&continuity)?;
+        self.cursors = continuity.cursors;
+        self.table.recorded();
+        Ok(())
+    }
+
+    /// If what the bridges are has changed.
+    fn keep_continuity(&mut self, now: Boottime) -> io::Result<()> {
+        if self.table.is_unrecorded() { self.write_continuity(now) } else { Ok(()) }
+    }
+
+    /// Where round robin stands must be known without this record.
+    fn remove_record(&mut self, hash: &str, now: Boottime) -> io::Result<()> {
+        let kept = if self.cursors == self.table.cursors() { Ok(()) } else { self.write_continuity(now) };
+        // A file system that is full gets room by this.
+        self.records.remove(hash).and(kept)
     }
 }
 

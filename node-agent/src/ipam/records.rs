@@ -79,9 +79,11 @@ impl Damaged {
     }
 }
 
-/// What must outlive single attachments: where round robin stands, and which bridges Reserve has named.
+/// What must outlive single attachments: where round robin stood at that time, and which bridges Reserve has named.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub(super) struct Continuity {
+    #[serde(default)]
+    pub(super) at: Boottime,
     pub(super) cursors: BTreeMap<Subnet, IpAddr>,
     pub(super) bridges: BTreeMap<IfName, BridgeUse>,
 }

@@ -124,6 +124,14 @@ impl Table {
     /// them, but their plugins may still be wiring.
     pub(super) fn new(loaded: Loaded, now: Boottime) -> Self {
         let mut table = Self { continuity: loaded.continuity, damaged: loaded.damaged, ..Self::default() };
+        // Round robin has gone on since, as far as these records show, and no further: before one is removed, where it
+        // stands is written down.
+        let mut later: Vec<_> =
+            loaded.records.iter().filter(|record| record.reserved_at >= table.continuity.at).collect();
+        later.sort_by_key(|record| record.reserved_at);
+        for record in later {
+            table.continuity.cursors.extend(record.addresses.iter().map(|address| (record.subnet, *address)));
+        }
         for mut record in loaded.records {
             let phase = match record.committed {
                 Some(_) => Phase::Committed { seen_from: 1 },
@@ -477,9 +485,15 @@ impl Table {
     }
 
     /// What is to be remembered beside the records.
-    pub(super) fn continuity(&self) -> Continuity {
-        let cursors = self.pools.iter().filter_map(|(subnet, pool)| Some((*subnet, pool.last()?)));
-        Continuity { cursors: cursors.collect(), bridges: self.continuity.bridges.clone() }
+    pub(super) fn continuity(&self, at: Boottime) -> Continuity {
+        Continuity { at, cursors: self.cursors(), bridges: self.continuity.bridges.clone() }
+    }
+
+    /// The address that was given last, out of each subnet.
+    pub(super) fn cursors(&self) -> BTreeMap<Subnet, IpAddr> {
+        let mut cursors = self.continuity.cursors.clone();
+        cursors.extend(self.pools.iter().filter_map(|(subnet, pool)| Some((*subnet, pool.last()?))));
+        cursors
     }
 
     pub(super) fn entries(&self) -> impl Iterator<Item = (&Attachment, &Entry)> {

@@ -38,6 +38,8 @@ pub(crate) struct World {
     pub(crate) network: Result<PodNetwork, NotReady>,
     pub(crate) veths: BTreeMap<IfName, u32>,
     pub(crate) deleted: Vec<IfName>,
+    /// How often the kernel was told to delete veths, whether there were any or not.
+    pub(crate) deletions: usize,
     pub(crate) delete_fails: bool,
     /// Veths without name and mark, by index.
     pub(crate) unmarked: BTreeSet<u32>,
@@ -67,6 +69,7 @@ impl TestFabric {
             network: Ok(network),
             veths: BTreeMap::new(),
             deleted: vec![],
+            deletions: 0,
             delete_fails: false,
             unmarked: BTreeSet::new(),
             bridge_fails: false,
@@ -131,6 +134,7 @@ impl Fabric for TestFabric {
     async fn delete_veth(&self, name: &IfName) -> Result<(), String> {
         tokio::task::yield_now().await;
         let mut world = self.world();
+        world.deletions += 1;
         if world.delete_fails {
             return Err("no answer from the kernel".into());
         }

@@ -71,10 +71,7 @@ impl<F: Fabric> Ipam<F> {
             let mut state = self.state();
             let record =
                 state.table.reserve(conn, &reserve, &network, mtu, (self.clock)()).map_err(refused)?;
-            let written = state
-                .records
-                .write(&record)
-                .and_then(|()| state.records.write_continuity(&state.table.continuity()));
+            let written = state.records.write(&record).and_then(|()| state.keep_continuity((self.clock)()));
             if written.is_err() {
                 state.table.give_up(key);
             }
@@ -202,7 +199,7 @@ impl<F: Fabric> Ipam<F> {
         let mut state = self.state();
         state.table.set_network(&network);
         // As an ADD would: a full or read-only run directory shows in nothing else.
-        let written = state.records.write_continuity(&state.table.continuity());
+        let written = state.write_continuity((self.clock)());
         written.map_err(|e| {
             unavailable(Code::NotAvailable, format!("the agent cannot write its records: {e}"))
         })?;
@@ -272,7 +269,7 @@ impl<F: Fabric> Ipam<F> {
                 ));
             }
             if state.table.keep_bridge(&reserve.bridge.name, bridge.mac, network) {
-                state.records.write_continuity(&state.table.continuity()).map_err(unwritten)?;
+                state.write_continuity((self.clock)()).map_err(unwritten)?;
                 self.publish(&state);
             }
         }
@@ -337,8 +334,12 @@ impl<F: Fabric> Ipam<F> {
             let standing = self.state().table.standing(key, (self.clock)());
             match standing {
                 Standing::Free => {
-                    let renamed = self.state().table.get(key).and_then(|entry| entry.record.undone);
-                    self.fabric.delete_veths(&name, renamed).await.map_err(unsettled)?;
+                    let entry = self.state().table.get(key).map(|entry| entry.record.undone);
+                    // Without a record nobody has made a veth of this name since the last look, and asking costs an ADD
+                    // two changes of thread.
+                    if entry.is_some() || self.seen.borrow().veths.iter().any(|veth| veth.name == name) {
+                        self.fabric.delete_veths(&name, entry.flatten()).await.map_err(unsettled)?;
+                    }
                     return Ok(guard);
                 }
                 Standing::Undone => self.undo_locked(key, &guard).await.map_err(unsettled)?,

@@ -4,6 +4,7 @@ mod apply;
 mod attributes;
 mod decode;
 mod encode;
+mod inbox;
 mod iptables;
 mod linux;
 mod monitor;

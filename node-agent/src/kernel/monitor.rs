@@ -7,12 +7,14 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
+use nix::libc;
 use tracing::warn;
 
-use super::socket::receive_timeout;
+use super::inbox::{Inbox, receive_timeout};
 use super::{KernelError, nft};
 
 // linux/rtnetlink.h, enum rtnetlink_groups.
@@ -32,8 +34,13 @@ const RTM_DELNEIGH: u16 = 29;
 /// How often a quiet monitor checks whether it is still wanted.
 const CHECK_SECONDS: i64 = 1;
 const RECEIVE_BUFFER: u32 = 1 << 20;
+/// Pods that come and go are announced a dozen times each. After the first of such a burst it collects for so long, in the
+/// socket, and wakes nobody.
+const COLLECT: Duration = Duration::from_millis(5);
+/// Who announces without end must be heard before.
+const BURST: usize = 1024;
 
-/// Called for every announcement that matters.
+/// Called when an announcement matters, soon after the first, and once for what comes together.
 type Wake = Arc<dyn Fn() + Send + Sync>;
 
 /// Whose neighbours matter. Those of pods come and go all the time.
@@ -103,40 +110,38 @@ impl Monitor {
         Ok(monitor)
     }
 
-    /// Starts a thread that wakes for every datagram that matters.
+    /// Starts a thread that wakes for datagrams that matter.
     fn hear(
         &self,
         name: &'static str,
         socket: Socket,
         wake: Wake,
-        matters: impl FnMut(&[u8]) -> bool + Send + 'static,
+        mut matters: impl FnMut(&[u8]) -> bool + Send + 'static,
     ) -> Result<(), KernelError> {
         let _ = socket.set_rx_buf_sz(RECEIVE_BUFFER);
         receive_timeout(&socket, CHECK_SECONDS)?;
-        let receive = move || socket.recv_from_full().map(|(datagram, _)| datagram);
-        self.attend(name, receive, wake, matters)
+        let mut inbox = Inbox::default();
+        self.attend(name, move |overruns| news(&socket, &mut inbox, overruns, &mut matters), wake)
     }
 
     fn attend(
         &self,
         name: &'static str,
-        mut receive: impl FnMut() -> io::Result<Vec<u8>> + Send + 'static,
+        mut news: impl FnMut(&AtomicU64) -> io::Result<bool> + Send + 'static,
         wake: Wake,
-        mut matters: impl FnMut(&[u8]) -> bool + Send + 'static,
     ) -> Result<(), KernelError> {
         let (stop, overruns) = (self.stop.clone(), self.overruns.clone());
         let watched = Watched { stop: self.stop.clone(), broken: self.broken.clone() };
         thread::Builder::new().name(name.into()).spawn(move || {
             let _watched = watched;
             while !stop.load(Ordering::Relaxed) {
-                match receive() {
-                    Ok(datagram) if matters(&datagram) => wake(),
-                    Ok(_) => {}
-                    Err(e) if e.raw_os_error() == Some(nix::libc::ENOBUFS) => {
-                        overruns.fetch_add(1, Ordering::Relaxed);
+                match news(&overruns) {
+                    Ok(true) => {
                         wake();
+                        #[expect(clippy::disallowed_methods, reason = "a pause, not a wait")]
+                        thread::sleep(COLLECT);
                     }
-                    Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                    Ok(false) => {}
                     Err(error) => {
                         warn!(%error, "{name} ended; changes are now found by the sweep alone");
                         return;
@@ -166,6 +171,29 @@ impl Drop for Monitor {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
     }
+}
+
+/// Waits for an announcement; whether it or one that is there with it matters.
+fn news(
+    socket: &Socket,
+    inbox: &mut Inbox,
+    overruns: &AtomicU64,
+    mut matters: impl FnMut(&[u8]) -> bool,
+) -> io::Result<bool> {
+    let (mut news, mut flags) = (false, 0);
+    for _ in 0..BURST {
+        match inbox.next(socket, flags) {
+            Ok(datagram) => news |= matters(datagram),
+            Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => {
+                overruns.fetch_add(1, Ordering::Relaxed);
+                news = true;
+            }
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => break,
+            Err(e) => return Err(e),
+        }
+        flags = libc::MSG_DONTWAIT;
+    }
+    Ok(news)
 }
 
 /// Whether any message of a datagram is more than a foreign neighbour's.
@@ -207,6 +235,7 @@ impl Drop for Watched {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::linux::tests::{in_namespace, ip};
 
     fn message(kind: u16, index: u32) -> Vec<u8> {
         let mut bytes = vec![0; 28];
@@ -221,15 +250,38 @@ mod tests {
         for panics in [false, true] {
             let monitor = Monitor::default();
             assert!(monitor.is_whole());
-            let fails =
-                move || if panics { panic!("a test's") } else { Err(io::ErrorKind::NotConnected.into()) };
-            monitor.attend("a test", fails, Arc::new(|| {}), |_| false).expect("a thread");
+            let fails = move |_: &_| {
+                if panics { panic!("a test's") } else { Err(io::ErrorKind::NotConnected.into()) }
+            };
+            monitor.attend("a test", fails, Arc::new(|| {})).expect("a thread");
             let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
             while monitor.is_whole() {
                 assert!(std::time::Instant::now() < deadline, "its end was not seen");
                 thread::yield_now();
             }
         }
+    }
+
+    #[test]
+    fn what_has_collected_is_heard_at_once() {
+        in_namespace(|| {
+            let mut socket = Socket::new(NETLINK_ROUTE).expect("a socket");
+            socket.bind(&SocketAddr::new(0, 0)).expect("bound");
+            socket.add_membership(GROUPS[0]).expect("a member");
+            receive_timeout(&socket, 30).expect("a timeout");
+            let (mut inbox, mut heard) = (Inbox::default(), 0);
+            (0..5).for_each(|i| ip(&format!("link add br{i} type bridge")));
+            let mut news = || {
+                news(&socket, &mut inbox, &AtomicU64::default(), |_| {
+                    heard += 1;
+                    heard == 2
+                })
+            };
+            assert!(news().expect("announcements"), "one of them matters");
+            ip("link add br5 type bridge");
+            assert!(!news().expect("an announcement"), "and nothing of those before is left");
+            assert!((6..=BURST).contains(&heard), "{heard}");
+        });
     }
 
     #[test]

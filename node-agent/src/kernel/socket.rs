@@ -5,7 +5,6 @@
 //! are matched by sequence number and never counted; a lost answer (`ENOBUFS`) fails its batch instead of waiting.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::sync::Arc;
 use std::thread;
 
@@ -17,13 +16,10 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::LinkMessage;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
-use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
-use nix::sys::time::{TimeVal, TimeValLike};
 
+use super::inbox::{self, Inbox};
 use super::{Errno, KernelError};
 
-/// The kernel answers within the system call, unless it waits for the RTNL lock behind a long teardown.
-const ANSWER_SECONDS: i64 = 10;
 /// Messages in one `send`: their answers must fit the receive buffer.
 const BATCH: usize = 256;
 const RECEIVE_BUFFER: u32 = 4 << 20;
@@ -31,12 +27,15 @@ const DUMP_TRIES: u32 = 10;
 /// Of a thread that makes one system call.
 const SENDER_STACK: usize = 64 << 10;
 const HEADER: usize = 16;
+/// Who answers, in errors.
+const PEER: &str = "the kernel";
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 
 pub(super) struct RouteSocket {
     /// Shared with a thread that is still in a `send` whose answer is here already.
     socket: Arc<Socket>,
+    inbox: Inbox,
     sequence: u32,
     /// Dumps that were thrown away because the kernel changed meanwhile.
     pub(super) repeated_dumps: u64,
@@ -64,8 +63,8 @@ impl RouteSocket {
         // Without strict checking the kernel ignores a dump's filter; older kernels do not know the option.
         let _ = socket.set_netlink_get_strict_chk(true);
         let _ = socket.set_rx_buf_sz(RECEIVE_BUFFER);
-        receive_timeout(&socket, ANSWER_SECONDS)?;
-        Ok(Self { socket: Arc::new(socket), sequence: 0, repeated_dumps: 0 })
+        inbox::patience(&socket)?;
+        Ok(Self { socket: Arc::new(socket), inbox: Inbox::default(), sequence: 0, repeated_dumps: 0 })
     }
 
     /// Deletes a link and returns as soon as nothing can find it or send by it any more.
@@ -196,8 +195,7 @@ impl RouteSocket {
     fn bytes_of(&mut self, sequence: u32) -> Result<Option<Vec<Vec<u8>>>, KernelError> {
         let (mut list, mut interrupted) = (Vec::new(), false);
         loop {
-            let datagram = self.datagram()?;
-            let mut rest = datagram.as_slice();
+            let mut rest = self.inbox.answer(&self.socket, PEER)?;
             while let Some(length) = message_length(rest)? {
                 let (message, further) = rest.split_at(length);
                 rest = &further[(length.next_multiple_of(4) - length).min(further.len())..];
@@ -285,29 +283,14 @@ impl RouteSocket {
     }
 
     fn receive(&mut self) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>, KernelError> {
-        let datagram = self.datagram()?;
+        let mut rest = self.inbox.answer(&self.socket, PEER)?;
         let mut messages = Vec::new();
-        let mut rest = datagram.as_slice();
         while let Some(length) = message_length(rest)? {
             let message = NetlinkMessage::deserialize(&rest[..length]);
             messages.push(message.map_err(|e| KernelError::Malformed(e.to_string()))?);
             rest = &rest[length.next_multiple_of(4).min(rest.len())..];
         }
         Ok(messages)
-    }
-
-    fn datagram(&mut self) -> Result<Vec<u8>, KernelError> {
-        loop {
-            match self.socket.recv_from_full() {
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    return Err(KernelError::Socket(format!(
-                        "no answer from the kernel in {ANSWER_SECONDS} s"
-                    )));
-                }
-                other => return Ok(other?.0),
-            }
-        }
     }
 }
 
@@ -353,11 +336,6 @@ fn errno(code: i32) -> Result<(), KernelError> {
 }
 
 /// A receive that finds nothing ends after `seconds` with `EAGAIN`.
-pub(super) fn receive_timeout(socket: &Socket, seconds: i64) -> Result<(), KernelError> {
-    setsockopt(socket, ReceiveTimeout, &TimeVal::seconds(seconds))
-        .map_err(|e| KernelError::Socket(e.to_string()))
-}
-
 #[cfg(test)]
 mod tests {
     use netlink_packet_core::{DoneMessage, ErrorMessage};

@@ -10,8 +10,11 @@ pub mod plan;
 mod pass;
 mod pods;
 mod restless;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
+use std::mem;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -177,6 +180,13 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Wakes the loop once, however often it is told before it looks.
+    fn look_again(&self, state: &mut State) {
+        if !mem::replace(&mut state.dirty, true) {
+            self.woken.notify_one();
+        }
+    }
 }
 
 impl Handle {
@@ -201,8 +211,7 @@ impl Handle {
         let mut state = self.shared.lock();
         if change(&mut state.inputs) {
             self.shared.revision.send_modify(|revision| *revision += 1);
-            state.dirty = true;
-            self.shared.woken.notify_one();
+            self.shared.look_again(&mut state);
         }
     }
 
@@ -218,8 +227,7 @@ impl Handle {
 
     /// Something may have changed in the kernel.
     pub fn wake(&self) {
-        self.shared.lock().dirty = true;
-        self.shared.woken.notify_one();
+        self.shared.look_again(&mut self.shared.lock());
     }
 
     /// Waits for a pass that begins after this call, and returns its report.

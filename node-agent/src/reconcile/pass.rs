@@ -484,4 +484,4 @@ fn remember(
 
 #[cfg(test)]
 #[path = "pass_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -17,7 +17,7 @@ use crate::object::{Alterations, Link, LinkKind, LinkMac, Route, RouteForm, Tun}
 use crate::pods::BridgeNeed;
 use crate::reconcile::observe::PROTOCOL_KERNEL;
 
-fn inputs(config: &str, peers: &[(&str, &str)]) -> Inputs {
+pub(in crate::reconcile) fn inputs(config: &str, peers: &[(&str, &str)]) -> Inputs {
     let config = NetworkConfig::parse(config).expect("valid");
     let backend = Backend::new(&config, "02:00:00:00:00:01".parse().expect("mac"));
     let underlay = Underlay {

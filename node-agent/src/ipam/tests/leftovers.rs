@@ -253,6 +253,25 @@ async fn a_del_of_an_unknown_key_deletes_its_veth() {
 }
 
 #[tokio::test]
+async fn an_add_clears_its_way_only_where_a_veth_may_be() {
+    let node = Node::new();
+    node.attach("a").await;
+    assert_eq!(node.fabric.world().deletions, 0, "nobody can have made one");
+    // Nobody's, and seen.
+    node.fabric.wire(&host_ifname(&key("b")));
+    node.look().await;
+    node.attach("b").await;
+    assert_eq!(node.fabric.world().deleted, [host_ifname(&key("b"))]);
+    // An earlier plugin's that may still be at it, not seen yet.
+    let (connection, reservation) = node.add("c").await.expect("reserve");
+    connection.closed(false).await;
+    node.fabric.wire(&reservation.host_ifname);
+    node.attach("c").await;
+    assert_eq!(node.fabric.world().deleted, [host_ifname(&key("b")), host_ifname(&key("c"))]);
+    node.assert_consistent();
+}
+
+#[tokio::test]
 async fn pods_of_an_old_subnet_keep_their_addresses_and_gateway() {
     let mut node = Node::new();
     node.attach("a").await;

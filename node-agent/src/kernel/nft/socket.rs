@@ -3,8 +3,6 @@
 //! A batch may say which generation of the ruleset it was made for; the kernel refuses it when somebody else has
 //! committed meanwhile (`ERESTART`), so that what was looked at is what is changed (net/netfilter/nfnetlink.c).
 
-use std::io;
-
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
@@ -12,19 +10,20 @@ use nix::sys::socket::{setsockopt, sockopt};
 
 use super::uapi::*;
 use super::wire::{Message, Received, messages};
-use crate::kernel::socket::receive_timeout;
+use crate::kernel::inbox::{self, Inbox};
 use crate::kernel::{Errno, KernelError};
 
-/// The kernel answers within the system call; a commit may wait for another's.
-const ANSWER_SECONDS: i64 = 10;
 /// Most of a node's 65,536 ports in one commit: some 500 bytes of each rule that is sent, and an acknowledgement of each
 /// (768 bytes as the kernel counts). A limit, not memory that is taken.
 const BUFFER: usize = 64 << 20;
+/// Who answers, in errors.
+const PEER: &str = "nf_tables";
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 
 pub(super) struct NftSocket {
     socket: Socket,
+    inbox: Inbox,
     sequence: u32,
 }
 
@@ -43,8 +42,8 @@ impl NftSocket {
         // Beyond net.core.wmem_max and rmem_max; a kernel or namespace that refuses that leaves what it allows.
         let _ = setsockopt(&socket, sockopt::SndBufForce, &BUFFER);
         let _ = setsockopt(&socket, sockopt::RcvBufForce, &BUFFER);
-        receive_timeout(&socket, ANSWER_SECONDS)?;
-        Ok(Self { socket, sequence: 0 })
+        inbox::patience(&socket)?;
+        Ok(Self { socket, inbox: Inbox::default(), sequence: 0 })
     }
 
     /// The ruleset's generation: it changes with every commit of anybody's in this network namespace.
@@ -143,8 +142,8 @@ impl NftSocket {
         self.socket.send(&batch, 0)?;
         let (mut answered, mut outcome) = (0, Ok(()));
         while answered < awaited {
-            let (datagram, _) = self.datagram()?;
-            for message in super::wire::messages(&datagram).filter(|m| m.kind == NLMSG_ERROR) {
+            let datagram = self.inbox.answer(&self.socket, PEER)?;
+            for message in super::wire::messages(datagram).filter(|m| m.kind == NLMSG_ERROR) {
                 let answer = error(&message);
                 let place = message.sequence.wrapping_sub(first);
                 // An error of the batch as a whole has the first message's number, and is the only answer.
@@ -171,27 +170,13 @@ impl NftSocket {
         sequence: u32,
         mut take: impl FnMut(Received<'_>) -> Result<bool, KernelError>,
     ) -> Result<(), KernelError> {
-        let (datagram, _) = self.datagram()?;
-        for message in messages(&datagram).filter(|m| m.sequence == sequence) {
+        let datagram = self.inbox.answer(&self.socket, PEER)?;
+        for message in messages(datagram).filter(|m| m.sequence == sequence) {
             if take(message)? {
                 break;
             }
         }
         Ok(())
-    }
-
-    fn datagram(&mut self) -> Result<(Vec<u8>, SocketAddr), KernelError> {
-        loop {
-            match self.socket.recv_from_full() {
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    return Err(KernelError::Socket(format!(
-                        "no answer from nf_tables in {ANSWER_SECONDS} s"
-                    )));
-                }
-                other => return Ok(other?),
-            }
-        }
     }
 }
 

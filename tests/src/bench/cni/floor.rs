@@ -76,18 +76,22 @@ fn add(given: &Given, netns: &str, ifname: &str) -> Result<()> {
     let mut pod = Netlink::open()?;
     let (host_name, pod_name) = (text(&given.host_name), text(ifname));
     let peer_netns = netns.as_raw_fd().to_ne_bytes();
-    let peer =
-        attributes(&link(0, 0), &[(libc::IFLA_IFNAME, &pod_name), (libc::IFLA_NET_NS_FD, &peer_netns)]);
+    let one = 1_u32.to_ne_bytes();
+    let queues = [(libc::IFLA_NUM_TX_QUEUES, one.as_slice()), (libc::IFLA_NUM_RX_QUEUES, &one)];
+    let names = [(libc::IFLA_IFNAME, pod_name.as_slice()), (libc::IFLA_NET_NS_FD, &peer_netns)];
+    let peer = attributes(&link(0, 0), &[names, queues].concat());
     let data = attributes(&[], &[(VETH_INFO_PEER | NESTED, &peer)]);
     let mode = attributes(&[], &[(IFLA_BRPORT_MODE, &[1])]);
-    let veth = Message::new(libc::RTM_NEWLINK, libc::NLM_F_CREATE | libc::NLM_F_EXCL, &link(0, UP))
+    let veth = Message::new(libc::RTM_NEWLINK, libc::NLM_F_CREATE | libc::NLM_F_EXCL, &link(0, 0))
         .with(libc::IFLA_IFNAME, &host_name)
+        .with(libc::IFLA_NUM_TX_QUEUES, &one)
+        .with(libc::IFLA_NUM_RX_QUEUES, &one)
         .with(libc::IFLA_MASTER, &given.bridge.to_ne_bytes())
         .nest(
             libc::IFLA_LINKINFO,
             &[(libc::IFLA_INFO_KIND, b"veth"), (libc::IFLA_INFO_DATA | NESTED, &data)],
         );
-    let port = Message::new(libc::RTM_NEWLINK, 0, &link(0, 0)).with(libc::IFLA_IFNAME, &host_name).nest(
+    let port = Message::new(libc::RTM_NEWLINK, 0, &link(0, UP)).with(libc::IFLA_IFNAME, &host_name).nest(
         libc::IFLA_LINKINFO,
         &[(libc::IFLA_INFO_SLAVE_KIND, b"bridge"), (libc::IFLA_INFO_SLAVE_DATA | NESTED, &mode)],
     );

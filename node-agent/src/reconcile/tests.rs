@@ -1,0 +1,75 @@
+//! When passes come.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use super::*;
+use crate::firewall::Ruleset;
+use crate::kernel::Dump;
+use crate::kernel::fake::FakeKernel;
+use crate::object::{Object, Op};
+
+/// A pass that takes so long is followed by the longest rest.
+const SLOW: Duration = MAX_REST;
+const DEADLINE: Duration = Duration::from_secs(30);
+
+struct SlowKernel(FakeKernel);
+
+impl Kernel for SlowKernel {
+    fn dump(&mut self, device: Option<&IfName>) -> Result<Dump, KernelError> {
+        let begin = Instant::now();
+        while begin.elapsed() < SLOW {
+            thread::yield_now();
+        }
+        self.0.dump(device)
+    }
+
+    fn sysctls(&mut self, paths: &[&str]) -> Result<BTreeMap<String, String>, KernelError> {
+        self.0.sysctls(paths)
+    }
+
+    fn firewall(&mut self, legacy_period: Duration) -> Result<Ruleset, KernelError> {
+        self.0.firewall(legacy_period)
+    }
+
+    fn shaping(&mut self, wanted: &[&Object]) -> Result<Vec<Object>, KernelError> {
+        self.0.shaping(wanted)
+    }
+
+    fn on_link(&mut self, dev: &IfName, peers: &BTreeSet<IpAddr>) -> Result<BTreeSet<IpAddr>, KernelError> {
+        self.0.on_link(dev, peers)
+    }
+
+    fn apply(&mut self, ops: &[Op]) -> Vec<Result<(), KernelError>> {
+        self.0.apply(ops)
+    }
+}
+
+#[tokio::test]
+async fn passes_that_nobody_waits_for_come_after_a_rest() {
+    let kernel = SlowKernel(FakeKernel::with_underlay("eth0"));
+    let inputs = pass::tests::inputs(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}"#, &[]);
+    let reconcile = Handle::start(kernel, inputs, 2 * DEADLINE).expect("a thread");
+    let mut reports = reconcile.reports();
+    let seen = |report: &Report| report.at.expect("the kernel was seen");
+    // The first two make and find: whatever follows looks once.
+    reconcile.pass().await;
+    let mut last = reconcile.pass().await;
+    for _ in 0..3 {
+        (0..10).for_each(|_| reconcile.wake());
+        let next = reports.wait_for(|report| report.passes > last.passes).await.expect("a report").clone();
+        assert_eq!(next.passes, last.passes + 1);
+        assert!(seen(&next) - seen(&last) >= MAX_REST + SLOW, "{:?}", seen(&next) - seen(&last));
+        last = next;
+    }
+    let give_up = Instant::now() + DEADLINE;
+    loop {
+        let next = reconcile.pass().await;
+        if seen(&next) - seen(&last) < MAX_REST + SLOW {
+            break;
+        }
+        assert!(Instant::now() < give_up, "one that is waited for does not rest");
+        last = next;
+    }
+    reconcile.stop();
+}

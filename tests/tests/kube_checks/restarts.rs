@@ -63,7 +63,8 @@ fn roll(kube: &Kube) -> Result<()> {
 }
 
 fn all_replaced(kube: &Kube, before: &[RunningPod]) -> Result<()> {
-    let timeout = format!("--timeout={}s", PATIENCE.as_secs());
+    // One node after the other.
+    let timeout = format!("--timeout={}s", PATIENCE.as_secs() * before.len() as u64);
     kube.kubectl(&["rollout", "status", "-n", weft::NAMESPACE, weft::DAEMON_SET, &timeout])?;
     let after = weft::agents(kube)?;
     let kept = before.iter().find(|old| after.iter().any(|new| new.name == old.name));

@@ -9,10 +9,21 @@ pub const SECOND: Duration = Duration::from_secs(1);
 
 /// How often a condition is looked at.
 const PACE: Duration = Duration::from_millis(10);
+/// The same where each look is a large program's start, which takes what is waited for of the processor.
+const SLOW_PACE: Duration = Duration::from_millis(500);
 
 /// Looks until `condition` holds and says how long that took. An error of the condition means "not yet", and is told
 /// when time is up.
 pub fn eventually(
+    what: &str,
+    deadline: Duration,
+    condition: impl FnMut() -> Result<bool>,
+) -> Result<Duration> {
+    look(PACE, what, deadline, condition)
+}
+
+fn look(
+    pace: Duration,
     what: &str,
     deadline: Duration,
     mut condition: impl FnMut() -> Result<bool>,
@@ -29,23 +40,32 @@ pub fn eventually(
                 Ok(_) => bail!("waited {deadline:?} for {what}"),
             };
         }
-        pause();
+        let_pass(pace);
     }
 }
 
 /// Tries until `attempt` succeeds, and returns what it made.
-pub fn until_ok<T>(what: &str, deadline: Duration, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+pub fn until_ok<T>(what: &str, deadline: Duration, attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    try_at(PACE, what, deadline, attempt)
+}
+
+/// [`until_ok`], twice a second.
+pub fn patiently<T>(what: &str, deadline: Duration, attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    try_at(SLOW_PACE, what, deadline, attempt)
+}
+
+fn try_at<T>(
+    pace: Duration,
+    what: &str,
+    deadline: Duration,
+    mut attempt: impl FnMut() -> Result<T>,
+) -> Result<T> {
     let mut made = None;
-    eventually(what, deadline, || {
+    look(pace, what, deadline, || {
         made = Some(attempt()?);
         Ok(true)
     })?;
     made.context("condition held without a value")
-}
-
-#[expect(clippy::disallowed_methods, reason = "the one place that waits, between two looks at a condition")]
-fn pause() {
-    thread::sleep(PACE);
 }
 
 /// Lets time itself pass: where a test strikes at a random moment, or paces what it sends.

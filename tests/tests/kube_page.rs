@@ -15,7 +15,7 @@ use e2e::kube::{Kube, KubeNode, PATIENCE, ProxyMode, RunningPod, web};
 use e2e::page::{Block, blocks};
 use e2e::report;
 use e2e::traffic::echo::ping;
-use e2e::wait::{SECOND, eventually, until_ok};
+use e2e::wait::{SECOND, patiently, until_ok};
 use serde_json::{Value, json};
 
 const NAMESPACE: &str = "kube-weft";
@@ -75,7 +75,7 @@ impl Page {
         match block.note.as_str() {
             "when all are ready" => {
                 for node in &self.kube.nodes {
-                    until_ok(&format!("the peers of {}", node.name), PATIENCE, || {
+                    patiently(&format!("the peers of {}", node.name), PATIENCE, || {
                         let peers = self.weftctl(node, "peers")?;
                         let peers = peers.as_array().context("peers")?;
                         ensure!(
@@ -94,8 +94,10 @@ impl Page {
                 self.kube.kubectl(&["delete", "daemonset", "each", "--wait=false"])?;
                 self.kube.wait_no_pods("default", "app=each")?;
                 for node in &self.kube.nodes {
-                    eventually(&format!("the pods of {} to be gone", node.name), PATIENCE, || {
-                        Ok(self.weftctl(node, "pods")? == json!([]))
+                    patiently(&format!("the pods of {} to be gone", node.name), PATIENCE, || {
+                        let pods = self.weftctl(node, "pods")?;
+                        ensure!(pods == json!([]), "{pods}");
+                        Ok(())
                     })?;
                 }
                 Ok(())
@@ -164,8 +166,15 @@ impl Page {
         let volumes = spec["volumes"].as_array().context("volumes")?;
         let paths: BTreeSet<&str> =
             volumes.iter().filter_map(|volume| volume["hostPath"]["path"].as_str()).collect();
-        let expected =
-            ["/etc/cni/net.d", "/opt/cni/bin", "/proc/sys/net", "/run/flannel", "/run/weft", "/var/lib/weft"];
+        let expected = [
+            "/dev/net",
+            "/etc/cni/net.d",
+            "/opt/cni/bin",
+            "/proc/sys/net",
+            "/run/flannel",
+            "/run/weft",
+            "/var/lib/weft",
+        ];
         ensure!(paths == BTreeSet::from(expected), "{paths:?}");
 
         let may = |question: &[&str]| {
@@ -248,7 +257,11 @@ impl Page {
                 status["dataplane"]["passes"].as_u64().with_context(|| format!("passes in {status}"))
             };
             let then = passes()?;
-            eventually("two more looks at the kernel", PATIENCE, || Ok(passes()? > then + 1))?;
+            patiently("two more looks at the kernel", PATIENCE, || {
+                let now = passes()?;
+                ensure!(now > then + 1, "{now} looks, {then} before");
+                Ok(())
+            })?;
             ensure!(self.weftctl(node, "pods")? == pods, "pods of {} were freed", node.name);
         }
         let now = self.kube.wait_pods("default", "app=each", 3)?;
@@ -263,7 +276,7 @@ impl Page {
     fn refused_while_pods_are_attached(&self) -> Result<()> {
         let uninstall = fs::read_to_string(self.file("uninstall.yaml"))?.replace("NODE_NAME", "n1");
         self.kube.apply(&uninstall)?;
-        let said = until_ok("the refusal", PATIENCE, || {
+        let said = patiently("the refusal", PATIENCE, || {
             let log =
                 self.kube.kubectl(&["-n", "kube-system", "logs", "weft-uninstall-n1", "-c", "uninstall"])?;
             ensure!(log.contains("nothing was removed"), "{log}");

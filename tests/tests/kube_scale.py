@@ -1,7 +1,9 @@
-"""Nodes of a large cluster, and their heartbeats: `create CA COUNT HOST`, or `beat CA COUNT HOST SECONDS`, in which every
-Node's status is patched each ten seconds, as far as the API server keeps up. Prints the number of patches."""
+"""Nodes of a large cluster, and their heartbeats. `create CA HOST FIRST LAST` makes Nodes of those numbers; `beat CA HOST
+LAST SECONDS PERIOD` patches for so many seconds the status of one after the other, each once in a period, as far as the
+API server keeps up, and prints the number of patches."""
 import http.client, json, ssl, sys, threading, time
-what, ca, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+what, ca, host = sys.argv[1:4]
+numbers = [int(word) for word in sys.argv[4:]]
 tls = ssl.create_default_context(cafile=ca)
 head = {"Authorization": "Bearer token-of-admin"}
 done, lock = [0], threading.Lock()
@@ -16,7 +18,7 @@ class Api:
         for attempt in range(5):
             try:
                 if self.connection is None:
-                    self.connection = http.client.HTTPSConnection(sys.argv[4], 6443, context=tls, timeout=60)
+                    self.connection = http.client.HTTPSConnection(host, 6443, context=tls, timeout=60)
                 self.connection.request(method, path, json.dumps(body), {**head, "Content-Type": kind})
                 answer = self.connection.getresponse()
                 text = answer.read()
@@ -39,21 +41,36 @@ def create(api, n):
 def beat(api, n):
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     api.ask("PATCH", "/api/v1/nodes/%s/status" % name(n), {"status": {"conditions": condition(now)}}, "application/strategic-merge-patch+json")
-threads = 16
+THREADS = 16
 def work(t):
     api = Api()
     if what == "create":
-        for n in range(2 + t, count + 1, threads): create(api, n)
+        first, last = numbers
+        for n in range(first + t, last + 1, THREADS):
+            create(api, n)
         return
-    end = time.time() + float(sys.argv[5])
-    while time.time() < end:
-        began = time.time()
-        for n in range(2 + t, count + 1, threads):
-            if time.time() >= end: return
-            beat(api, n)
-            with lock: done[0] += 1
-        time.sleep(max(0, min(began + 10, end) - time.time()))
-all_ = [threading.Thread(target=work, args=(t,)) for t in range(threads)]
+    last, seconds, period = numbers
+    turn = period * THREADS / last
+    due = began + turn * t / THREADS
+    n = 2 + t
+    while due < began + seconds:
+        time.sleep(max(0, due - time.time()))
+        if time.time() >= began + seconds:
+            return
+        beat(api, n)
+        with lock:
+            done[0] += 1
+        n = n + THREADS if n + THREADS <= last else 2 + t
+        due += turn
+failed = []
+def run(t):
+    try:
+        work(t)
+    except BaseException as error:
+        failed.append(error)
+began = time.time()
+all_ = [threading.Thread(target=run, args=(t,)) for t in range(THREADS)]
 for t in all_: t.start()
 for t in all_: t.join()
+if failed: sys.exit(str(failed[0]))
 print(done[0])

@@ -314,7 +314,7 @@ pub(super) const OPTIONS: &[Opt] = &[
         Agent,
         Value("SECONDS"),
         "10",
-        "compare the kernel with what should be in it at least this often",
+        "compare the kernel with what should be in it at least this often; among N thousand peers N times as rarely",
     ),
     own(
         "netlink-monitor",

@@ -43,6 +43,9 @@ const SETTLE: Duration = Duration::from_millis(5);
 /// rest this many times as long as the last pass, and no longer than [`MAX_REST`].
 const REST: u32 = 4;
 const MAX_REST: Duration = Duration::from_millis(100);
+/// A sweep reads three objects of every peer. With more peers than this it comes that much more rarely, so that it never
+/// takes more of a processor than among so many; what the kernel announces is repaired at once all the same.
+const SWEPT_PEERS: usize = 1000;
 /// A node that has not seen its kernel for so long says so.
 const BLIND: Duration = Duration::from_secs(10);
 
@@ -190,7 +193,7 @@ impl Shared {
 }
 
 impl Handle {
-    /// Starts the loop; `resync` is the longest time between two passes.
+    /// Starts the loop; `resync` is the longest time between two passes, but among very many peers.
     pub fn start(
         kernel: impl Kernel + Send + 'static,
         inputs: Inputs,
@@ -298,17 +301,23 @@ fn run(mut kernel: impl Kernel, shared: &Shared, publish: &watch::Sender<Report>
         answered = generation;
         rested = Instant::now() + (begun.elapsed() * REST).min(MAX_REST);
         complain(&last, &report);
-        due = next_pass(&memory, resync);
+        // Who saw nothing looks again as soon as ever.
+        let peers = if report.aborted.is_some() { 0 } else { inputs.peers.len() };
+        due = next_pass(&memory, sweep_period(resync, peers));
         publish.send_replace(report);
     }
 }
 
+fn sweep_period(resync: Duration, peers: usize) -> Duration {
+    resync.mul_f64((peers as f64 / SWEPT_PEERS as f64).max(1.0))
+}
+
 /// The sweep, or sooner when something that failed is due.
-fn next_pass(memory: &Memory, resync: Duration) -> Instant {
+fn next_pass(memory: &Memory, period: Duration) -> Instant {
     // A tenth of jitter, from the only thing that differs between nodes and passes: the clock.
     let jitter =
         f64::from(std::time::UNIX_EPOCH.elapsed().map_or(0, |t| t.subsec_micros() % 1000)) / 10_000.0;
-    let sweep = Instant::now() + resync.mul_f64(1.0 - jitter);
+    let sweep = Instant::now() + period.mul_f64(1.0 - jitter);
     memory.retry_at().map_or(sweep, |retry| retry.min(sweep))
 }
 
@@ -332,5 +341,17 @@ fn complain(last: &Report, report: &Report) {
         if let Some(problem) = peer.refused.as_ref().filter(|_| last.peers.get(key) != Some(peer)) {
             warn!(peer = %key, %problem, "peer cannot be served");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sweep_comes_more_rarely_only_among_more_than_a_thousand_peers() {
+        let period = |peers| sweep_period(Duration::from_secs(10), peers).as_secs_f64();
+        assert_eq!([0, 1, 999, 1000].map(period), [10.0; 4]);
+        assert_eq!([1500, 5000].map(period), [15.0, 50.0]);
     }
 }

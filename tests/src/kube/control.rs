@@ -16,7 +16,7 @@ use serde_json::json;
 use super::{POD_NETWORK, Programs, SERVICE_NETWORK};
 use crate::netns::Netns;
 use crate::underlay::{NodeNumber, Underlay};
-use crate::wait::eventually;
+use crate::wait::patiently;
 
 const PORT: u16 = 6443;
 /// The first of the services' addresses is the API's.
@@ -135,12 +135,10 @@ impl ControlPlane {
 
     pub fn start_api(&mut self) -> Result<()> {
         self.api.start()?;
-        eventually("the API to be ready", SERVING, || {
+        patiently("the API to be ready", SERVING, || {
             self.api.is_running()?;
-            self.kubectl(&["get", "--raw=/readyz"])?;
-            Ok(true)
-        })?;
-        Ok(())
+            self.kubectl(&["get", "--raw=/readyz"]).map(drop)
+        })
     }
 
     /// As the cluster's administrator, from the underlay.

@@ -16,7 +16,7 @@ pub mod weft;
 use std::ffi::OsStr;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::Value;
@@ -29,7 +29,7 @@ use crate::image;
 use crate::machine::Machine;
 use crate::netns::Netns;
 use crate::underlay::{NodeNumber, Underlay};
-use crate::wait::{eventually, until_ok};
+use crate::wait::patiently;
 
 pub use control::{ControlPlane, Daemon};
 pub use node::{KubeNode, cgroups_of, pod_netns};
@@ -95,14 +95,21 @@ impl Kube {
         let mut images = images.to_vec();
         images.insert(0, dir.join("image.tar"));
         let mut kube = Self { nodes: Vec::new(), control, etcd, underlay, bed, programs, proxy, images };
+        match kube.join(nodes) {
+            Ok(()) => Ok(kube),
+            Err(error) => Err(anyhow!("{error:#}\n{}", kube.explain())),
+        }
+    }
+
+    fn join(&mut self, nodes: u8) -> Result<()> {
         for number in (1..=nodes).map(NodeNumber) {
-            let net = kube.underlay.attach(&kube.bed, number)?;
-            kube.add_node(&net.netns, number)?;
+            let net = self.underlay.attach(&self.bed, number)?;
+            self.add_node(&net.netns, number)?;
         }
-        for node in &kube.nodes {
-            until_ok(&format!("{} to have a podCIDR", node.name), PATIENCE, || kube.pod_cidr(&node.name))?;
+        for node in &self.nodes {
+            patiently(&format!("{} to have a podCIDR", node.name), PATIENCE, || self.pod_cidr(&node.name))?;
         }
-        Ok(kube)
+        Ok(())
     }
 
     /// A machine with nothing on it becomes a node, in a namespace that hangs on the underlay.
@@ -154,7 +161,8 @@ impl Kube {
 
     /// Every node is Ready, and says so of its network too, where something said otherwise.
     pub fn wait_nodes_ready(&self) -> Result<Duration> {
-        eventually("every node to be Ready", PATIENCE, || {
+        let since = Instant::now();
+        patiently("every node to be Ready", PATIENCE, || {
             let nodes = self.list(&["nodes"])?;
             ensure!(nodes.len() == self.nodes.len(), "{} nodes", nodes.len());
             for node in &nodes {
@@ -168,13 +176,13 @@ impl Kube {
                 }
                 ensure!(node["spec"]["taints"].is_null(), "{name}: {}", node["spec"]["taints"]);
             }
-            Ok(true)
+            Ok(since.elapsed())
         })
     }
 
     /// Waits until so many pods with that label run and are ready.
     pub fn wait_pods(&self, namespace: &str, label: &str, count: usize) -> Result<Vec<RunningPod>> {
-        until_ok(&format!("{count} pods {label} in {namespace}"), PATIENCE, || {
+        patiently(&format!("{count} pods {label} in {namespace}"), PATIENCE, || {
             let pods = self.list(&["pods", "-n", namespace, "-l", label])?;
             let states: Vec<_> = pods.iter().map(state).collect();
             ensure!(pods.len() == count && pods.iter().all(is_ready), "{states:?}");
@@ -183,9 +191,11 @@ impl Kube {
     }
 
     /// Waits until no pod has that label.
-    pub fn wait_no_pods(&self, namespace: &str, label: &str) -> Result<Duration> {
-        eventually(&format!("pods {label} in {namespace} to be gone"), PATIENCE, || {
-            Ok(self.list(&["pods", "-n", namespace, "-l", label])?.is_empty())
+    pub fn wait_no_pods(&self, namespace: &str, label: &str) -> Result<()> {
+        patiently(&format!("pods {label} in {namespace} to be gone"), PATIENCE, || {
+            let pods = self.list(&["pods", "-n", namespace, "-l", label])?;
+            ensure!(pods.is_empty(), "{:?}", pods.iter().map(state).collect::<Vec<_>>());
+            Ok(())
         })
     }
 
@@ -201,27 +211,33 @@ impl Kube {
         Ok(RunningPod { name: text(&pod["metadata"]["name"])?, node, address, netns })
     }
 
-    /// What a failed scenario's reader wants to see.
+    /// What a failed scenario's reader wants to see, as far as it can be had: the API may be what has failed.
     pub fn explain(&mut self) -> String {
         let mut text = String::new();
         for args in [
             &["get", "nodes,pods", "-A", "-o", "wide"][..],
             &["get", "events", "-A", "--sort-by=.lastTimestamp"],
-            &["logs", "-n", weft::NAMESPACE, "-l", weft::LABEL, "--prefix", "--tail=20"],
         ] {
             let printed = self.kubectl(args).unwrap_or_else(|error| format!("{error:#}"));
-            text += &format!("kubectl {}:\n{}", args.join(" "), tail(&printed));
+            text += &format!("kubectl {}:\n{}", args.join(" "), tail(&printed, 2 * LOG_TAIL_LINES));
         }
         for daemon in self.control.daemons() {
             let log = std::fs::read_to_string(&daemon.log).unwrap_or_default();
-            text += &format!("{}, end of log:\n{}", daemon.name, tail(&log));
+            text += &format!("{}, end of log:\n{}", daemon.name, tail(&log, LOG_TAIL_LINES));
         }
         for node in &self.nodes {
             let printed = weft::ctl(node, &["status"]).unwrap_or_else(|error| format!("{error:#}"));
             text += &format!("weft on {}:\n{printed}\n", node.name);
+            // Of every pod that the agent had there, and of every container, those that have ended too.
+            let logs = node.machine.sh(&format!(
+                "cd /var/log/pods && for log in $(ls -tr {}_*/*/*.log); do echo \"$log\"; tail -n 40 \"$log\"; done",
+                weft::NAMESPACE
+            ));
+            let logs = logs.unwrap_or_else(|error| format!("{error:#}"));
+            text += &format!("the agent's pods on {}:\n{}", node.name, tail(&logs, usize::MAX));
             for service in ["containerd", "kubelet", "kube-proxy"] {
                 let log = node.machine.read(&format!("/var/log/{service}.log")).unwrap_or_default();
-                text += &format!("{service} on {}, end of log:\n{}", node.name, tail(&log));
+                text += &format!("{service} on {}, end of log:\n{}", node.name, tail(&log, LOG_TAIL_LINES));
             }
         }
         text
@@ -265,14 +281,37 @@ fn is_ready(pod: &Value) -> bool {
     ready && pod["metadata"]["deletionTimestamp"].is_null()
 }
 
-/// In few words.
+/// In few words: where it is, whether it goes, and what its containers wait for or have ended of.
 fn state(pod: &Value) -> String {
-    let waiting = &pod["status"]["containerStatuses"][0]["state"];
-    format!("{} {} {waiting}", pod["metadata"]["name"], pod["status"]["phase"])
+    let (metadata, status) = (&pod["metadata"], &pod["status"]);
+    let mut words = vec![
+        metadata["name"].to_string(),
+        format!("on {}", pod["spec"]["nodeName"]),
+        status["phase"].to_string(),
+    ];
+    if let Some(since) = metadata["deletionTimestamp"].as_str() {
+        words.push(format!("deleted at {since}"));
+    }
+    for kind in ["initContainerStatuses", "containerStatuses"] {
+        for container in status[kind].as_array().into_iter().flatten() {
+            let Value::Object(state) = &container["state"] else { continue };
+            let well =
+                container["ready"] == true || state.get("terminated").is_some_and(|t| t["exitCode"] == 0);
+            if !well {
+                words.push(format!("{}: {}", container["name"], container["state"]));
+            }
+        }
+    }
+    for condition in status["conditions"].as_array().into_iter().flatten() {
+        if condition["status"] != "True" && !condition["message"].is_null() {
+            words.push(format!("{}: {}", condition["type"], condition["message"]));
+        }
+    }
+    words.join(" ")
 }
 
-fn tail(text: &str) -> String {
+fn tail(text: &str, most: usize) -> String {
     let lines: Vec<&str> = text.lines().collect();
-    let tail = &lines[lines.len().saturating_sub(LOG_TAIL_LINES)..];
+    let tail = &lines[lines.len().saturating_sub(most)..];
     tail.iter().map(|line| format!("  {line}\n")).collect()
 }

@@ -18,17 +18,6 @@ pub const LABEL: &str = "app=weft";
 pub const SOCKET: &str = "/run/weft/admin.sock";
 const MANIFEST: &str = "conf/kubernetes/weft.yaml";
 const VXLAN: &str = r#""Type": "vxlan""#;
-/// What docs/kubernetes.md says that udp takes, and behind which lines of the manifest it goes.
-const TUN: [(&str, &str); 2] = [
-    (
-        "{name: config, mountPath: /etc/kube-flannel, readOnly: true}",
-        "- {name: tun, mountPath: /dev/net/tun}",
-    ),
-    (
-        "hostPath: {path: /proc/sys/net, type: Directory}",
-        "- {name: tun, hostPath: {path: /dev/net/tun, type: CharDevice}}",
-    ),
-];
 
 #[derive(Debug)]
 pub struct Weft {
@@ -37,8 +26,7 @@ pub struct Weft {
 }
 
 impl Weft {
-    /// Packs the image of these programs into `dir`. The manifest is changed in the backend's name alone, and by what
-    /// that takes.
+    /// Packs the image of these programs into `dir`. The manifest is changed in the backend's name alone.
     pub fn prepare(binaries: &Binaries, dir: &Path, backend: Backend) -> Result<Self> {
         let mut command = Command::new(format!("{CHECKOUT}/scripts/image"));
         command.arg("--out").arg(dir).env("WEFT_BIN_DIR", &binaries.dir);
@@ -54,14 +42,7 @@ impl Weft {
         ensure!(images.len() == 1, "scripts/image made {images:?}");
         let manifest = fs::read_to_string(format!("{CHECKOUT}/{MANIFEST}"))?;
         ensure!(manifest.matches(VXLAN).count() == 1, "{MANIFEST} says {VXLAN} once");
-        let mut manifest = manifest.replace(VXLAN, &format!(r#""Type": "{}""#, backend.kind()));
-        for (place, line) in TUN.iter().filter(|_| backend == Backend::Udp) {
-            let is_place = |found: &&str| found.trim_start_matches([' ', '-']) == *place;
-            let found = manifest.lines().find(is_place).with_context(|| format!("{MANIFEST} has {place}"))?;
-            let depth = if found.trim_start().starts_with('-') { 0 } else { 2 };
-            let indent = " ".repeat(found.len() - found.trim_start().len() - depth);
-            manifest = manifest.replacen(found, &format!("{found}\n{indent}{line}"), 1);
-        }
+        let manifest = manifest.replace(VXLAN, &format!(r#""Type": "{}""#, backend.kind()));
         Ok(Self { images, manifest })
     }
 

@@ -10,9 +10,12 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow};
 
 use crate::netns::Netns;
+use crate::wait::let_pass;
 
 /// Longer than any outage that a scenario allows, so that a slow echo is no failure and a dead one is.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Between two rounds: connections are to be there, not to take a processor from what is tested.
+const PACE: Duration = Duration::from_millis(20);
 
 /// Connections on which a number goes back and forth, all served by one thread per side.
 #[derive(Debug)]
@@ -80,6 +83,7 @@ fn exchange(mut streams: Vec<TcpStream>, stop: &AtomicBool, rounds: &AtomicU64) 
         if last {
             return Ok(());
         }
+        let_pass(PACE);
     }
 }
 

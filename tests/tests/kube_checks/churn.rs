@@ -8,7 +8,7 @@ use e2e::host::HostSnapshot;
 use e2e::kube::web::deployment;
 use e2e::kube::{Kube, KubeNode, PATIENCE};
 use e2e::traffic::echo::ping;
-use e2e::wait::{SECOND, eventually};
+use e2e::wait::{SECOND, patiently};
 
 const PODS: usize = 30;
 
@@ -42,11 +42,11 @@ pub(crate) fn thirty_pods_come_and_go(
     let started = Instant::now();
     kube.kubectl(&["delete", "deployment", "many", "--wait=false"])?;
     kube.wait_no_pods("default", "app=many")?;
-    eventually("nothing of 30 pods to be left", PATIENCE, || {
+    patiently("nothing of 30 pods to be left", PATIENCE, || {
         let difference = before.difference(&snapshot()?);
         ensure!(difference.is_empty(), "{difference}");
         ensure!(addresses(node)? == on_record, "{} on record", addresses(node)?);
-        Ok(true)
+        Ok(())
     })?;
     Ok(Times { up, down: started.elapsed() })
 }

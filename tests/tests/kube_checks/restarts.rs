@@ -7,7 +7,7 @@ use e2e::kube::{Kube, PATIENCE, RunningPod, weft};
 use e2e::traffic::datagrams::Stream;
 use e2e::traffic::echo::ping;
 use e2e::traffic::flows::Flows;
-use e2e::wait::{SECOND, eventually, let_pass};
+use e2e::wait::{SECOND, eventually, let_pass, patiently};
 
 const FLOWS: usize = 50;
 const DATAGRAMS_PER_SECOND: u32 = 1000;
@@ -37,9 +37,10 @@ pub(crate) fn nothing_is_lost_while(
 pub(crate) fn everything_of_a_node_is_replaced(kube: &mut Kube, node: &str) -> Result<()> {
     let old = weft::agent_on(kube, node)?;
     kube.kubectl(&["delete", "pod", "-n", weft::NAMESPACE, &old.name])?;
-    eventually("another pod of the agent's", PATIENCE, || {
+    patiently("another pod of the agent's", PATIENCE, || {
         let pods = weft::agents(kube)?;
-        Ok(pods.iter().any(|pod| pod.node == node && pod.name != old.name))
+        ensure!(pods.iter().any(|pod| pod.node == node && pod.name != old.name), "{pods:?}");
+        Ok(())
     })?;
     roll(kube)?;
     for service in ["kubelet", "containerd"] {
@@ -62,7 +63,8 @@ fn roll(kube: &Kube) -> Result<()> {
 }
 
 fn all_replaced(kube: &Kube, before: &[RunningPod]) -> Result<()> {
-    let timeout = format!("--timeout={}s", PATIENCE.as_secs());
+    // One node after the other.
+    let timeout = format!("--timeout={}s", PATIENCE.as_secs() * before.len() as u64);
     kube.kubectl(&["rollout", "status", "-n", weft::NAMESPACE, weft::DAEMON_SET, &timeout])?;
     let after = weft::agents(kube)?;
     let kept = before.iter().find(|old| after.iter().any(|new| new.name == old.name));
@@ -100,5 +102,5 @@ pub(crate) fn the_api_is_away_for_a_minute(kube: &mut Kube, node: &str) -> Resul
     kube.apply(&deployment("after-api", node, 1).to_string())?;
     kube.wait_pods("default", "app=after-api", 1)?;
     kube.kubectl(&["delete", "deployment", "after-api", "--wait=false"])?;
-    kube.wait_no_pods("default", "app=after-api").map(drop)
+    kube.wait_no_pods("default", "app=after-api")
 }

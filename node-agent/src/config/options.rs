@@ -206,6 +206,14 @@ pub(super) const OPTIONS: &[Opt] = &[
         "true",
         "write the Node's condition NetworkUnavailable=False when everything is in place",
     ),
+    own(
+        "network-policy-check",
+        Kubernetes,
+        Value("DURATION"),
+        "10m",
+        "ask the apiserver this often whether there are NetworkPolicies, unless something on this node enforces them, \
+         and say so; such as 10m, a number without a unit is seconds, 0 never",
+    ),
     flannel(
         "iface",
         Underlay,

@@ -9,9 +9,9 @@ use futures_util::{AsyncReadExt as _, Stream};
 use http::Request;
 use kube::client::Client;
 use kube::config::{Config, KubeConfigOptions, Kubeconfig};
-use kube::core::params::{GetParams, ListParams, Patch, PatchParams, WatchParams};
+use kube::core::params::{GetParams, ListParams, Patch, PatchParams, PostParams, WatchParams};
 use kube::core::{Request as Resource, WatchEvent};
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::Value;
 use tokio::time::timeout;
 
@@ -76,6 +76,25 @@ impl Connection {
             None => params,
         };
         self.ask(Resource::new(NODES).list(&params)).await
+    }
+
+    /// The first object of a kind by its metadata alone, in a list which says how many there are. `None`: there is no
+    /// such kind.
+    pub(super) async fn first_of<T: DeserializeOwned>(&self, kind: &str) -> Result<Option<T>, StoreError> {
+        let params = ListParams { limit: Some(1), ..ListParams::default() };
+        let request = Resource::new(kind).list_metadata(&params);
+        self.found(self.ask(request).await)
+    }
+
+    /// Makes an object, unless one of its name is there.
+    pub(super) async fn create(&self, kind: &str, object: &Value) -> Result<(), StoreError> {
+        let params = PostParams { field_manager: Some(MANAGER.into()), ..PostParams::default() };
+        let request = Resource::new(kind).create(&params, object.to_string().into_bytes());
+        match self.ask::<IgnoredAny>(request).await {
+            Ok(IgnoredAny) => Ok(()),
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+            Err(error) => Err(self.error(&error)),
+        }
     }
 
     /// The Node that the pod runs on, which is us.

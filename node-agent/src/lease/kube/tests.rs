@@ -1,6 +1,7 @@
 //! The store against a small apiserver, with its faults.
 
 mod apiserver;
+mod policies;
 
 use std::time::SystemTime;
 
@@ -27,12 +28,13 @@ struct Cluster {
 impl Cluster {
     fn config(&self) -> KubeConfig {
         KubeConfig {
-            kubeconfig: None,
+            kubeconfig: Some("/admin.conf".into()),
             api_url: Some("http://apiserver".into()),
             prefix: Prefix::parse(PREFIX).expect("prefix"),
             net_config: self.net_config(),
             node: NodeIdentity::Name("own".into()),
             set_network_available: true,
+            policy_check: None,
         }
     }
 

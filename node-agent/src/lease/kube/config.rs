@@ -32,6 +32,10 @@ pub enum NodeIdentity {
 }
 
 impl KubeConfig {
+    pub(super) fn speaks_without_credentials(&self) -> bool {
+        self.api_url.is_some() && self.kubeconfig.is_none()
+    }
+
     /// Where it is, for people.
     pub(super) fn location(&self) -> String {
         match (&self.api_url, &self.kubeconfig) {

@@ -28,6 +28,8 @@ pub(super) const WATCH_LENGTH: Duration = Duration::from_secs(290);
 /// As audit logs and managed fields name us.
 const MANAGER: &str = "weftd";
 const NODES: &str = "/api/v1/nodes";
+const WITHOUT_CREDENTIALS: &str = "--kube-api-url without --kubeconfig-file speaks without credentials, also in a pod: \
+                                   leave it out to use the pod's service account, or give a kubeconfig";
 
 #[derive(Debug)]
 pub(super) struct Connection {
@@ -137,7 +139,9 @@ impl Connection {
                 if status.code == 401 {
                     self.reset();
                 }
-                StoreError::Refused { location, reason: status.message.clone() }
+                let bare = self.config.speaks_without_credentials();
+                let cause = if bare { format!("; {WITHOUT_CREDENTIALS}") } else { String::new() };
+                StoreError::Refused { location, reason: format!("{}{cause}", status.message) }
             }
             kube::Error::Api(status) => StoreError::Unavailable {
                 location,
@@ -194,7 +198,8 @@ impl Connection {
         Ok(client)
     }
 
-    /// As client-go's BuildConfigFromFlags: what is given, else the pod's service account, else what kubectl would take.
+    /// As client-go's BuildConfigFromFlags: what is given, and a URL alone is given without credentials; else the pod's
+    /// service account. Else, which flanneld does not, what kubectl would take.
     async fn read_config(&self) -> Result<Config, kube::Error> {
         let url = |url: &String| url.parse::<http::Uri>().map_err(|e| kube::Error::HttpError(e.into()));
         let KubeConfig { kubeconfig, api_url, .. } = &self.config;

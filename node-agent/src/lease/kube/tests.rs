@@ -177,6 +177,14 @@ async fn what_the_cluster_has_not_done_is_said_by_name() {
         Err(StoreError::Refused { reason, .. }) => assert_eq!(reason, "said no: Forbidden"),
         other => panic!("{other:?}"),
     }
+    let bare = KubeConfig { kubeconfig: None, ..cluster.config() };
+    for (code, reason) in [(StatusCode::FORBIDDEN, "Forbidden"), (StatusCode::UNAUTHORIZED, "Unauthorized")] {
+        cluster.api.fail(Some((code, reason)));
+        let refused = cluster.store_of(&bare).acquire(&request()).await.expect_err(reason).to_string();
+        let cause =
+            format!("said no: {reason}; --kube-api-url without --kubeconfig-file speaks without credentials");
+        assert!(refused.contains(&cause), "{refused}");
+    }
     cluster.api.fail(Some((StatusCode::SERVICE_UNAVAILABLE, "Booting")));
     assert!(matches!(store.acquire(&request()).await, Err(StoreError::Unavailable { .. })));
     assert_eq!(cluster.api.patches(), []);

@@ -57,7 +57,7 @@ mod watch {
 
     use tokio::time::sleep;
     use tokio_util::sync::CancellationToken;
-    use tracing::{info, warn};
+    use tracing::{debug, info, warn};
 
     use super::Asked;
     use crate::lease::backoff::jittered;
@@ -95,7 +95,7 @@ mod watch {
                 Ok(count) => Asked::Count(count),
                 Err(StoreError::Refused { reason, .. }) => Asked::Refused(reason),
                 // That it is away is said where it matters; what it said last holds.
-                Err(_) => return,
+                Err(error) => return debug!(%error, "not known whether there are NetworkPolicies"),
             },
         };
         let news = node.set_network_policies(asked.clone());

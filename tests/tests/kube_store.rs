@@ -321,6 +321,12 @@ fn network_policies_without_an_enforcer_are_named() -> Result<()> {
         for node in 0..2 {
             state(cluster, node, "unenforced")?;
             ensure!(unenforced(cluster, node)? == 1.0);
+            eventually("both to be counted", READY, || {
+                Ok(cluster.nodes[node]
+                    .status()?
+                    .network_policies
+                    .is_some_and(|policies| policies.count == Some(2)))
+            })?;
             let text = cluster.nodes[node].agent.ctl(&["status"])?;
             let said =
                 "policies   NOT ENFORCED: 2 NetworkPolicies exist, and nothing that weft knows enforces them";
@@ -343,10 +349,13 @@ fn network_policies_without_an_enforcer_are_named() -> Result<()> {
         };
         ensure!(event["type"] == "Warning" && event["metadata"]["namespace"] == "default", "{event}");
         ensure!(
-            event["message"].as_str().is_some_and(|note| note.contains("2 NetworkPolicies exist")),
+            event["message"]
+                .as_str()
+                .is_some_and(|note| note.contains("nothing that weft knows enforces them on node n")),
             "{event}"
         );
         // No other is written by a restart, which has told once it has looked twice.
+        cluster.nodes[0].agent.stop()?;
         cluster.nodes[0].agent.restart(READY)?;
         eventually("the restarted one to have said so again", READY, || {
             Ok(warned(cluster, 0).matches("nothing that weft knows enforces them here").count() == 2)
@@ -381,6 +390,7 @@ fn network_policies_without_an_enforcer_are_named() -> Result<()> {
         for node in 0..2 {
             state(cluster, node, "unknown")?;
         }
+        cluster.nodes[0].agent.stop()?;
         cluster.nodes[0].agent.restart(READY)?;
         state(cluster, 0, "unknown")?;
         eventually("the right to be named", READY, || {
@@ -451,15 +461,18 @@ fn a_start_without_the_api_hears_what_an_operator_wishes_once_it_is_back() -> Re
         };
         let own = cluster.nodes[0].net.address.to_string();
         ensure!(leased(cluster)? == own);
-        cluster.annotate(&name, "node-public-ip=192.0.2.98")?;
+        // A second address of the same interface.
+        cluster.nodes[0].netns().ip("address add 192.168.77.98/24 dev eth0")?;
+        cluster.annotate(&name, "node-public-ip=192.168.77.98")?;
         cluster.control.api.kill()?;
         cluster.nodes[0].agent.stop()?;
         cluster.nodes[0].agent.restart(READY)?;
         ensure!(leased(cluster)? == own && cluster.nodes[0].status()?.store.recalled_age.is_some());
         cluster.control.start_api()?;
-        eventually("the wish to be heard", READY * 2, || Ok(leased(cluster)? == "192.0.2.98"))?;
+        eventually("the wish to be heard", READY * 2, || Ok(leased(cluster)? == "192.168.77.98"))?;
         eventually("and published", READY, || {
-            Ok(cluster.get(&name)?["metadata"]["annotations"][format!("{PREFIX}/public-ip")] == "192.0.2.98")
+            Ok(cluster.get(&name)?["metadata"]["annotations"][format!("{PREFIX}/public-ip")]
+                == "192.168.77.98")
         })?;
         Ok(())
     })

@@ -21,7 +21,8 @@ pub(super) const POLICIES: &str = "/apis/networking.k8s.io/v1/networkpolicies";
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Counted {
-    items: Vec<IgnoredAny>,
+    /// Written as null where there are none.
+    items: Option<Vec<IgnoredAny>>,
     metadata: Rest,
 }
 
@@ -34,7 +35,7 @@ struct Rest {
 /// How many there are in the cluster: one of them is asked for, by its metadata, and the apiserver counts the others.
 pub(super) async fn count(store: &KubeStore) -> Result<u64, StoreError> {
     let page: Counted = store.connection.first_of(POLICIES).await?.unwrap_or_default();
-    Ok(page.items.len() as u64 + page.metadata.remaining_item_count.unwrap_or(0))
+    Ok(page.items.map_or(0, |items| items.len() as u64) + page.metadata.remaining_item_count.unwrap_or(0))
 }
 
 /// Says so for the whole cluster; nothing to do where another node has.

@@ -246,6 +246,8 @@ async fn policies(
             metadata["remainingItemCount"] = rest.into();
             metadata["continue"] = "more".into();
         }
+        // Not a list, as the real one has it.
+        let items = if items.is_empty() { Value::Null } else { items.into() };
         answer(&json!({"kind": "PartialObjectMetadataList", "metadata": metadata, "items": items}))
     })
 }

@@ -27,6 +27,8 @@ use crate::metrics::Metrics;
 use crate::node::{Node, NodeFabric};
 use crate::packet_path::{PacketPath, keep_packet_path};
 use crate::pods::{PodNeeds, SeenVeths};
+#[cfg(feature = "kube")]
+use crate::policies::{self, Asked};
 use crate::reconcile::{Handle, Inputs};
 use crate::server::admin::{Admin, AdminState};
 use crate::server::cni::{Limits, Server};
@@ -99,6 +101,14 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     tasks.spawn(ended("what pods need", pass_on_pod_needs(node.clone(), stop.clone())));
     tasks.spawn(ended("seen veths", pass_on_seen(reconcile.clone(), seen_sender, stop.clone())));
     tasks.spawn(ended("packet path", keep_packet_path(node.clone(), stop.clone())));
+    #[cfg(feature = "kube")]
+    if let (Store::Kube(kube), StoreConfig::Kube(settings)) = (&*node.store, &config.store)
+        && let Some(period) = settings.policy_check
+    {
+        node.set_network_policies(Asked::default());
+        let task = policies::keep(kube.clone(), period, node.clone(), stop.clone());
+        tasks.spawn(ended("network policies", task));
+    }
     let (file, store) = snapshot_file(&config);
     let current = {
         let node = node.clone();

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Read;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -39,6 +39,8 @@ use crate::upkeep::{Files, Upkeep};
 
 /// From and to.
 const WISH_RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// Nobody waits for it.
+const LATE_WISH_RETRY: Duration = Duration::from_secs(30);
 const UNDERLAY_RETRY: Duration = Duration::from_secs(1);
 /// Updates of the watch under way: a snapshot is one.
 const UPDATES: usize = 1024;
@@ -55,7 +57,7 @@ pub async fn bring_up(
     let mut durable = durable.unwrap_or_default();
     let start = start(&node, &config, saved, &health).await;
     let network = start.network.clone();
-    let (choice, saved) = choice(&node, &config.underlay, start, &health).await;
+    let Chosen { choice, saved, asked } = choice(&node, &config.underlay, start, &health).await;
     let underlay = wait_for_underlay(&node, &choice, &network).await;
 
     let vtep_mac = vtep_mac(&network, &underlay, durable.vtep_mac).await?;
@@ -107,11 +109,34 @@ pub async fn bring_up(
     tasks.spawn(async move { store.watch(sender, health).await });
     let (available, in_place) = watch::channel(0);
     tasks.spawn(tell_network(node.store.clone(), in_place));
+    let (wishes, choice) = watch::channel(choice);
+    if !asked {
+        tasks.spawn(ask_wish(node.store.clone(), config.underlay.clone(), wishes));
+    }
     let upkeep = Upkeep::new(node, table, handle, choice, files, durable, available);
     tokio::select! {
         ended = upkeep.run(updates) => ended,
         task = tasks.join_next() => anyhow::bail!("the lease keeper or the watch ended: {task:?}"),
     }
+}
+
+/// What a start without the store could not ask: passed on once it is answered.
+async fn ask_wish(store: Arc<Store>, given: UnderlayChoice, wishes: watch::Sender<UnderlayChoice>) {
+    let mut backoff = Backoff::new(WISH_RETRY.0, LATE_WISH_RETRY);
+    let wish = loop {
+        match store.public_ip_wish().await {
+            Ok(wish) => break wish,
+            // The watch says what is wrong.
+            Err(_) => sleep(backoff.wait()).await,
+        }
+    };
+    wishes.send_replace(with_wish(&given, wish));
+    // The channel's other end lives as long as the node is kept.
+    std::future::pending().await
+}
+
+fn with_wish(given: &UnderlayChoice, wish: Option<Ipv4Addr>) -> UnderlayChoice {
+    UnderlayChoice { public_ip: wish.or(given.public_ip), ..given.clone() }
 }
 
 /// Passes on that everything is in place, until the store has it; again for every lease that is taken.
@@ -254,23 +279,30 @@ async fn start(
     Start { network, saved: None, told: true }
 }
 
-/// With the public IP that an operator has written beside this node, in place of the option's; and what was saved, if
-/// the store has not told. One that keeps its configuration elsewhere is asked here for the first time: a node that goes
-/// on without it keeps the address that it was leased with, if that is still one it can have.
+/// How the underlay is to be found.
+struct Chosen {
+    choice: UnderlayChoice,
+    /// What was saved, if the store has not told.
+    saved: Option<Saved>,
+    /// The store has said what public IP an operator wishes.
+    asked: bool,
+}
+
+/// With the public IP that an operator has written beside this node, in place of the option's. A store that keeps its configuration elsewhere is asked here for the first time: a node that goes
+/// on without it keeps the address that it was leased with, if that is still one it can have, until it is told.
 async fn choice(
     node: &Node,
     given: &UnderlayChoice,
     start: Start,
     health: &watch::Sender<StoreHealth>,
-) -> (UnderlayChoice, Option<Saved>) {
+) -> Chosen {
     let Start { network, saved, told } = start;
-    let with = |public_ip| UnderlayChoice { public_ip: Some(public_ip), ..given.clone() };
     let mut backoff = Backoff::new(WISH_RETRY.0, WISH_RETRY.1);
     loop {
         let error = match node.store.public_ip_wish().await {
             Ok(wish) => {
-                let choice = wish.map_or_else(|| given.clone(), with);
-                return (choice, saved.filter(|_| !told));
+                let choice = with_wish(given, wish);
+                return Chosen { choice, saved: saved.filter(|_| !told), asked: true };
             }
             Err(error) => error,
         };
@@ -284,9 +316,9 @@ async fn choice(
         node.wait_for(Some(network.clone()), format!("this node's entry in the store: {error}"));
         sleep(backoff.wait()).await;
     }
-    let leased = saved.as_ref().map_or_else(|| given.clone(), |saved| with(saved.own.public_ip));
+    let leased = with_wish(given, saved.as_ref().map(|saved| saved.own.public_ip));
     let usable = find_underlay(leased.clone(), None).await.is_ok();
-    (if usable { leased } else { given.clone() }, saved)
+    Chosen { choice: if usable { leased } else { given.clone() }, saved, asked: false }
 }
 
 async fn wait_for_underlay(node: &Node, choice: &UnderlayChoice, network: &NetworkConfig) -> Underlay {

@@ -33,6 +33,7 @@ pub mod object;
 pub mod packet_path;
 pub mod ping;
 pub mod pods;
+pub mod policies;
 pub mod reconcile;
 pub mod server;
 pub mod status;

@@ -15,7 +15,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::status::{PacketPathStatus, PodStatus, Status, TrafficStatus};
+use crate::status::{NetworkPolicyStatus, PacketPathStatus, PodStatus, Status, TrafficStatus};
 
 /// What the agent says of itself now.
 pub type StatusSource = Arc<dyn Fn() -> Status + Send + Sync>;
@@ -99,6 +99,12 @@ impl Collector for StatusCollector {
                 kinds.iter().map(|k| ([("kind", (*k).to_owned())], flag(kind == Some(k)))).collect();
             let help = "1 while the store's network configuration is not the one in force";
             out.gauges("network_config_notice", help, &values)?;
+        }
+        if let Some(unenforced) =
+            status.network_policies.as_ref().and_then(NetworkPolicyStatus::is_unenforced)
+        {
+            let help = "1 while NetworkPolicies exist and nothing known enforces them on this node";
+            out.gauge("network_policies_unenforced", help, flag(unenforced))?;
         }
         if let Some(underlay) = &status.underlay {
             out.gauge(
@@ -350,6 +356,7 @@ mod tests {
             "weft_state_from_disk_age_seconds 90",
             "weft_network_config_notice{kind=\"invalid\"} 1",
             "weft_network_config_notice{kind=\"differs\"} 0",
+            "weft_network_policies_unenforced 1",
             "weft_underlay_usable 0",
             "weft_pods_stranded 3",
         ] {
@@ -360,7 +367,7 @@ mod tests {
     #[test]
     fn what_is_not_known_is_not_shown() {
         let text = Metrics::new(Arc::new(sample::waiting)).render();
-        for absent in ["lease_expiry", "objects", "reconcile", "netlink"] {
+        for absent in ["lease_expiry", "objects", "reconcile", "netlink", "network_policies"] {
             assert!(!text.contains(absent), "{absent} in\n{text}");
         }
         assert!(text.contains("weft_ready 0\n") && text.contains("weft_store_connected 0\n"), "{text}");

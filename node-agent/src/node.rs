@@ -22,7 +22,9 @@ use crate::kernel::Monitor;
 use crate::lease::{Store, StoreHealth};
 use crate::packet_path::PacketPath;
 use crate::pods::{NotReady, PodNeeds, PodNetwork};
+use crate::policies::{Asked, judge};
 use crate::reconcile::{Handle, Report};
+use crate::status::NetworkPolicyStatus;
 
 pub use fabric::NodeFabric;
 pub use state::{Serving, Stage};
@@ -40,6 +42,8 @@ pub struct Node {
     /// Of the udp backend.
     pub path: PacketPath,
     host: Mutex<Host>,
+    /// `None`: nobody asks.
+    network_policies: Mutex<Option<Asked>>,
     stage: Mutex<Stage>,
     changes: watch::Sender<()>,
 }
@@ -54,8 +58,21 @@ impl Node {
         monitor: Option<Monitor>,
         path: PacketPath,
     ) -> Self {
-        let (host, stage, changes) = (Mutex::new(Host::new()), Mutex::default(), watch::Sender::new(()));
-        Self { name, store, health, reconcile, pod_needs, monitor, path, host, stage, changes }
+        let (host, network_policies) = (Mutex::new(Host::new()), Mutex::default());
+        let (stage, changes) = (Mutex::default(), watch::Sender::new(()));
+        Self {
+            name,
+            store,
+            health,
+            reconcile,
+            pod_needs,
+            monitor,
+            path,
+            host,
+            network_policies,
+            stage,
+            changes,
+        }
     }
 
     /// `what` stands in the way of going on.
@@ -98,6 +115,20 @@ impl Node {
             (inputs.pods, inputs.pods_recorded) = (needs, true);
             changed
         });
+    }
+
+    /// What the apiserver has said of NetworkPolicies; whether that is news.
+    pub fn set_network_policies(&self, asked: Asked) -> bool {
+        let mut known = self.network_policies.lock().unwrap_or_else(PoisonError::into_inner);
+        known.replace(asked.clone()) != Some(asked)
+    }
+
+    /// What that means on this node; `None` where nobody asks.
+    pub fn network_policies(&self) -> Option<NetworkPolicyStatus> {
+        let asked = self.network_policies.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
+        let reports = self.reconcile.reports();
+        let report = reports.borrow();
+        Some(judge(&asked, report.at.is_some().then_some(&report.enforcers)))
     }
 
     fn stage(&self) -> MutexGuard<'_, Stage> {

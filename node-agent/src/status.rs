@@ -30,6 +30,9 @@ pub struct Status {
     /// Settings of the host that stand in packets' way and are not weft's to change.
     #[serde(default)]
     pub advice: Vec<HostAdvice>,
+    /// Of a Kubernetes cluster, unless that is not to be looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network_policies: Option<NetworkPolicyStatus>,
     /// Why nothing answers at `--admin-listen`; what it would serve is served by the admin socket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port_problem: Option<String>,
@@ -44,6 +47,7 @@ impl Status {
         }
         notices.extend(self.port_problem.clone());
         notices.extend(self.network.iter().filter_map(|n| n.notice.as_ref()).map(|n| n.text.clone()));
+        notices.extend(self.network_policies.as_ref().and_then(NetworkPolicyStatus::warning));
         for StrandedStatus { subnet, pods, .. } in &self.pods.stranded {
             notices.push(format!("{pods} pods live in {subnet}, which this node has no more"));
         }
@@ -209,6 +213,33 @@ pub struct HostAdvice {
     pub problem: String,
     /// The command, or the setting, that mends it.
     pub fix: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkPolicyStatus {
+    /// `enforced` (something on this node enforces whatever there is), `none`, `unenforced` or `unknown`.
+    pub state: String,
+    /// In the whole cluster; absent where nobody had to ask, or nobody has answered.
+    pub count: Option<u64>,
+    /// What enforces them on this node, each with what gave it away.
+    pub enforcers: Vec<String>,
+    /// Why it is unknown.
+    pub problem: Option<String>,
+}
+
+impl NetworkPolicyStatus {
+    /// `None`: it cannot be told.
+    pub fn is_unenforced(&self) -> Option<bool> {
+        (self.state != "unknown").then_some(self.state == "unenforced")
+    }
+
+    /// If they have no effect.
+    pub fn warning(&self) -> Option<String> {
+        let count = self.count.filter(|_| self.state == "unenforced")?;
+        let (are, them) =
+            if count == 1 { ("NetworkPolicy exists", "it") } else { ("NetworkPolicies exist", "them") };
+        Some(format!("{count} {are}, and nothing that weft knows enforces {them} on this node"))
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -456,6 +487,7 @@ pub(crate) mod sample {
                 agent_memory: 9_437_184,
                 agent_cpu: 12.25,
             },
+            network_policies: None,
             port_problem: None,
             advice: vec![HostAdvice {
                 problem:
@@ -524,6 +556,12 @@ pub(crate) mod sample {
         if let Some(underlay) = &mut status.underlay {
             underlay.problem = Some("eth0 is down".into());
         }
+        status.network_policies = Some(NetworkPolicyStatus {
+            state: "unenforced".into(),
+            count: Some(3),
+            enforcers: vec![],
+            problem: None,
+        });
         let (subnet, owner) = ("10.5.9.0/24".parse().expect("subnet"), "192.168.9.7".parse().ok());
         status.pods.stranded = vec![StrandedStatus { subnet, pods: 3, owner }];
         status

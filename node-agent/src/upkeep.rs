@@ -24,14 +24,15 @@ use crate::netconf::{ConfigNotice, needs_restart};
 use crate::node::{Node, Serving};
 use crate::notify::notify;
 use crate::reconcile::Report;
-use crate::underlay::{UnderlayChoice, find_underlay, fits};
+use crate::underlay::{Underlay, UnderlayChoice, find_underlay, fits};
 
 #[derive(Debug)]
 pub struct Upkeep {
     node: Arc<Node>,
     table: LeaseTable,
     keeper: KeeperHandle,
-    choice: UnderlayChoice,
+    /// Changes once at most: when a store that was away at the start says what an operator wishes.
+    choice: watch::Receiver<UnderlayChoice>,
     files: Files,
     durable: Durable,
     announced: bool,
@@ -79,7 +80,7 @@ impl Upkeep {
         node: Arc<Node>,
         table: LeaseTable,
         keeper: KeeperHandle,
-        choice: UnderlayChoice,
+        choice: watch::Receiver<UnderlayChoice>,
         files: Files,
         durable: Durable,
         available: watch::Sender<u64>,
@@ -115,6 +116,10 @@ impl Upkeep {
                     changed.context("the lease keeper ended")?;
                     let state = lease.borrow_and_update().clone();
                     self.lease_changed(state).await;
+                }
+                Ok(()) = self.choice.changed() => {
+                    // As a start would have chosen.
+                    self.choose_underlay(false).await;
                 }
                 changed = reports.changed() => {
                     changed.context("the reconciler ended")?;
@@ -212,14 +217,26 @@ impl Upkeep {
             }
             return;
         }
-        let found = find_underlay(self.choice.clone(), Some(current.clone())).await;
+        self.choose_underlay(true).await;
+    }
+
+    /// `keep`: the one in use, should it be there all the same.
+    async fn choose_underlay(&self, keep: bool) {
+        let Some((current, known_problem)) =
+            self.node.serving(|serving| (serving.underlay.clone(), serving.underlay_problem.clone()))
+        else {
+            return;
+        };
+        let choice = self.choice.borrow().clone();
+        let found = find_underlay(choice, keep.then(|| current.clone())).await;
         let found = found.map_err(|e| format!("{e:#}")).and_then(|new| {
             let fit = self.node.serving(|serving| fits(&serving.config, &new));
             fit.unwrap_or(Ok(())).map(|()| new)
         });
         match found {
             Ok(new) => {
-                if new != current {
+                let of = |u: &Underlay| (u.iface.clone(), u.addr, u.public_ip);
+                if of(&new) != of(&current) {
                     info!(iface = %new.iface, address = %new.addr, public_ip = %new.public_ip, mtu = new.mtu,
                         chosen_by = %new.chosen_by, "underlay changed");
                 }
@@ -234,6 +251,7 @@ impl Upkeep {
                 // It may be as it was before the pass that missed it.
                 self.node.reconcile.wake();
             }
+            Err(problem) if !keep => warn!(%problem, "the underlay stays: another cannot be had"),
             Err(problem) if known_problem.as_ref() == Some(&problem) => {}
             Err(problem) => {
                 warn!(%problem, "the underlay is gone");

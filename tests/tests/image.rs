@@ -66,6 +66,30 @@ fn so_is_the_other_architectures() -> Result<()> {
     is_sound(&dist::foreign_image()?, "arm64")
 }
 
+/// What an operator applies and reads names the image that this version makes.
+#[test]
+fn manifests_and_their_page_name_this_versions_image() -> Result<()> {
+    let version = env!("CARGO_PKG_VERSION");
+    for file in ["conf/kubernetes/weft.yaml", "conf/kubernetes/uninstall.yaml", "docs/kubernetes.md"] {
+        let text = fs::read_to_string(Path::new(CHECKOUT).join(file))?;
+        let mut named = 0;
+        for prefix in ["/weft:", "weft-image-"] {
+            for rest in text.split(prefix).skip(1) {
+                let follows = rest.strip_prefix(version).and_then(|rest| rest.chars().next());
+                let ends = follows.is_some_and(|c| c.is_whitespace() || ",`)-".contains(c));
+                ensure!(
+                    ends,
+                    "{file}: {prefix}{}: expected version {version}",
+                    rest.lines().next().unwrap_or("")
+                );
+                named += 1;
+            }
+        }
+        ensure!(named >= 2, "{file} names the image {named} times");
+    }
+    Ok(())
+}
+
 fn is_sound(archive: &Path, architecture: &str) -> Result<()> {
     let bed = Bed::for_test()?;
     let layout = unpacked(archive, &bed, "layout")?;

@@ -183,9 +183,12 @@ impl Page {
                 self.as_admin(&format!("kubectl auth can-i {} {who} -A || true", question.join(" ")))?;
             Ok::<_, anyhow::Error>(text.lines().last() == Some("yes"))
         };
-        for question in
-            [&["list", "nodes"][..], &["watch", "nodes"], &["patch", "nodes", "--subresource=status"]]
-        {
+        for question in [
+            &["list", "nodes"][..],
+            &["watch", "nodes"],
+            &["patch", "nodes", "--subresource=status"],
+            &["list", "networkpolicies"],
+        ] {
             ensure!(may(question)?, "weft may not {question:?}");
         }
         for question in [
@@ -194,11 +197,23 @@ impl Page {
             &["patch", "nodes"],
             &["update", "nodes", "--subresource=status"],
             &["delete", "nodes"],
-            &["list", "networkpolicies"],
+            &["get", "networkpolicies"],
+            &["watch", "networkpolicies"],
             &["create", "events"],
+            &["create", "events.events.k8s.io"],
             &["list", "configmaps"],
         ] {
             ensure!(!may(question)?, "weft may {question:?}");
+        }
+        let may_in = |namespace: &str, question: &str| {
+            let who = format!("--as=system:serviceaccount:{NAMESPACE}:weft");
+            let text =
+                self.as_admin(&format!("kubectl -n {namespace} auth can-i {question} {who} || true"))?;
+            Ok::<_, anyhow::Error>(text.lines().last() == Some("yes"))
+        };
+        ensure!(may_in("default", "create events.events.k8s.io")?, "weft may not create Events");
+        for question in ["create events", "list events.events.k8s.io", "patch events.events.k8s.io"] {
+            ensure!(!may_in("default", question)?, "weft may {question}");
         }
         Ok(())
     }
@@ -318,8 +333,9 @@ fn the_kubernetes_page_works_as_written() -> Result<()> {
             let annotations = object["metadata"]["annotations"].to_string();
             ensure!(!annotations.contains("flannel"), "{annotations}");
         }
-        let left =
-            page.as_admin("kubectl get clusterroles,clusterrolebindings,namespaces,pods -A -o name")?;
+        let left = page.as_admin(
+            "kubectl get clusterroles,clusterrolebindings,roles,rolebindings,namespaces,pods -A -o name",
+        )?;
         ensure!(!left.contains("weft"), "{left}");
         Ok(())
     });

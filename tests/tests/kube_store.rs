@@ -2,12 +2,14 @@
 //! no kubelet. What the API says is read with kubectl.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::bed::Bed;
 use e2e::binaries::Binaries;
 use e2e::cluster::READY;
+use e2e::dist::CHECKOUT;
 use e2e::etcd::Etcd;
 use e2e::kube::{ControlPlane, Programs};
 use e2e::node::Node;
@@ -264,5 +266,214 @@ fn what_befalls_the_api_does_not_befall_the_pods() -> Result<()> {
             Ok(network.notice.is_some_and(|notice| notice.text.contains("Backend.Type = host-gw")))
         })?;
         ping(&near.netns, fresh.address, 5, SECOND).map(drop)
+    })
+}
+
+/// With the rights of the manifest: policies that nobody enforces are named by status, metric and one Event; chains of an
+/// enforcer's end that; a right that is missing leaves everything else as it is.
+#[test]
+fn network_policies_without_an_enforcer_are_named() -> Result<()> {
+    scenario(|cluster| {
+        let manifest = Path::new(CHECKOUT).join("conf/kubernetes/weft.yaml");
+        cluster.control.kubectl(&["apply", "-f", &manifest.display().to_string()])?;
+        let token = cluster.control.kubectl(&["-n", "kube-weft", "create", "token", "weft"])?;
+        let config = cluster.control.kubeconfig("weft.conf", token.trim())?;
+        for node in &mut cluster.nodes {
+            node.agent.flags.retain(|flag| !flag.starts_with("--kubeconfig-file"));
+            node.agent.flags.push(format!("--kubeconfig-file={}", config.display()));
+            node.agent.flags.push("--network-policy-check=1s".to_owned());
+        }
+        for number in 1..=2 {
+            let name = NodeNumber(number).name();
+            cluster.create(&name, Some(&format!("10.244.{number}.0/24")), &json!({}))?;
+        }
+        for node in &mut cluster.nodes {
+            node.agent.start()?;
+        }
+        for node in &mut cluster.nodes {
+            node.agent.wait_ready(READY)?;
+            node.wait_peers(1, READY)?;
+        }
+        let state = |cluster: &Cluster, node: usize, expected: &str| {
+            eventually(&format!("policies of node {node} to be {expected}"), READY, || {
+                let policies = cluster.nodes[node].status()?.network_policies.context("policies")?;
+                ensure!(policies.state == expected, "{policies:?}");
+                Ok(true)
+            })
+        };
+        let unenforced = |cluster: &Cluster, node: usize| {
+            cluster.nodes[node].agent.metric("weft_network_policies_unenforced")
+        };
+        for node in 0..2 {
+            state(cluster, node, "none")?;
+            ensure!(unenforced(cluster, node)? == 0.0);
+        }
+
+        for name in ["deny", "deny-more"] {
+            let policy = json!({
+                "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+                "metadata": {"name": name}, "spec": {"podSelector": {}, "policyTypes": ["Ingress"]},
+            });
+            let file = cluster.bed.root().join(format!("{name}.json"));
+            fs::write(&file, policy.to_string())?;
+            cluster.control.kubectl(&["create", "-f", &file.display().to_string()])?;
+        }
+        for node in 0..2 {
+            state(cluster, node, "unenforced")?;
+            ensure!(unenforced(cluster, node)? == 1.0);
+            eventually("both to be counted", READY, || {
+                Ok(cluster.nodes[node]
+                    .status()?
+                    .network_policies
+                    .is_some_and(|policies| policies.count == Some(2)))
+            })?;
+            let text = cluster.nodes[node].agent.ctl(&["status"])?;
+            let said =
+                "policies   NOT ENFORCED: 2 NetworkPolicies exist, and nothing that weft knows enforces them";
+            ensure!(text.contains(said), "{text}");
+        }
+        let warned = |cluster: &Cluster, node: usize| cluster.nodes[node].agent.log();
+        let events = |cluster: &Cluster| -> Result<Vec<Value>> {
+            let text = cluster.control.kubectl(&["get", "events", "-A", "-o", "json"])?;
+            let all: Value = serde_json::from_str(&text)?;
+            let all = all["items"].as_array().context("items")?.clone();
+            Ok(all.into_iter().filter(|event| event["reason"] == "NetworkPoliciesNotEnforced").collect())
+        };
+        // Both have told.
+        eventually("both to have said so", READY, || {
+            Ok((0..2)
+                .all(|node| warned(cluster, node).contains("nothing that weft knows enforces them here")))
+        })?;
+        let [event] = &eventually_some("the Event", || events(cluster))?[..] else {
+            anyhow::bail!("one Event: {:?}", events(cluster)?)
+        };
+        ensure!(event["type"] == "Warning" && event["metadata"]["namespace"] == "default", "{event}");
+        ensure!(
+            event["message"]
+                .as_str()
+                .is_some_and(|note| note.contains("nothing that weft knows enforces them on node n")),
+            "{event}"
+        );
+        // No other is written by a restart, which has told once it has looked twice.
+        cluster.nodes[0].agent.stop()?;
+        cluster.nodes[0].agent.restart(READY)?;
+        eventually("the restarted one to have said so again", READY, || {
+            Ok(warned(cluster, 0).matches("nothing that weft knows enforces them here").count() == 2)
+        })?;
+        ensure!(events(cluster)?.len() == 1, "{:?}", events(cluster)?);
+
+        // An enforcer on one node is none on the other.
+        let netns = cluster.nodes[0].netns();
+        let nft = |script: &str| netns.run(Command::new("nft").arg(script));
+        nft("add table ip filter; add chain ip filter cali-FORWARD")?;
+        state(cluster, 0, "enforced")?;
+        ensure!(unenforced(cluster, 0)? == 0.0);
+        let text = cluster.nodes[0].agent.ctl(&["status"])?;
+        ensure!(
+            text.contains("policies   enforced by Calico (nftables chain ip filter cali-FORWARD)"),
+            "{text}"
+        );
+        state(cluster, 1, "unenforced")?;
+        nft("delete chain ip filter cali-FORWARD")?;
+        state(cluster, 0, "unenforced")?;
+
+        // Without the rights: unknown, named, and nothing else is different.
+        let rules = cluster.control.kubectl(&["get", "clusterrole", "weft", "-o", "json"])?;
+        let mut role: Value = serde_json::from_str(&rules)?;
+        let rules = role["rules"].as_array_mut().context("rules")?;
+        rules.retain(|rule| rule["resources"] != json!(["networkpolicies"]));
+        ensure!(rules.len() == 2, "{rules:?}");
+        let file = cluster.bed.root().join("role.json");
+        fs::write(&file, role.to_string())?;
+        cluster.control.kubectl(&["replace", "-f", &file.display().to_string()])?;
+        cluster.control.kubectl(&["-n", "default", "delete", "role", "weft"])?;
+        for node in 0..2 {
+            state(cluster, node, "unknown")?;
+        }
+        cluster.nodes[0].agent.stop()?;
+        cluster.nodes[0].agent.restart(READY)?;
+        state(cluster, 0, "unknown")?;
+        eventually("the right to be named", READY, || {
+            let policies = cluster.nodes[0].status()?.network_policies.context("policies")?;
+            Ok(policies.problem.is_some_and(|problem| problem.contains("Grant list of networkpolicies")))
+        })?;
+        ensure!(
+            cluster.nodes[0].agent.metric("weft_network_policies_unenforced").is_err(),
+            "it is not known"
+        );
+        let status = cluster.nodes[0].status()?;
+        ensure!(status.ready && status.store.connected && status.store.problem.is_none(), "{status:?}");
+        cluster.nodes[0].wait_peers(1, READY)?;
+        let (near, far) = (cluster.nodes[0].pod("a")?, cluster.nodes[1].pod("a")?);
+        ping(&near.netns, far.address, 5, SECOND).map(drop)
+    })
+}
+
+fn eventually_some(what: &str, look: impl Fn() -> Result<Vec<Value>>) -> Result<Vec<Value>> {
+    eventually(what, READY, || Ok(!look()?.is_empty()))?;
+    look()
+}
+
+/// `weftctl uninstall` finds its Node as weftd does, and says of a Node's annotations what is true of them.
+#[test]
+fn an_uninstall_knows_its_node_and_what_it_leaves_there() -> Result<()> {
+    scenario(|cluster| {
+        let name = cluster.nodes[0].name().to_owned();
+        cluster.create(&name, Some("10.244.1.0/24"), &json!({"example.com/theirs": "stays"}))?;
+        cluster.nodes[0].agent.start()?;
+        cluster.nodes[0].agent.wait_ready(READY)?;
+        cluster.nodes[0].agent.stop()?;
+        let node = &cluster.nodes[0];
+        let uninstall = |args: &[&str]| {
+            let options = node.agent.options();
+            let mut command = Command::new(node.binaries.ctl());
+            command.env("NODE_NAME", &name).args(["uninstall", "--keep-conflists"]).args(args).arg("--");
+            command.args(options.iter().filter(|option| !option.starts_with("--node-name")));
+            node.netns().run(&mut command)
+        };
+        let text = uninstall(&["--dry-run"])?;
+        let left = "stays    weft's annotations of the Node with podCIDR 10.244.1.0/24 in Kubernetes by ";
+        ensure!(
+            text.contains(left) && text.contains("they do not expire; --release-lease removes them"),
+            "{text}"
+        );
+        ensure!(!text.contains("expires by itself"), "{text}");
+        let text = uninstall(&["--release-lease"])?;
+        let removed = "removed  lease     weft's annotations of the Node with podCIDR 10.244.1.0/24";
+        ensure!(text.contains(removed), "{text}");
+        let annotations = cluster.get(&name)?["metadata"]["annotations"].clone();
+        ensure!(annotations == json!({"example.com/theirs": "stays"}), "{annotations}");
+        Ok(())
+    })
+}
+
+/// An operator's public IP, written while an agent ran, is heard by one that starts while the API is away: late.
+#[test]
+fn a_start_without_the_api_hears_what_an_operator_wishes_once_it_is_back() -> Result<()> {
+    scenario(|cluster| {
+        let name = cluster.nodes[0].name().to_owned();
+        cluster.create(&name, Some("10.244.1.0/24"), &json!({}))?;
+        cluster.nodes[0].agent.start()?;
+        cluster.nodes[0].agent.wait_ready(READY)?;
+        let leased = |cluster: &Cluster| {
+            let lease = cluster.nodes[0].status()?.lease.context("a lease")?;
+            Ok::<_, anyhow::Error>(lease.public_ip.to_string())
+        };
+        let own = cluster.nodes[0].net.address.to_string();
+        ensure!(leased(cluster)? == own);
+        // A second address of the same interface.
+        cluster.nodes[0].netns().ip("address add 192.168.77.98/24 dev eth0")?;
+        cluster.annotate(&name, "node-public-ip=192.168.77.98")?;
+        cluster.control.api.kill()?;
+        cluster.nodes[0].agent.stop()?;
+        cluster.nodes[0].agent.restart(READY)?;
+        ensure!(leased(cluster)? == own && cluster.nodes[0].status()?.store.recalled_age.is_some());
+        cluster.control.start_api()?;
+        eventually("the wish to be heard", READY * 2, || Ok(leased(cluster)? == "192.168.77.98"))?;
+        eventually("and published", READY, || {
+            Ok(cluster.get(&name)?["metadata"]["annotations"][format!("{PREFIX}/public-ip")]
+                == "192.168.77.98")
+        })?;
+        Ok(())
     })
 }

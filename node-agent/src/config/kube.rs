@@ -1,12 +1,17 @@
 //! The settings of the Kubernetes store.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::settings::Settings;
-use super::values::{absolute, api_url, node_name};
+use super::values::{absolute, api_url, duration, node_name};
 use super::{Source, UsageError, clash};
 use crate::lease::KubeConfig;
 use crate::lease::kube::{NodeIdentity, Prefix};
+
+/// Of the look for NetworkPolicies that nobody enforces.
+const SHORTEST_CHECK: Duration = Duration::from_secs(1);
+const LONGEST_CHECK: Duration = Duration::from_secs(7 * 86_400);
 
 pub(super) fn config(settings: &Settings) -> Result<KubeConfig, UsageError> {
     Ok(KubeConfig {
@@ -16,6 +21,11 @@ pub(super) fn config(settings: &Settings) -> Result<KubeConfig, UsageError> {
         net_config: settings.required("net-config-path", "an absolute path", absolute)?,
         node: identity(settings)?,
         set_network_available: settings.switch("set-node-network-unavailable")?,
+        policy_check: settings
+            .required("network-policy-check", "0, or a duration from 1s to 168h such as 10m", |text| {
+                duration(text).filter(|d| d.is_zero() || (SHORTEST_CHECK..=LONGEST_CHECK).contains(d))
+            })
+            .map(|period| (!period.is_zero()).then_some(period))?,
     })
 }
 

@@ -176,14 +176,16 @@ pub(super) const OPTIONS: &[Opt] = &[
         Kubernetes,
         Value("FILE"),
         "",
-        "how to reach the apiserver (default: the pod's service account, else KUBECONFIG or ~/.kube/config)",
+        "how to reach the apiserver (default: the pod's service account, else KUBECONFIG or ~/.kube/config; with \
+         --kube-api-url none)",
     ),
     flannel(
         "kube-api-url",
         Kubernetes,
         Value("URL"),
         "",
-        "the apiserver, in place of the one that the kubeconfig names",
+        "the apiserver, in place of the one that the kubeconfig names; without --kubeconfig-file it is spoken to without \
+         credentials, also in a pod, as flanneld does",
     ),
     flannel(
         "kube-annotation-prefix",
@@ -205,6 +207,14 @@ pub(super) const OPTIONS: &[Opt] = &[
         Switch,
         "true",
         "write the Node's condition NetworkUnavailable=False when everything is in place",
+    ),
+    own(
+        "network-policy-check",
+        Kubernetes,
+        Value("DURATION"),
+        "10m",
+        "ask the apiserver this often whether there are NetworkPolicies, unless something on this node enforces them, \
+         and say so; such as 10m, a number without a unit is seconds, 0 never",
     ),
     flannel(
         "iface",

@@ -320,6 +320,7 @@ fn with_kube_subnet_mgr_the_cluster_is_the_store() {
             net_config: "/etc/kube-flannel/net-conf.json".into(),
             node: NodeIdentity::OfPod { namespace: "kube-flannel".into(), name: "kube-flannel-ds-x".into() },
             set_network_available: true,
+            policy_check: Some(Duration::from_secs(600)),
         }
     );
     let pod = [("NODE_NAME", "worker-1"), ("POD_NAME", "p"), ("POD_NAMESPACE", "n")];
@@ -337,6 +338,9 @@ fn with_kube_subnet_mgr_the_cluster_is_the_store() {
     assert_eq!(all.api_url.as_deref(), Some("https://10.0.0.1:6443"));
     assert_eq!(Some(all.prefix), Prefix::parse("org.com/x"));
     assert!(!all.set_network_available && all.net_config == Path::new("/n.json"));
+    for (given, period) in [("0", None), ("1h", Some(Duration::from_secs(3600)))] {
+        assert_eq!(kube(&["--network-policy-check", given], &pod).policy_check, period, "{given}");
+    }
     assert_eq!(kube(&["--node-name=w2"], &pod).node, NodeIdentity::Name("w2".into()));
     assert_eq!(config(&["--kube-subnet-mgr"], &pod).node_name, "worker-1");
     let by_variable = [("FLANNELD_KUBE_SUBNET_MGR", "true"), ("NODE_NAME", "w")];
@@ -354,6 +358,8 @@ fn with_kube_subnet_mgr_the_cluster_is_the_store() {
         ),
         ("--kube-api-url=https://me@10.0.0.1", "expected a URL"),
         ("--net-config-path=net.json", "expected an absolute path"),
+        ("--network-policy-check=10ms", "expected 0, or a duration from 1s to 168h such as 10m"),
+        ("--network-policy-check=off", "--network-policy-check = \"off\": expected 0, or a duration"),
         ("--etcd-prefix=/x", "--etcd-prefix: means nothing with --kube-subnet-mgr"),
         ("--store=embedded", "--store: means nothing with --kube-subnet-mgr"),
         ("--lease-ttl=1h", "--lease-ttl: means nothing with --kube-subnet-mgr"),

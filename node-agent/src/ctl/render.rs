@@ -8,7 +8,8 @@ use std::fmt::Write as _;
 use super::Versions;
 use crate::ping::{Leg, PingReport};
 use crate::status::{
-    AttachmentStatus, DataplaneStatus, LeaseStatus, NetworkStatus, PacketPathStatus, Status, TrafficStatus,
+    AttachmentStatus, DataplaneStatus, LeaseStatus, NetworkPolicyStatus, NetworkStatus, PacketPathStatus,
+    Status, TrafficStatus,
 };
 
 /// As crictl and docker shorten a container ID.
@@ -86,6 +87,9 @@ pub(super) fn status(status: &Status) -> String {
                 stranded.pods, stranded.subnet
             ),
         );
+    }
+    if let Some(policies) = &status.network_policies {
+        network_policies(&mut page, policies);
     }
     let host = &status.host;
     page.line(
@@ -222,6 +226,17 @@ fn peer_summary(page: &mut Page, status: &Status) {
     for refused in &status.refused {
         page.line("", format!("REFUSED {}: {}", refused.key, refused.reason));
     }
+}
+
+/// Nothing where there is nothing to enforce.
+fn network_policies(page: &mut Page, policies: &NetworkPolicyStatus) {
+    let line = match (policies.warning(), &policies.problem) {
+        (Some(warning), _) => format!("NOT ENFORCED: {warning}"),
+        (None, Some(problem)) => format!("not known whether they are enforced: {problem}"),
+        (None, None) if policies.enforcers.is_empty() => return,
+        (None, None) => format!("enforced by {}", policies.enforcers.join(", ")),
+    };
+    page.line("policies", line);
 }
 
 fn describe_network(network: &NetworkStatus) -> String {

@@ -27,7 +27,8 @@ pub(super) struct Uninstall {
     /// Also while pods are attached: they lose the network
     #[arg(long)]
     force: bool,
-    /// Give this node's lease back at once; without it the lease expires by itself
+    /// Give this node's lease back at once, without which it expires by itself; of a Kubernetes Node: remove weft's
+    /// annotations, without which they stay
     #[arg(long)]
     release_lease: bool,
     /// Also remove an embedded store: the network configuration and the leases of all its nodes

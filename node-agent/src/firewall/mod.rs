@@ -11,6 +11,7 @@
 //! (pkg/trafficmngr/nftables). How often the kernel is looked at costs nothing on a quiet host: see `kernel::nft`.
 
 pub mod advice;
+pub mod enforcers;
 pub mod forward;
 pub mod host_ports;
 pub mod legacy;
@@ -18,7 +19,7 @@ pub mod masquerade;
 pub mod pod_masquerade;
 pub mod rule;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -234,6 +235,10 @@ pub struct Ruleset {
     pub kube_proxy: bool,
     /// What a flanneld in iptables mode has left behind.
     pub left: Vec<advice::Leftover>,
+    /// Who enforces NetworkPolicies by nftables, each with the chain that gave it away.
+    pub enforcers: BTreeMap<&'static str, String>,
+    /// Why nothing can be told of it.
+    pub unread: Option<String>,
     /// What UDP flows to host ports follow; `None` while nobody has seen to it.
     pub flows: Option<BTreeSet<HostPort>>,
 }
@@ -248,6 +253,8 @@ impl Default for Ruleset {
             fully_random: true,
             kube_proxy: false,
             left: Vec::new(),
+            enforcers: BTreeMap::new(),
+            unread: None,
             flows: None,
         }
     }

@@ -75,6 +75,8 @@ impl<F: Fabric> Ipam<F> {
             if written.is_err() {
                 state.table.give_up(key);
             }
+            // What cannot be undone of this one is news.
+            state.stuck.remove(key);
             self.publish(&state);
             written.map(|()| record).map_err(unwritten)
         };

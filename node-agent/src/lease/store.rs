@@ -45,6 +45,11 @@ impl Store {
         }
     }
 
+    /// Whether a lease that nobody renews ends; otherwise it is what annotations of a Node say.
+    pub fn expires_leases(&self) -> bool {
+        self.kind() != "kubernetes"
+    }
+
     /// Whether no other machine can ever take part.
     pub fn one_machine_only(&self) -> bool {
         matches!(self, Self::Embedded(_))

@@ -113,6 +113,14 @@ pub enum LeaveError {
     Lease(String),
 }
 
+/// What a store calls its lease.
+fn shown_lease(store: &Store, key: LeaseKey) -> String {
+    match store.expires_leases() {
+        true => format!("lease {key}"),
+        false => format!("weft's annotations of the Node with podCIDR {}", key.v4),
+    }
+}
+
 impl Thing {
     pub fn kind(&self) -> &'static str {
         match self {
@@ -137,7 +145,11 @@ impl fmt::Display for Thing {
                 write!(f, "{}", path.display())
             }
             Self::Lease { key, public_ip, store } => {
-                write!(f, "{key} of {public_ip} in {}", store.location())
+                let what = match store.expires_leases() {
+                    true => key.to_string(),
+                    false => shown_lease(store, *key),
+                };
+                write!(f, "{what} of {public_ip} in {}", store.location())
             }
             Self::Route(route) => route.fmt(f),
             Self::Rules(object) => object.key().fmt(f),
@@ -225,10 +237,15 @@ impl Plan {
         let released = runtime.block_on(store.release(key, public_ip));
         match released.map_err(|e| LeaveError::Lease(e.to_string()))? {
             Released::Done => {}
-            Released::Gone => self.stays.push(format!("lease {key}: it was gone from the store already")),
+            Released::Gone => {
+                let gone = if store.expires_leases() { "it was" } else { "they were" };
+                self.stays.push(format!("{}: {gone} gone from the store already", shown_lease(store, *key)));
+            }
             Released::Reserved => self.stays.push(format!("lease {key}: a reservation of the operator's")),
             Released::Foreign { owner } => {
-                self.stays.push(format!("lease {key}: it is {owner}'s by now, not {public_ip}'s"));
+                let are = if store.expires_leases() { "it is" } else { "they are" };
+                let lease = shown_lease(store, *key);
+                self.stays.push(format!("{lease}: {are} {owner}'s by now, not {public_ip}'s"));
             }
         }
         Ok(())

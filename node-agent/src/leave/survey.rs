@@ -10,7 +10,7 @@ use weft_shared::subnet_env::previous_lease;
 use weft_shared::tombstone::boot_id;
 use weft_shared::{IfName, Mac};
 
-use super::{LeaveError, Plan, Thing, Wishes, files, open_store, running};
+use super::{LeaveError, Plan, Thing, Wishes, files, open_store, running, shown_lease};
 use crate::before::Before;
 use crate::config::{Config, StoreConfig};
 use crate::durable::{Durable, DurableFile};
@@ -94,10 +94,12 @@ impl Survey<'_> {
         if self.wishes.release_lease && is_there {
             self.things.push(Thing::Lease { key, public_ip, store: Box::new(store) });
         } else if is_there {
-            let location = store.location();
-            self.stays.push(format!(
-                "lease {key} in {location}: it expires by itself; --release-lease gives it back now"
-            ));
+            let (lease, location) = (shown_lease(&store, key), store.location());
+            let fate = match store.expires_leases() {
+                true => "it expires by itself; --release-lease gives it back now",
+                false => "they do not expire; --release-lease removes them, and the range stays the Node's",
+            };
+            self.stays.push(format!("{lease} in {location}: {fate}"));
         }
         Ok(())
     }

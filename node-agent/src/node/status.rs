@@ -67,6 +67,7 @@ impl Node {
             peers: serving.map(|serving| serving.peer_status(&report)).unwrap_or_default(),
             refused: serving.map(|serving| serving.refused.clone()).unwrap_or_default(),
             pods,
+            network_policies: self.network_policies(),
             port_problem: None,
             advice: report.advice.iter().map(HostAdvice::from).collect(),
             host: self.host.lock().unwrap_or_else(PoisonError::into_inner).status(),

@@ -26,7 +26,7 @@ use weft_shared::netconf::NetworkConfig;
 use weft_shared::{IfName, Mac, Subnet};
 
 use crate::dataplane::Backend;
-use crate::firewall::{self, advice::Advice};
+use crate::firewall::{self, advice::Advice, enforcers::Enforcers};
 use crate::kernel::{Kernel, KernelError};
 use crate::object::Key;
 use crate::pods::{DeviceFacts, PodNeeds, SeenVeths};
@@ -106,6 +106,8 @@ pub struct Report {
     pub underlay_lost: bool,
     /// What stands in packets' way and is not ours to change.
     pub advice: Vec<Advice>,
+    /// Who enforces NetworkPolicies here.
+    pub enforcers: Enforcers,
     /// Gateways that each bridge carries.
     pub gateways: BTreeMap<IfName, Vec<Subnet>>,
 }

@@ -18,7 +18,7 @@ use super::restless::Restless;
 use super::{Aborted, Inputs, NodeInputs, PeerReport, Pending, Report};
 use crate::dataplane::{LocalNode, PeerPlan};
 use crate::firewall::legacy::LegacyFilter;
-use crate::firewall::{self, HostPorts, Networks, Part, PartKey, Ruleset, advice, host_ports};
+use crate::firewall::{self, HostPorts, Networks, Part, PartKey, Ruleset, advice, enforcers, host_ports};
 use crate::kernel::{Dump, Kernel, KernelError};
 use crate::object::{Desired, Found, Key, Object, Observed, Obstacle, Op};
 use crate::pods::{DeviceFacts, PodNeeds, SeenVeth};
@@ -196,6 +196,7 @@ fn look_and_mend(
                 failed.entry(key).or_insert(KernelError::Contested);
             }
             memory.legacy_due = firewall.legacy_until;
+            report.enforcers = enforcers::of(&firewall, dump.links.keys());
             report.advice = advice::of(&inputs.firewall, &networks, &firewall, &sysctls);
             finish(&mut report, &dump, &desired, &wanted.peers, &failed, &inputs.pods);
             // What somebody else keeps changing, and is right at the moment, does not keep pods from being served.
@@ -337,7 +338,7 @@ fn look_at_firewall(
             (seen, unseen)
         }
         Err(error) => {
-            let nothing = Ruleset::default();
+            let nothing = Ruleset { unread: Some(error.to_string()), ..Ruleset::default() };
             let mut keys: BTreeSet<PartKey> =
                 firewall::desired(&inputs.firewall, networks, &nothing).iter().map(Part::key).collect();
             // A table that is to be emptied is not wanted by anybody, and may be there all the same.

@@ -505,10 +505,14 @@ fn a_packet_filter_that_cannot_be_looked_at_is_pending_and_nothing_else_waits_fo
         assert_eq!(pending, [("nftables table ip flannel-ipv4".to_owned(), attempts)]);
         assert!(report.pending[0].error.to_string().contains("module nf_tables"));
         assert!(report.usable && report.peers.values().all(|peer| peer.problem().is_none()));
+        let unseen = report.enforcers.unseen.unwrap_or_default();
+        assert!(unseen.contains("module nf_tables"), "whoever enforces policies may go unseen: {unseen:?}");
     }
     kernel.firewall_fault = None;
+    kernel.ruleset.enforcers.insert("Calico", "its chain".into());
     let report = looked(pass(&mut kernel, &mut memory, &inputs, 1, soon()));
     assert_eq!((report.pending.len(), kernel.ruleset.own.len()), (0, 1));
+    assert_eq!((report.enforcers.found.len(), report.enforcers.unseen), (1, None));
 }
 
 #[test]

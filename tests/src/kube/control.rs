@@ -161,6 +161,13 @@ impl ControlPlane {
         [program, config, format!("--cache-dir={}", self.dir.join("cache").display())]
     }
 
+    /// A kubeconfig for the bearer of this token.
+    pub fn kubeconfig(&self, file: &str, token: &str) -> Result<PathBuf> {
+        let path = self.dir.join(file);
+        fs::write(&path, kubeconfig(token, &self.ca().display().to_string()))?;
+        Ok(path)
+    }
+
     pub fn ca(&self) -> PathBuf {
         self.dir.join("ca.crt")
     }

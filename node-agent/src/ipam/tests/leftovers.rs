@@ -184,6 +184,20 @@ async fn what_cannot_be_undone_is_said_once_for_each_reason() {
 }
 
 #[tokio::test]
+async fn what_cannot_be_undone_of_a_repeated_add_is_said_again() {
+    let logged = Logged::begin();
+    let node = Node::new();
+    for round in 1..=2 {
+        node.fabric.world().delete_fails = false;
+        // Whose plugin may still be alive: the next ADD of the same name takes its place.
+        let (connection, _) = node.add("a").await.expect("reserved");
+        node.fabric.world().delete_fails = true;
+        connection.closed(false).await;
+        assert_eq!(logged.lines("not undone yet").len(), round);
+    }
+}
+
+#[tokio::test]
 async fn a_veth_without_a_record_goes_after_a_while() {
     let node = Node::new();
     node.fabric.wire(&host_ifname(&key("ghost")));

@@ -28,6 +28,7 @@ use self::wire::{Message, Received};
 use super::iptables::Legacy;
 use super::{Errno, KernelError};
 use crate::firewall::advice::{FLANNELS_CHAIN, Leftover};
+use crate::firewall::enforcers;
 use crate::firewall::forward::{HostChain, Keeper, place};
 use crate::firewall::legacy::LegacyFilter;
 use crate::firewall::masquerade::{self, HOOK_FORWARD};
@@ -340,6 +341,12 @@ fn list(socket: &mut NftSocket) -> Result<Option<Ruleset>, KernelError> {
                 return Ok(None);
             };
             ruleset.own.push(part);
+        }
+        for ListedChain { id, .. } in &chains {
+            let awake = tables.get(&id.table.name).is_none_or(|flags| !flags.dormant);
+            if let Some(whose) = enforcers::of_chain(id).filter(|_| awake) {
+                ruleset.enforcers.entry(whose).or_insert_with(|| format!("nftables chain {id}"));
+            }
         }
         for chain in &chains {
             let Some(hook) = &chain.hook else { continue };

@@ -345,6 +345,32 @@ fn a_change_between_look_and_commit_is_not_written_over() {
 }
 
 #[test]
+fn who_enforces_network_policies_is_seen_for_as_long_as_its_chain_is_there() {
+    in_namespace(|| {
+        let (mut firewall, period) = (Firewall::default(), settings().legacy_period);
+        let mut seen = || {
+            let look = firewall.look(period).expect("look");
+            look.enforcers.into_iter().map(|(name, sign)| format!("{name}: {sign}")).collect::<Vec<_>>()
+        };
+        sh("iptables-nft -N KUBE-FORWARD; iptables-nft -N FLANNEL-FWD; ip6tables-nft -N cali-FORWARD");
+        assert_eq!(seen(), Vec::<String>::new());
+        sh("iptables-nft -N cali-FORWARD; iptables-nft -A FORWARD -j cali-FORWARD");
+        sh("nft add table inet kube-network-policies");
+        let calico = "Calico: nftables chain ip filter cali-FORWARD";
+        assert_eq!(seen(), [calico], "a table alone enforces nothing");
+        sh(
+            "nft add chain inet kube-network-policies postrouting '{ type filter hook postrouting priority 95; }'",
+        );
+        let theirs = "kube-network-policies: nftables chain inet kube-network-policies postrouting";
+        assert_eq!(seen(), [calico, theirs]);
+        sh("nft add table inet kube-network-policies '{ flags dormant; }'");
+        assert_eq!(seen(), [calico], "a table that sleeps enforces nothing");
+        sh("nft delete table inet kube-network-policies; iptables-nft -F; iptables-nft -X cali-FORWARD");
+        assert_eq!(seen(), Vec::<String>::new());
+    });
+}
+
+#[test]
 fn random_ports_are_given_up_when_the_kernel_refuses_them_and_only_then() {
     let table = |fully_random| {
         let seen = Ruleset { fully_random, ..Ruleset::default() };

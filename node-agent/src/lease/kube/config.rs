@@ -1,6 +1,7 @@
 //! How to reach the cluster and which of its Nodes is this one, as checked as it can be without asking anybody.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::annotations::Prefix;
 
@@ -16,6 +17,8 @@ pub struct KubeConfig {
     pub node: NodeIdentity,
     /// Whether to write the condition NetworkUnavailable=False.
     pub set_network_available: bool,
+    /// How often to ask whether there are NetworkPolicies that nobody enforces; `None`: never.
+    pub policy_check: Option<Duration>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +32,10 @@ pub enum NodeIdentity {
 }
 
 impl KubeConfig {
+    pub(super) fn speaks_without_credentials(&self) -> bool {
+        self.api_url.is_some() && self.kubeconfig.is_none()
+    }
+
     /// Where it is, for people.
     pub(super) fn location(&self) -> String {
         match (&self.api_url, &self.kubeconfig) {

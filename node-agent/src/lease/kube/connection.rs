@@ -9,9 +9,9 @@ use futures_util::{AsyncReadExt as _, Stream};
 use http::Request;
 use kube::client::Client;
 use kube::config::{Config, KubeConfigOptions, Kubeconfig};
-use kube::core::params::{GetParams, ListParams, Patch, PatchParams, WatchParams};
+use kube::core::params::{GetParams, ListParams, Patch, PatchParams, PostParams, WatchParams};
 use kube::core::{Request as Resource, WatchEvent};
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::Value;
 use tokio::time::timeout;
 
@@ -28,6 +28,8 @@ pub(super) const WATCH_LENGTH: Duration = Duration::from_secs(290);
 /// As audit logs and managed fields name us.
 const MANAGER: &str = "weftd";
 const NODES: &str = "/api/v1/nodes";
+const WITHOUT_CREDENTIALS: &str = "--kube-api-url without --kubeconfig-file speaks without credentials, also in a pod: \
+                                   leave it out to use the pod's service account, or give a kubeconfig";
 
 #[derive(Debug)]
 pub(super) struct Connection {
@@ -78,6 +80,25 @@ impl Connection {
         self.ask(Resource::new(NODES).list(&params)).await
     }
 
+    /// The first object of a kind by its metadata alone, in a list which says how many there are. `None`: there is no
+    /// such kind.
+    pub(super) async fn first_of<T: DeserializeOwned>(&self, kind: &str) -> Result<Option<T>, StoreError> {
+        let params = ListParams { limit: Some(1), ..ListParams::default() };
+        let request = Resource::new(kind).list_metadata(&params);
+        self.found(self.ask(request).await)
+    }
+
+    /// Makes an object, unless one of its name is there.
+    pub(super) async fn create(&self, kind: &str, object: &Value) -> Result<(), StoreError> {
+        let params = PostParams { field_manager: Some(MANAGER.into()), ..PostParams::default() };
+        let request = Resource::new(kind).create(&params, object.to_string().into_bytes());
+        match self.ask::<IgnoredAny>(request).await {
+            Ok(IgnoredAny) => Ok(()),
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+            Err(error) => Err(self.error(&error)),
+        }
+    }
+
     /// The Node that the pod runs on, which is us.
     pub(super) async fn node_of_pod(&self, namespace: &str, pod: &str) -> Result<Option<String>, StoreError> {
         let pods = format!("/api/v1/namespaces/{namespace}/pods");
@@ -118,7 +139,9 @@ impl Connection {
                 if status.code == 401 {
                     self.reset();
                 }
-                StoreError::Refused { location, reason: status.message.clone() }
+                let bare = self.config.speaks_without_credentials();
+                let cause = if bare { format!("; {WITHOUT_CREDENTIALS}") } else { String::new() };
+                StoreError::Refused { location, reason: format!("{}{cause}", status.message) }
             }
             kube::Error::Api(status) => StoreError::Unavailable {
                 location,
@@ -175,7 +198,8 @@ impl Connection {
         Ok(client)
     }
 
-    /// As client-go's BuildConfigFromFlags: what is given, else the pod's service account, else what kubectl would take.
+    /// As client-go's BuildConfigFromFlags: what is given, and a URL alone is given without credentials; else the pod's
+    /// service account. Else, which flanneld does not, what kubectl would take.
     async fn read_config(&self) -> Result<Config, kube::Error> {
         let url = |url: &String| url.parse::<http::Uri>().map_err(|e| kube::Error::HttpError(e.into()));
         let KubeConfig { kubeconfig, api_url, .. } = &self.config;

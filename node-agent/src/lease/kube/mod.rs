@@ -12,6 +12,7 @@ mod connection;
 mod netconf;
 mod node;
 mod own;
+mod policies;
 mod watch;
 mod world;
 
@@ -91,6 +92,16 @@ impl KubeStore {
             shared: Arc::default(),
             times: watch::Times::default(),
         }
+    }
+
+    /// How many NetworkPolicies there are in the cluster.
+    pub async fn network_policies(&self) -> Result<u64, StoreError> {
+        policies::count(self).await
+    }
+
+    /// Writes the Event which says that nobody enforces them, unless it is there.
+    pub async fn tell_of_network_policies(&self, note: &str) -> Result<(), StoreError> {
+        policies::tell(self, note).await
     }
 
     async fn node_name(&self) -> Result<&str, StoreError> {

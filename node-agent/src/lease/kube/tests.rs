@@ -1,6 +1,7 @@
 //! The store against a small apiserver, with its faults.
 
 mod apiserver;
+mod policies;
 
 use std::time::SystemTime;
 
@@ -27,12 +28,13 @@ struct Cluster {
 impl Cluster {
     fn config(&self) -> KubeConfig {
         KubeConfig {
-            kubeconfig: None,
+            kubeconfig: Some("/admin.conf".into()),
             api_url: Some("http://apiserver".into()),
             prefix: Prefix::parse(PREFIX).expect("prefix"),
             net_config: self.net_config(),
             node: NodeIdentity::Name("own".into()),
             set_network_available: true,
+            policy_check: None,
         }
     }
 
@@ -174,6 +176,14 @@ async fn what_the_cluster_has_not_done_is_said_by_name() {
     match store.acquire(&request()).await {
         Err(StoreError::Refused { reason, .. }) => assert_eq!(reason, "said no: Forbidden"),
         other => panic!("{other:?}"),
+    }
+    let bare = KubeConfig { kubeconfig: None, ..cluster.config() };
+    for (code, reason) in [(StatusCode::FORBIDDEN, "Forbidden"), (StatusCode::UNAUTHORIZED, "Unauthorized")] {
+        cluster.api.fail(Some((code, reason)));
+        let refused = cluster.store_of(&bare).acquire(&request()).await.expect_err(reason).to_string();
+        let cause =
+            format!("said no: {reason}; --kube-api-url without --kubeconfig-file speaks without credentials");
+        assert!(refused.contains(&cause), "{refused}");
     }
     cluster.api.fail(Some((StatusCode::SERVICE_UNAVAILABLE, "Booting")));
     assert!(matches!(store.acquire(&request()).await, Err(StoreError::Unavailable { .. })));

@@ -13,6 +13,8 @@ use axum::routing::get;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
+use super::super::policies::{EVENTS, POLICIES};
+
 #[derive(Debug, Clone, Default)]
 pub(super) struct ApiServer(Arc<Inner>);
 
@@ -34,6 +36,12 @@ struct World {
     epoch: u64,
     /// In place of an answer.
     fault: Option<(StatusCode, &'static str)>,
+    /// Names of NetworkPolicies.
+    policies: Vec<String>,
+    /// By name.
+    events: BTreeMap<String, Value>,
+    /// NetworkPolicies and Events are none of the agent's business.
+    rights_withheld: bool,
     requests: Vec<String>,
     patches: Vec<(String, Value)>,
 }
@@ -45,6 +53,8 @@ impl ApiServer {
             .route("/api/v1/nodes/{name}", get(one))
             .route("/api/v1/nodes/{name}/status", axum::routing::patch(patch))
             .route("/api/v1/namespaces/{namespace}/pods/{name}", get(pod))
+            .route(POLICIES, get(policies))
+            .route(EVENTS, axum::routing::post(event))
             .with_state(self.clone());
         kube::Client::new(routes, "default")
     }
@@ -102,6 +112,26 @@ impl ApiServer {
             world.version = version;
             world.history.clear();
         });
+    }
+
+    pub(super) fn set_policies(&self, names: &[&str]) {
+        self.with(|world| world.policies = names.iter().map(|name| (*name).to_owned()).collect());
+    }
+
+    pub(super) fn events(&self) -> Vec<Value> {
+        self.with(|world| world.events.values().cloned().collect())
+    }
+
+    pub(super) fn withhold_rights(&self) {
+        self.with(|world| world.rights_withheld = true);
+    }
+
+    fn begin_beside_nodes(&self, request: String) -> Result<(), Box<Response>> {
+        self.begin(request)?;
+        match self.with(|world| world.rights_withheld) {
+            true => Err(Box::new(failure(StatusCode::FORBIDDEN, "Forbidden"))),
+            false => Ok(()),
+        }
     }
 
     pub(super) fn bookmark(&self) {
@@ -194,6 +224,47 @@ async fn pod(State(api): State<ApiServer>, Path((namespace, name)): Path<(String
         Some(node) => answer(&json!({"metadata": {"name": name}, "spec": {"nodeName": node}})),
         None => failure(StatusCode::NOT_FOUND, "NotFound"),
     }
+}
+
+async fn policies(
+    State(api): State<ApiServer>,
+    Query(query): Query<BTreeMap<String, String>>,
+    headers: HeaderMap,
+) -> Response {
+    let accepted = headers[header::ACCEPT].to_str().expect("text");
+    let of = if accepted.contains("as=PartialObjectMetadataList") { "metadata of " } else { "" };
+    if let Err(fault) = api.begin_beside_nodes(format!("LIST {of}policies {query:?}")) {
+        return *fault;
+    }
+    let limit: usize = query.get("limit").map_or(usize::MAX, |limit| limit.parse().expect("limit"));
+    api.with(|world| {
+        let items: Vec<_> =
+            world.policies.iter().take(limit).map(|name| json!({"metadata": {"name": name}})).collect();
+        let mut metadata = json!({"resourceVersion": world.version.to_string()});
+        let rest = world.policies.len() - items.len();
+        if rest > 0 {
+            metadata["remainingItemCount"] = rest.into();
+            metadata["continue"] = "more".into();
+        }
+        // Not a list, as the real one has it.
+        let items = if items.is_empty() { Value::Null } else { items.into() };
+        answer(&json!({"kind": "PartialObjectMetadataList", "metadata": metadata, "items": items}))
+    })
+}
+
+async fn event(State(api): State<ApiServer>, body: Bytes) -> Response {
+    let event: Value = serde_json::from_slice(&body).expect("an Event");
+    let name = event["metadata"]["name"].as_str().expect("name").to_owned();
+    if let Err(fault) = api.begin_beside_nodes(format!("POST event {name}")) {
+        return *fault;
+    }
+    api.with(|world| match world.events.contains_key(&name) {
+        true => failure(StatusCode::CONFLICT, "AlreadyExists"),
+        false => {
+            world.events.insert(name, event.clone());
+            answer(&event)
+        }
+    })
 }
 
 async fn patch(

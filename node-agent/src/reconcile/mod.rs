@@ -345,15 +345,3 @@ fn complain(last: &Report, report: &Report) {
         }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_sweep_comes_more_rarely_only_among_more_than_a_thousand_peers() {
-        let period = |peers| sweep_period(Duration::from_secs(10), peers).as_secs_f64();
-        assert_eq!([0, 1, 999, 1000].map(period), [10.0; 4]);
-        assert_eq!([1500, 5000].map(period), [15.0, 50.0]);
-    }
-}

@@ -107,16 +107,20 @@ impl Agent {
     }
 
     pub(crate) fn committed(&mut self) -> Result<(), AgentError> {
-        match self.hear()? {
-            Reply::Done => Ok(()),
-            other => Err(unexpected(other)),
-        }
+        self.acknowledged()
     }
 
     /// Any request that is answered by a plain `Done`.
     pub(crate) fn done(&mut self, request: &Request) -> Result<(), AgentError> {
         self.tell(request)?;
-        self.committed()
+        self.acknowledged()
+    }
+
+    fn acknowledged(&mut self) -> Result<(), AgentError> {
+        match self.hear()? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(other)),
+        }
     }
 
     fn tell(&mut self, request: &Request) -> Result<(), AgentError> {

@@ -141,13 +141,15 @@ pub(crate) struct Wired {
 /// Carries the plan out. On failure nothing of it is left.
 pub(crate) fn wire(plan: &Plan, host: &mut Netlink, pod: &mut Pod) -> Result<Wired, Failure> {
     let created = create(plan, host, pod)?;
-    configure(plan, &created, host, pod).inspect_err(|_| undo(host, created.index))
+    configure(plan, &created, host, pod).inspect_err(|_| {
+        undo(host, created.index);
+    })
 }
 
-/// Deletes the pair by its host end. A failure is not reported: the agent deletes what is left of an attachment that
-/// was not committed, and this is already the way out of another error.
-pub(crate) fn undo(host: &mut Netlink, host_ifindex: u32) {
-    let _ = host.delete_link(host_ifindex);
+/// Deletes the pair by its host end; false when somebody has done so before. A failure is not reported: the agent deletes
+/// what is left of an attachment that was not committed, and this is already the way out of another error.
+pub(crate) fn undo(host: &mut Netlink, host_ifindex: u32) -> bool {
+    host.delete_link(host_ifindex).unwrap_or(true)
 }
 
 fn create(plan: &Plan, host: &mut Netlink, pod: &mut Pod) -> Result<Link, Failure> {
@@ -234,7 +236,9 @@ fn await_forwarding(host: &mut Netlink, port: u32, bridge: u32) -> Result<(), Ne
 /// second one comes a second later.
 fn forwards(host: &mut Netlink, port: u32, bridge: u32) -> Result<bool, NetlinkError> {
     let [port, bridge] = host.links_by_index([port, bridge])?;
-    Ok(port.is_some_and(|link| link.port.forwarding) && bridge.is_some_and(|link| link.operational))
+    // Not so the bridge, which the agent makes anew.
+    let deleted = || NetlinkError::Refused { errno: Errno::ENODEV, text: "deleted meanwhile".into() };
+    Ok(port.ok_or_else(deleted)?.port.forwarding && bridge.is_some_and(|link| link.operational))
 }
 
 fn failed(what: &str, why: &dyn std::fmt::Display) -> Failure {

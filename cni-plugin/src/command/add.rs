@@ -85,8 +85,10 @@ pub(crate) fn add(
     let result = result(&interface, &plan, &reserved, &wired, netns_path);
     let printed = announced.and_then(|()| result.render(conf.version)).and_then(|text| print(&text, out));
     printed.inspect_err(|_| {
-        wiring::undo(&mut host, wired.host_ifindex);
-        take_back(&socket, attachment);
+        // Whoever has deleted it has told the agent, and what that holds by now is another ADD's.
+        if wiring::undo(&mut host, wired.host_ifindex) {
+            take_back(&socket, attachment);
+        }
     })
 }
 

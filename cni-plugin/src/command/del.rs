@@ -55,7 +55,7 @@ fn release(socket: &Path, attachment: &Attachment, deadline: Instant) -> Result<
 fn delete_ours(name: &IfName) -> Result<(), NetlinkError> {
     let mut host = Netlink::open()?;
     match host.link_by_name(name)? {
-        Some(link) if link.group == LINK_GROUP => host.delete_link(link.index),
+        Some(link) if link.group == LINK_GROUP => host.delete_link(link.index).map(drop),
         _ => Ok(()),
     }
 }

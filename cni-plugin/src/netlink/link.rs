@@ -141,13 +141,13 @@ impl Netlink {
         Ok(links)
     }
 
-    /// Deletes a link; one that is gone already is as good.
-    pub(crate) fn delete_link(&mut self, ifindex: u32) -> Result<(), NetlinkError> {
+    /// Deletes a link; false when it is gone already.
+    pub(crate) fn delete_link(&mut self, ifindex: u32) -> Result<bool, NetlinkError> {
         let mut batch = self.batch();
         batch.push(RTM_DELLINK, 0, &ifinfomsg(ifindex, 0), |_| {});
         match self.apply(batch) {
-            Err(e) if e.is(Errno::ENODEV) => Ok(()),
-            other => other,
+            Err(e) if e.is(Errno::ENODEV) => Ok(false),
+            other => other.map(|()| true),
         }
     }
 

@@ -27,7 +27,6 @@ mod tests;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,10 +35,10 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
+use weft_shared::IfName;
 use weft_shared::deadline;
 use weft_shared::names::{attachment_hash, host_ifname};
 use weft_shared::protocol::{Attachment, Bandwidth, Limit};
-use weft_shared::{IfName, Subnet};
 
 pub use boottime::Boottime;
 pub use records::RecordsError;
@@ -48,7 +47,7 @@ pub use verbs::verb;
 
 use self::counters::Counters;
 use self::locks::NameLocks;
-use self::records::Records;
+use self::records::{Continuity, Records};
 use self::table::{Entry, Phase, Table};
 use crate::pods::{Extras, Fabric, OldFlows, PodNeeds, SeenVeth, SeenVeths};
 use crate::status::{AttachmentStatus, PodStatus};
@@ -106,8 +105,8 @@ pub struct Ipam<F> {
 struct State {
     table: Table,
     records: Records,
-    /// As they were written down last.
-    cursors: BTreeMap<Subnet, IpAddr>,
+    /// As it is on disk.
+    written: Continuity,
     /// Some record is in memory only, since a foreign hand deleted their directory.
     is_short: bool,
     /// Attachments that were freed because their veth was gone, until a DEL claims them or has had time to.
@@ -141,6 +140,7 @@ impl<F: Fabric> Ipam<F> {
     ) -> Result<Arc<Self>, RecordsError> {
         let (records, loaded) = Records::open(&config.run_dir, &config.boot_id)?;
         info!(attachments = loaded.records.len(), unreadable = loaded.damaged.len(), "records taken over");
+        let written = loaded.continuity.clone();
         let table = Table::new(loaded, clock());
         let ipam = Self {
             config,
@@ -149,7 +149,7 @@ impl<F: Fabric> Ipam<F> {
             state: Mutex::new(State {
                 table,
                 records,
-                cursors: BTreeMap::new(),
+                written,
                 is_short: false,
                 unclaimed: BTreeMap::new(),
                 stuck: BTreeMap::new(),
@@ -201,10 +201,10 @@ impl<F: Fabric> Ipam<F> {
                 state.table.set_network(&network);
             }
             // Or the next start would give a bridge its former MTU for a moment.
-            if let Err(error) = state.keep_continuity(now) {
+            if let Err(error) = state.keep_bridges(now) {
                 warn!(%error, "subnet and MTU of the bridges are not recorded");
             }
-            state.table.expire_held(now);
+            state.table.expire_held(now, seen.pass);
             let before = state.unclaimed.len();
             state.unclaimed.retain(|_, until| now < *until);
             let unclaimed = before - state.unclaimed.len();
@@ -434,21 +434,24 @@ impl State {
     fn write_continuity(&mut self, now: Boottime) -> io::Result<()> {
         let continuity = self.table.continuity(now);
         self.records.write_continuity(&continuity)?;
-        self.cursors = continuity.cursors;
-        self.table.recorded();
+        self.written = continuity;
         Ok(())
     }
 
     /// If what the bridges are has changed.
-    fn keep_continuity(&mut self, now: Boottime) -> io::Result<()> {
-        if self.table.is_unrecorded() { self.write_continuity(now) } else { Ok(()) }
+    fn keep_bridges(&mut self, now: Boottime) -> io::Result<()> {
+        if *self.table.bridges() == self.written.bridges { Ok(()) } else { self.write_continuity(now) }
     }
 
     /// Where round robin stands must be known without this record.
     fn remove_record(&mut self, hash: &str, now: Boottime) -> io::Result<()> {
-        let kept = if self.cursors == self.table.cursors() { Ok(()) } else { self.write_continuity(now) };
-        // A file system that is full gets room by this.
-        self.records.remove(hash).and(kept)
+        if self.table.cursors() != self.written.cursors
+            && let Err(error) = self.write_continuity(now)
+        {
+            // A file system that is full gets room by what follows.
+            warn!(%error, "where round robin stands is not recorded");
+        }
+        self.records.remove(hash)
     }
 }
 

@@ -28,6 +28,9 @@ use crate::pods::SeenVeth;
 pub(super) struct Record {
     // The addresses come first: they are what a torn file must still tell.
     pub(super) addresses: Vec<IpAddr>,
+    /// The addresses are those that were asked for, and not round robin's.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) requested: bool,
     /// Addresses of an ADD that this one replaced and whose plugin may not be dead yet.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) held: Vec<Held>,
@@ -82,8 +85,9 @@ impl Damaged {
 /// What must outlive single attachments: where round robin stood at that time, and which bridges Reserve has named.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub(super) struct Continuity {
+    /// Older agents did not say.
     #[serde(default)]
-    pub(super) at: Boottime,
+    pub(super) at: Option<Boottime>,
     pub(super) cursors: BTreeMap<Subnet, IpAddr>,
     pub(super) bridges: BTreeMap<IfName, BridgeUse>,
 }
@@ -395,6 +399,7 @@ mod tests {
     fn record(id: &str, address: &str) -> Record {
         Record {
             addresses: vec![address.parse().expect("address")],
+            requested: false,
             held: vec![],
             subnet: "10.5.1.0/24".parse().expect("subnet"),
             attachment: Attachment {

@@ -52,12 +52,14 @@ pub(super) struct Entry {
     pub(super) phase: Phase,
     /// Of its host-side veth: a hash, which is not to be taken of every attachment whenever one of them changes.
     veth: IfName,
+    /// The first look that shows whether an address that it has held for long enough is really nobody's.
+    held_until_look: Option<u64>,
 }
 
 impl Entry {
     fn new(record: Record, phase: Phase) -> Self {
         let veth = host_ifname(&record.attachment);
-        Self { record, phase, veth }
+        Self { record, phase, veth, held_until_look: None }
     }
 
     pub(super) fn is_committed(&self) -> bool {
@@ -110,7 +112,6 @@ pub(super) struct Table {
     damaged: BTreeMap<String, Damaged>,
     pools: BTreeMap<Subnet, Pool>,
     continuity: Continuity,
-    unrecorded: bool,
     /// The subnet that new pods get, once known.
     current: Option<Subnet>,
     open: BTreeSet<ConnId>,
@@ -126,8 +127,9 @@ impl Table {
         let mut table = Self { continuity: loaded.continuity, damaged: loaded.damaged, ..Self::default() };
         // Round robin has gone on since, as far as these records show, and no further: before one is removed, where it
         // stands is written down.
+        let is_later = |at| move |record: &&Record| record.reserved_at >= at && !record.requested;
         let mut later: Vec<_> =
-            loaded.records.iter().filter(|record| record.reserved_at >= table.continuity.at).collect();
+            table.continuity.at.iter().flat_map(|at| loaded.records.iter().filter(is_later(*at))).collect();
         later.sort_by_key(|record| record.reserved_at);
         for record in later {
             table.continuity.cursors.extend(record.addresses.iter().map(|address| (record.subnet, *address)));
@@ -158,19 +160,8 @@ impl Table {
         self.current = Some(network.subnet);
         self.pool(network.subnet);
         for used in self.continuity.bridges.values_mut() {
-            let now = BridgeUse { subnet: network.subnet, mtu: network.mtu, ..*used };
-            self.unrecorded |= *used != now;
-            *used = now;
+            *used = BridgeUse { subnet: network.subnet, mtu: network.mtu, ..*used };
         }
-    }
-
-    /// Whether [`Table::continuity`] has changed by itself since it was written last.
-    pub(super) fn is_unrecorded(&self) -> bool {
-        self.unrecorded
-    }
-
-    pub(super) fn recorded(&mut self) {
-        self.unrecorded = false;
     }
 
     pub(super) fn standing(&self, key: &Attachment, now: Boottime) -> Standing {
@@ -208,6 +199,7 @@ impl Table {
         let addresses = self.pick(network.subnet, &request.requested, &held)?;
         let record = Record {
             addresses,
+            requested: !request.requested.is_empty(),
             held,
             subnet: network.subnet,
             attachment: request.attachment.clone(),
@@ -341,34 +333,37 @@ impl Table {
         true
     }
 
-    /// Frees what orphans held. Only Commit proves that the veth of this name is not the orphan's; until then what is
-    /// held goes with the entry, after the veth.
-    pub(super) fn expire_held(&mut self, now: Boottime) {
-        let mut expired = Vec::new();
+    /// Notes whose orphans can no longer wire. What such a one held is free once a look from then on has found the committed
+    /// veth: had that gone before, the orphan may have made one of its name, and the address is in use. Of an attachment that
+    /// is not committed it goes with the entry, after the veth.
+    pub(super) fn expire_held(&mut self, now: Boottime, last_look: u64) {
         for entry in self.entries.values_mut().filter(|entry| entry.is_committed()) {
-            entry.record.held.retain(|held| {
-                let keep = held.until > now;
-                if !keep {
-                    expired.push(held.address);
-                }
-                keep
-            });
+            if entry.held_until_look.is_none() && entry.record.held.iter().any(|held| held.until <= now) {
+                // The look after the last one may have begun already.
+                entry.held_until_look = Some(last_look + 2);
+            }
         }
-        self.free(expired.into_iter());
     }
 
     /// Judges a look at the kernel.
     pub(super) fn observe(&mut self, seen: &SeenVeths, now: Boottime) -> Suspects {
         let mut suspects = Suspects::default();
         let present: BTreeSet<&SeenVeth> = seen.veths.iter().collect();
-        for (key, entry) in &self.entries {
+        let mut free = Vec::new();
+        for (key, entry) in &mut self.entries {
             let Phase::Committed { seen_from } = entry.phase else { continue };
             let ifindex = entry.record.committed.map_or(0, |wired| wired.host_ifindex);
             let veth = SeenVeth { name: entry.veth.clone(), ifindex };
-            if seen.pass >= seen_from && !present.contains(&veth) {
-                suspects.attachments.push((key.clone(), ifindex));
+            if !present.contains(&veth) {
+                if seen.pass >= seen_from {
+                    suspects.attachments.push((key.clone(), ifindex));
+                }
+            } else if entry.held_until_look.take_if(|look| seen.pass >= *look).is_some() {
+                let expired = entry.record.held.extract_if(.., |held| held.until <= now);
+                free.extend(expired.map(|held| held.address));
             }
         }
+        self.free(free.into_iter());
         if seen.pass == 0 {
             return suspects;
         }
@@ -439,7 +434,8 @@ impl Table {
             Phase::Aborted { conn: None, not_before } => Some(not_before),
             _ => None,
         });
-        let committed = self.entries.values().filter(|entry| entry.is_committed());
+        // From then on a look is waited for.
+        let committed = self.entries.values().filter(|e| e.is_committed() && e.held_until_look.is_none());
         let held = committed.flat_map(|entry| entry.record.held.iter().map(|held| held.until));
         let strays = self.strays.values().map(|first| first.plus(deadline::WIRING));
         undo.chain(held).chain(strays).min()
@@ -451,6 +447,10 @@ impl Table {
         self.continuity.bridges.insert(name.clone(), used) != Some(used)
     }
 
+    pub(super) fn bridges(&self) -> &BTreeMap<IfName, BridgeUse> {
+        &self.continuity.bridges
+    }
+
     /// What the kernel must hold for the attachments there are.
     pub(super) fn needs(&self, network_mtu: Option<u32>) -> PodNeeds {
         let mut needs = PodNeeds::default();
@@ -458,7 +458,7 @@ impl Table {
             let need = BridgeNeed { subnets: vec![used.subnet], mtu: used.mtu, mac: used.mac };
             needs.bridges.insert(name.clone(), need);
         }
-        for Entry { record, phase, veth } in self.entries.values() {
+        for Entry { record, phase, veth, .. } in self.entries.values() {
             if matches!(phase, Phase::Aborted { .. }) {
                 continue;
             }
@@ -486,7 +486,7 @@ impl Table {
 
     /// What is to be remembered beside the records.
     pub(super) fn continuity(&self, at: Boottime) -> Continuity {
-        Continuity { at, cursors: self.cursors(), bridges: self.continuity.bridges.clone() }
+        Continuity { at: Some(at), cursors: self.cursors(), bridges: self.continuity.bridges.clone() }
     }
 
     /// The address that was given last, out of each subnet.

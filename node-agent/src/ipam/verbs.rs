@@ -71,7 +71,7 @@ impl<F: Fabric> Ipam<F> {
             let mut state = self.state();
             let record =
                 state.table.reserve(conn, &reserve, &network, mtu, (self.clock)()).map_err(refused)?;
-            let written = state.records.write(&record).and_then(|()| state.keep_continuity((self.clock)()));
+            let written = state.records.write(&record).and_then(|()| state.keep_bridges((self.clock)()));
             if written.is_err() {
                 state.table.give_up(key);
             }
@@ -270,8 +270,9 @@ impl<F: Fabric> Ipam<F> {
                     format!("{} was deleted while it was being added", shown(&reserve.attachment)),
                 ));
             }
-            if state.table.keep_bridge(&reserve.bridge.name, bridge.mac, network) {
-                state.write_continuity((self.clock)()).map_err(unwritten)?;
+            let differs = state.table.keep_bridge(&reserve.bridge.name, bridge.mac, network);
+            state.keep_bridges((self.clock)()).map_err(unwritten)?;
+            if differs {
                 self.publish(&state);
             }
         }

@@ -27,8 +27,6 @@ const DUMP_TRIES: u32 = 10;
 /// Of a thread that makes one system call.
 const SENDER_STACK: usize = 64 << 10;
 const HEADER: usize = 16;
-/// Who answers, in errors.
-const PEER: &str = "the kernel";
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 
@@ -63,8 +61,8 @@ impl RouteSocket {
         // Without strict checking the kernel ignores a dump's filter; older kernels do not know the option.
         let _ = socket.set_netlink_get_strict_chk(true);
         let _ = socket.set_rx_buf_sz(RECEIVE_BUFFER);
-        inbox::patience(&socket)?;
-        Ok(Self { socket: Arc::new(socket), inbox: Inbox::default(), sequence: 0, repeated_dumps: 0 })
+        inbox::answer_timeout(&socket)?;
+        Ok(Self { socket: Arc::new(socket), inbox: Inbox::of("the kernel"), sequence: 0, repeated_dumps: 0 })
     }
 
     /// Deletes a link and returns as soon as nothing can find it or send by it any more.
@@ -195,7 +193,7 @@ impl RouteSocket {
     fn bytes_of(&mut self, sequence: u32) -> Result<Option<Vec<Vec<u8>>>, KernelError> {
         let (mut list, mut interrupted) = (Vec::new(), false);
         loop {
-            let mut rest = self.inbox.answer(&self.socket, PEER)?;
+            let mut rest = self.inbox.answer(&self.socket)?;
             while let Some(length) = message_length(rest)? {
                 let (message, further) = rest.split_at(length);
                 rest = &further[(length.next_multiple_of(4) - length).min(further.len())..];
@@ -283,7 +281,7 @@ impl RouteSocket {
     }
 
     fn receive(&mut self) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>, KernelError> {
-        let mut rest = self.inbox.answer(&self.socket, PEER)?;
+        let mut rest = self.inbox.answer(&self.socket)?;
         let mut messages = Vec::new();
         while let Some(length) = message_length(rest)? {
             let message = NetlinkMessage::deserialize(&rest[..length]);
@@ -335,7 +333,6 @@ fn errno(code: i32) -> Result<(), KernelError> {
     if code == 0 { Ok(()) } else { Err(KernelError::Refused(Errno(code.abs()))) }
 }
 
-/// A receive that finds nothing ends after `seconds` with `EAGAIN`.
 #[cfg(test)]
 mod tests {
     use netlink_packet_core::{DoneMessage, ErrorMessage};

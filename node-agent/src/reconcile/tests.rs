@@ -58,8 +58,10 @@ async fn passes_that_nobody_waits_for_come_after_a_rest() {
     for _ in 0..3 {
         (0..10).for_each(|_| reconcile.wake());
         let next = reports.wait_for(|report| report.passes > last.passes).await.expect("a report").clone();
-        assert_eq!(next.passes, last.passes + 1);
-        assert!(seen(&next) - seen(&last) >= MAX_REST + SLOW, "{:?}", seen(&next) - seen(&last));
+        // The machine may have kept this thread from some of them.
+        let passes = (next.passes - last.passes) as u32;
+        let took = seen(&next) - seen(&last);
+        assert!(took >= passes * (MAX_REST + SLOW), "{passes} in {took:?}");
         last = next;
     }
     let give_up = Instant::now() + DEADLINE;

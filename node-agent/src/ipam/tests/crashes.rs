@@ -60,6 +60,21 @@ async fn a_crash_at_every_step() {
 }
 
 #[tokio::test]
+async fn an_address_that_was_asked_for_moves_no_cursor() {
+    let mut node = Node::new();
+    for id in ["a", "b", "c"] {
+        node.attach(id).await;
+    }
+    node.ipam().release(&key("b")).await.expect("DEL");
+    let asked = Reserve { requested: vec![addr("10.5.1.2")], ..reserve("d") };
+    node.ipam().release(&key("a")).await.expect("DEL");
+    let (connection, _) = node.add_with(asked).await.expect("free");
+    drop(connection);
+    node.restart();
+    assert_eq!(address(&node.attach("e").await), addr("10.5.1.5"), "not .3, which was freed a moment ago");
+}
+
+#[tokio::test]
 async fn a_reboot_clears_all() {
     let mut node = Node::new();
     node.attach("a").await;

@@ -8,6 +8,7 @@ use weft_shared::IfName;
 use weft_shared::cni::Code;
 use weft_shared::deadline;
 use weft_shared::names::{attachment_hash, host_ifname};
+use weft_shared::protocol::Reserve;
 
 use super::super::CLAIM;
 use super::super::testing::{BOOT, Node, STEP, addr, address, key, network, reserve, subnet};
@@ -282,6 +283,43 @@ async fn an_add_clears_its_way_only_where_a_veth_may_be() {
     node.fabric.wire(&reservation.host_ifname);
     node.attach("c").await;
     assert_eq!(node.fabric.world().deleted, [host_ifname(&key("b")), host_ifname(&key("c"))]);
+}
+
+#[tokio::test]
+async fn an_orphan_that_takes_a_vanished_veths_name_keeps_its_address() {
+    let node = Node::new();
+    let veth = host_ifname(&key("a"));
+    let (connection, orphan) = node.add("a").await.expect("reserve");
+    connection.closed(false).await;
+    node.attach("a").await;
+    node.fabric.world().veths.clear();
+    node.fabric.wire(&veth);
+    // It can wire no more, and has.
+    node.pass_time(deadline::WIRING);
+    node.ipam().tend().await;
+    let asked = Reserve { requested: vec![address(&orphan)], ..reserve("b") };
+    assert!(node.add_with(asked.clone()).await.expect_err("it lives").is(Code::AddressInUse));
+    // The looks tell, and both go.
+    node.look().await;
+    node.look().await;
+    assert!(!node.states().contains_key("a") && !node.fabric.world().veths.contains_key(&veth));
+    node.add_with(asked).await.expect("free");
+}
+
+#[tokio::test]
+async fn what_an_orphan_held_is_free_once_a_look_has_found_the_veth_that_is_not_its() {
+    let node = Node::new();
+    let (connection, orphan) = node.add("a").await.expect("reserve");
+    connection.closed(false).await;
+    node.attach("a").await;
+    node.pass_time(deadline::WIRING);
+    let asked = || Reserve { requested: vec![address(&orphan)], ..reserve("b") };
+    for _ in 0..2 {
+        node.ipam().tend().await;
+        assert!(node.add_with(asked()).await.expect_err("not seen yet").is(Code::AddressInUse));
+        node.look().await;
+    }
+    node.add_with(asked()).await.expect("free");
 }
 
 #[tokio::test]

@@ -16,8 +16,6 @@ use crate::kernel::{Errno, KernelError};
 /// Most of a node's 65,536 ports in one commit: some 500 bytes of each rule that is sent, and an acknowledgement of each
 /// (768 bytes as the kernel counts). A limit, not memory that is taken.
 const BUFFER: usize = 64 << 20;
-/// Who answers, in errors.
-const PEER: &str = "nf_tables";
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 
@@ -42,8 +40,8 @@ impl NftSocket {
         // Beyond net.core.wmem_max and rmem_max; a kernel or namespace that refuses that leaves what it allows.
         let _ = setsockopt(&socket, sockopt::SndBufForce, &BUFFER);
         let _ = setsockopt(&socket, sockopt::RcvBufForce, &BUFFER);
-        inbox::patience(&socket)?;
-        Ok(Self { socket, inbox: Inbox::default(), sequence: 0 })
+        inbox::answer_timeout(&socket)?;
+        Ok(Self { socket, inbox: Inbox::of("nf_tables"), sequence: 0 })
     }
 
     /// The ruleset's generation: it changes with every commit of anybody's in this network namespace.
@@ -142,7 +140,7 @@ impl NftSocket {
         self.socket.send(&batch, 0)?;
         let (mut answered, mut outcome) = (0, Ok(()));
         while answered < awaited {
-            let datagram = self.inbox.answer(&self.socket, PEER)?;
+            let datagram = self.inbox.answer(&self.socket)?;
             for message in super::wire::messages(datagram).filter(|m| m.kind == NLMSG_ERROR) {
                 let answer = error(&message);
                 let place = message.sequence.wrapping_sub(first);
@@ -170,7 +168,7 @@ impl NftSocket {
         sequence: u32,
         mut take: impl FnMut(Received<'_>) -> Result<bool, KernelError>,
     ) -> Result<(), KernelError> {
-        let datagram = self.inbox.answer(&self.socket, PEER)?;
+        let datagram = self.inbox.answer(&self.socket)?;
         for message in messages(datagram).filter(|m| m.sequence == sequence) {
             if take(message)? {
                 break;

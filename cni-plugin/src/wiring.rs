@@ -204,17 +204,17 @@ fn configure(plan: &Plan, created: &Link, host: &mut Netlink, pod: &mut Pod) -> 
     let (Some(container_mac), Some(host_mac)) = (container.and_then(|link| link.mac), created.mac) else {
         return Err(gone());
     };
+    // Neighbours that are told before would not hear it, and go on sending to the address's former owner for as long as half
+    // a minute.
+    await_forwarding(host, created.index, plan.bridge).map_err(step("wait for the bridge port"))?;
     Ok(Wired { host_ifindex: created.index, container_ifindex: index, host_mac, container_mac })
 }
 
-/// Tells the neighbours of the container's addresses, as soon as they can hear it.
+/// Tells the neighbours of the container's addresses.
 ///
-/// An announcement before the port forwards would be lost, and they would go on sending to the address's former owner for as
-/// long as half a minute. The kernel announces, not a packet socket of ours: closing one waits for an RCU grace period
-/// (af_packet.c `packet_release`), 8 to 30 ms measured, ten times the rest of the ADD.
-pub(crate) fn announce(plan: &Plan, wired: &Wired, host: &mut Netlink, pod: &mut Pod) -> Result<(), Failure> {
-    await_forwarding(host, wired.host_ifindex, plan.bridge)
-        .map_err(|e| failed("wait for the bridge port", &e))?;
+/// The kernel announces, not a packet socket of ours: closing one waits for an RCU grace period (af_packet.c
+/// `packet_release`), 8 to 30 ms measured, ten times the rest of the ADD.
+pub(crate) fn announce(wired: &Wired, pod: &mut Pod) -> Result<(), Failure> {
     pod.netlink
         .announce(wired.container_ifindex, wired.container_mac)
         .map_err(|e| failed("announce the addresses", &e))

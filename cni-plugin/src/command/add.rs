@@ -76,7 +76,7 @@ pub(crate) fn add(
         container_mac: wired.container_mac,
     };
     // The neighbours are told while the agent writes down.
-    let told = agent.commit(commit).map(|()| wiring::announce(&plan, &wired, &mut host, &mut pod));
+    let told = agent.commit(commit).map(|()| wiring::announce(&wired, &mut pod));
     let committed = told.and_then(|announced| agent.committed().map(|()| announced));
     let announced = committed.map_err(|e| {
         wiring::undo(&mut host, wired.host_ifindex);

@@ -317,7 +317,7 @@ impl<F: Fabric> Ipam<F> {
         if due || damaged {
             // A file that stays behind blocks its address at the next start, until that finds the veth gone.
             if let Err(error) = state.remove_record(&hash, (self.clock)()) {
-                warn!(attachment = %key, %error, "record file not removed");
+                warn!(attachment = %key, %error, "records not brought up to date");
             }
         }
         if due {
@@ -398,7 +398,7 @@ impl<F: Fabric> Ipam<F> {
         if state.table.remove_damaged(hash) {
             info!(hash, "veth of an unreadable record is gone, addresses freed");
             if let Err(error) = state.remove_record(hash, (self.clock)()) {
-                warn!(hash, %error, "record file not removed");
+                warn!(hash, %error, "records not brought up to date");
             }
         }
     }
@@ -445,13 +445,10 @@ impl State {
 
     /// Where round robin stands must be known without this record.
     fn remove_record(&mut self, hash: &str, now: Boottime) -> io::Result<()> {
-        if self.table.cursors() != self.written.cursors
-            && let Err(error) = self.write_continuity(now)
-        {
-            // A file system that is full gets room by what follows.
-            warn!(%error, "where round robin stands is not recorded");
-        }
-        self.records.remove(hash)
+        let unknown = self.table.cursors() != self.written.cursors && self.write_continuity(now).is_err();
+        self.records.remove(hash)?;
+        // That has made room, where there was none.
+        if unknown { self.write_continuity(now) } else { Ok(()) }
     }
 }
 

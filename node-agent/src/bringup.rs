@@ -35,7 +35,7 @@ use crate::object::LinkKind;
 use crate::pods::PodNeeds;
 use crate::reconcile::{Inputs, NodeInputs};
 use crate::underlay::{Underlay, UnderlayChoice, find_underlay, fits};
-use crate::upkeep::{Files, Upkeep};
+use crate::upkeep::{Files, Upkeep, Wished};
 
 /// From and to.
 const WISH_RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
@@ -57,7 +57,7 @@ pub async fn bring_up(
     let mut durable = durable.unwrap_or_default();
     let start = start(&node, &config, saved, &health).await;
     let network = start.network.clone();
-    let Chosen { choice, saved, asked } = choice(&node, &config.underlay, start, &health).await;
+    let Chosen { choice, saved, told } = choice(&node, &config.underlay, start, &health).await;
     let underlay = wait_for_underlay(&node, &choice, &network).await;
 
     let vtep_mac = vtep_mac(&network, &underlay, durable.vtep_mac).await?;
@@ -89,6 +89,7 @@ pub async fn bring_up(
         config_notice: None,
         underlay,
         underlay_problem: None,
+        wish_problem: None,
         backend,
         vtep_mac,
         lease: handle.state.borrow().clone(),
@@ -109,11 +110,11 @@ pub async fn bring_up(
     tasks.spawn(async move { store.watch(sender, health).await });
     let (available, in_place) = watch::channel(0);
     tasks.spawn(tell_network(node.store.clone(), in_place));
-    let (wishes, choice) = watch::channel(choice);
-    if !asked {
+    let (wishes, wished) = watch::channel(Wished { choice, problem: None });
+    if !told {
         tasks.spawn(ask_wish(node.store.clone(), config.underlay.clone(), wishes));
     }
-    let upkeep = Upkeep::new(node, table, handle, choice, files, durable, available);
+    let upkeep = Upkeep::new(node, table, handle, wished, files, durable, available);
     tokio::select! {
         ended = upkeep.run(updates) => ended,
         task = tasks.join_next() => anyhow::bail!("the lease keeper or the watch ended: {task:?}"),
@@ -121,16 +122,20 @@ pub async fn bring_up(
 }
 
 /// What a start without the store could not ask: passed on once it is answered.
-async fn ask_wish(store: Arc<Store>, given: UnderlayChoice, wishes: watch::Sender<UnderlayChoice>) {
+async fn ask_wish(store: Arc<Store>, given: UnderlayChoice, wishes: watch::Sender<Wished>) {
     let mut backoff = Backoff::new(WISH_RETRY.0, LATE_WISH_RETRY);
     let wish = loop {
         match store.public_ip_wish().await {
             Ok(wish) => break wish,
             // The watch says what is wrong.
-            Err(_) => sleep(backoff.wait()).await,
+            Err(StoreError::Unavailable { .. } | StoreError::Refused { .. }) => {}
+            Err(error) => {
+                wishes.send_modify(|wished| wished.problem = Some(error.to_string()));
+            }
         }
+        sleep(backoff.wait()).await;
     };
-    wishes.send_replace(with_wish(&given, wish));
+    wishes.send_replace(Wished { choice: with_wish(&given, wish), problem: None });
     // The channel's other end lives as long as the node is kept.
     std::future::pending().await
 }
@@ -285,11 +290,12 @@ struct Chosen {
     /// What was saved, if the store has not told.
     saved: Option<Saved>,
     /// The store has said what public IP an operator wishes.
-    asked: bool,
+    told: bool,
 }
 
-/// With the public IP that an operator has written beside this node, in place of the option's. A store that keeps its configuration elsewhere is asked here for the first time: a node that goes
-/// on without it keeps the address that it was leased with, if that is still one it can have, until it is told.
+/// With the public IP that an operator has written beside this node, in place of the option's. A store that keeps its
+/// configuration elsewhere is asked here for the first time: a node that goes on without it keeps the address that it was
+/// leased with, if that is still one it can have, until it is told.
 async fn choice(
     node: &Node,
     given: &UnderlayChoice,
@@ -302,7 +308,7 @@ async fn choice(
         let error = match node.store.public_ip_wish().await {
             Ok(wish) => {
                 let choice = with_wish(given, wish);
-                return Chosen { choice, saved: saved.filter(|_| !told), asked: true };
+                return Chosen { choice, saved: saved.filter(|_| !told), told: true };
             }
             Err(error) => error,
         };
@@ -318,7 +324,7 @@ async fn choice(
     }
     let leased = with_wish(given, saved.as_ref().map(|saved| saved.own.public_ip));
     let usable = find_underlay(leased.clone(), None).await.is_ok();
-    Chosen { choice: if usable { leased } else { given.clone() }, saved, asked: false }
+    Chosen { choice: if usable { leased } else { given.clone() }, saved, told: false }
 }
 
 async fn wait_for_underlay(node: &Node, choice: &UnderlayChoice, network: &NetworkConfig) -> Underlay {

@@ -100,9 +100,7 @@ impl Collector for StatusCollector {
             let help = "1 while the store's network configuration is not the one in force";
             out.gauges("network_config_notice", help, &values)?;
         }
-        if let Some(unenforced) =
-            status.network_policies.as_ref().and_then(NetworkPolicyStatus::is_unenforced)
-        {
+        if let Some(unenforced) = status.network_policies.as_ref().and_then(NetworkPolicyStatus::unenforced) {
             let help = "1 while NetworkPolicies exist and nothing known enforces them on this node";
             out.gauge("network_policies_unenforced", help, flag(unenforced))?;
         }

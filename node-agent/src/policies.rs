@@ -1,10 +1,10 @@
 //! NetworkPolicies that nobody enforces. A node whose packet filter shows an enforcer asks nobody anything. Any other
 //! asks the apiserver now and then for one policy: a watch of all of them would be a second stream in every agent of the
-//! cluster, for something that is looked at by people. What two looks in a row have found is said aloud: in the moment
-//! between a node's start and its enforcer's it is true, and no news.
+//! cluster, for something that is looked at by people. What two looks that could tell have found is said aloud: in
+//! the moment between a node's start and its enforcer's it is true, and no news.
 
 use crate::firewall::enforcers::Enforcers;
-use crate::status::NetworkPolicyStatus;
+use crate::status::{NetworkPolicyState, NetworkPolicyStatus};
 
 /// What the apiserver has said of NetworkPolicies.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -24,27 +24,31 @@ pub fn judge(asked: &Asked, here: Option<&Enforcers>) -> NetworkPolicyStatus {
         Asked::NotYet | Asked::Refused(_) => None,
     };
     let (state, problem) = match (asked, here) {
-        _ if !found.is_empty() => ("enforced", None),
-        (Asked::Count(0), _) => ("none", None),
-        (_, None) => ("unknown", Some("this node's packet filter has not been looked at yet".to_owned())),
-        (Asked::NotYet, _) => {
-            ("unknown", Some("the apiserver has not said yet whether there are any".to_owned()))
-        }
+        _ if !found.is_empty() => (NetworkPolicyState::Enforced, None),
+        (Asked::Count(0), _) => (NetworkPolicyState::None, None),
+        (_, None) => (
+            NetworkPolicyState::Unknown,
+            Some("this node's packet filter has not been looked at yet".to_owned()),
+        ),
+        (Asked::NotYet, _) => (
+            NetworkPolicyState::Unknown,
+            Some("the apiserver has not said yet whether there are any".to_owned()),
+        ),
         (Asked::Refused(reason), _) => (
-            "unknown",
+            NetworkPolicyState::Unknown,
             Some(format!(
                 "{reason}. Grant list of networkpolicies as conf/kubernetes/weft.yaml does, or set \
                  --network-policy-check=0"
             )),
         ),
         (Asked::Count(count), Some(Enforcers { unseen: Some(why), .. })) => (
-            "unknown",
+            NetworkPolicyState::Unknown,
             Some(format!("there are {count}, and whether anything here enforces them cannot be told: {why}")),
         ),
-        (Asked::Count(_), Some(_)) => ("unenforced", None),
+        (Asked::Count(_), Some(_)) => (NetworkPolicyState::Unenforced, None),
     };
     let enforcers = found.iter().map(|(name, sign)| format!("{name} ({sign})")).collect();
-    NetworkPolicyStatus { state: state.to_owned(), count, enforcers, problem }
+    NetworkPolicyStatus { state, count, enforcers, problem }
 }
 
 #[cfg(feature = "kube")]
@@ -63,8 +67,9 @@ mod watch {
     use crate::lease::backoff::jittered;
     use crate::lease::{KubeStore, StoreError};
     use crate::node::Node;
+    use crate::status::{NetworkPolicyState, NetworkPolicyStatus};
 
-    /// Looks in a row.
+    /// Looks, with none between them that found an enforcer or no policy.
     const ENOUGH: u32 = 2;
 
     /// Asks and tells until `stop`.
@@ -100,37 +105,23 @@ mod watch {
         };
         let news = node.set_network_policies(asked.clone());
         if let (Asked::Refused(reason), true) = (&asked, news) {
-            warn!(%reason, "whether there are NetworkPolicies that nobody enforces is not known: list of networkpolicies \
-                is not granted");
+            warn!(%reason, "whether there are NetworkPolicies that nobody enforces is not known");
         }
     }
 
     async fn tell(store: &KubeStore, node: &Node, teller: &mut Teller) {
         let Some(status) = node.network_policies() else { return };
-        let count = status.count.unwrap_or_default();
-        match teller.hear(&status.state) {
-            Some(News::Unenforced) => {
-                let node = &node.name;
-                warn!(%node, policies = count, "NetworkPolicies exist, and nothing that weft knows enforces them here");
-            }
-            Some(News::Over) => {
-                info!(state = %status.state, "no NetworkPolicy goes without an enforcer any more")
-            }
-            None => {}
+        match (teller.hear(status.state), status.warning()) {
+            (Some(News::Unenforced), Some(warning)) => warn!(node = %node.name, "{warning}"),
+            (Some(News::Over), _) => info!("no NetworkPolicy goes without an enforcer any more"),
+            _ => {}
         }
-        if !teller.owes_event() {
-            return;
-        }
-        let note = format!(
-            "{count} NetworkPolicies exist, and nothing that weft knows enforces them on node {}. Any other node that \
-             lacks an enforcer says so by weftctl status and by the metric weft_network_policies_unenforced",
-            node.name
-        );
+        let Some(note) = teller.event_owed(&node.name, &status) else { return };
         match store.tell_of_network_policies(&note).await {
-            Ok(()) => teller.event = true,
+            Ok(()) => teller.event_written = true,
             Err(error @ StoreError::Refused { .. }) => {
                 warn!(%error, "no Event can be written of NetworkPolicies that nobody enforces");
-                teller.event = true;
+                teller.event_written = true;
             }
             // At the next look.
             Err(_) => {}
@@ -141,7 +132,7 @@ mod watch {
     #[derive(Debug, Default)]
     pub(super) struct Teller {
         unenforced_looks: u32,
-        pub(super) event: bool,
+        pub(super) event_written: bool,
     }
 
     #[derive(Debug, PartialEq, Eq)]
@@ -152,22 +143,28 @@ mod watch {
 
     impl Teller {
         /// What one look has found.
-        pub(super) fn hear(&mut self, state: &str) -> Option<News> {
+        pub(super) fn hear(&mut self, state: NetworkPolicyState) -> Option<News> {
             match state {
-                "unenforced" => {
+                NetworkPolicyState::Unenforced => {
                     self.unenforced_looks = self.unenforced_looks.saturating_add(1);
                     (self.unenforced_looks == ENOUGH).then_some(News::Unenforced)
                 }
-                "unknown" => None,
-                _ => {
+                NetworkPolicyState::Unknown => None,
+                NetworkPolicyState::Enforced | NetworkPolicyState::None => {
                     let was = std::mem::take(self);
                     (was.unenforced_looks >= ENOUGH).then_some(News::Over)
                 }
             }
         }
 
-        pub(super) fn owes_event(&self) -> bool {
-            self.unenforced_looks >= ENOUGH && !self.event
+        /// The Event's words. A look that could tell nothing leaves it owed, but there is nothing to say.
+        pub(super) fn event_owed(&self, node: &str, status: &NetworkPolicyStatus) -> Option<String> {
+            let is_owed = self.unenforced_looks >= ENOUGH && !self.event_written;
+            let warning = status.warning().filter(|_| is_owed)?;
+            Some(format!(
+                "node {node}: {warning}. Any other node that lacks an enforcer says so by weftctl status and by the \
+                 metric weft_network_policies_unenforced"
+            ))
         }
     }
 }
@@ -187,13 +184,19 @@ mod tests {
             let status = judge(asked, here);
             (status.state, status.count, status.enforcers.join(", "), status.problem.unwrap_or_default())
         };
-        let plain = |state: &str, count, who: &str| (state.to_owned(), count, who.to_owned(), String::new());
+        let plain = |state, count, who: &str| (state, count, who.to_owned(), String::new());
         let (none, some) = (Asked::Count(0), Asked::Count(3));
-        assert_eq!(of(&some, Some(&nobody)), plain("unenforced", Some(3), ""));
-        assert_eq!(of(&some, Some(&calico)), plain("enforced", Some(3), "Calico (chain x)"));
-        assert_eq!(of(&Asked::NotYet, Some(&calico)), plain("enforced", None, "Calico (chain x)"));
-        assert_eq!(of(&none, Some(&nobody)), plain("none", Some(0), ""));
-        assert_eq!(of(&none, Some(&blind)), plain("none", Some(0), ""));
+        assert_eq!(of(&some, Some(&nobody)), plain(NetworkPolicyState::Unenforced, Some(3), ""));
+        assert_eq!(
+            of(&some, Some(&calico)),
+            plain(NetworkPolicyState::Enforced, Some(3), "Calico (chain x)")
+        );
+        assert_eq!(
+            of(&Asked::NotYet, Some(&calico)),
+            plain(NetworkPolicyState::Enforced, None, "Calico (chain x)")
+        );
+        assert_eq!(of(&none, Some(&nobody)), plain(NetworkPolicyState::None, Some(0), ""));
+        assert_eq!(of(&none, Some(&blind)), plain(NetworkPolicyState::None, Some(0), ""));
         for (asked, here, why) in [
             (&Asked::NotYet, Some(&nobody), "has not said yet"),
             (&some, None, "not been looked at yet"),
@@ -205,7 +208,7 @@ mod tests {
             (&Asked::Refused("may not".into()), Some(&nobody), "may not. Grant list of networkpolicies"),
         ] {
             let (state, _, who, problem) = of(asked, here);
-            assert_eq!((state.as_str(), who.as_str()), ("unknown", ""), "{asked:?} {here:?}");
+            assert_eq!((state, who.as_str()), (NetworkPolicyState::Unknown, ""), "{asked:?} {here:?}");
             assert!(problem.contains(why), "{problem}");
         }
     }
@@ -215,27 +218,35 @@ mod tests {
     fn what_lasts_is_said_once_and_again_after_it_was_over() {
         use super::watch::{News, Teller};
         let mut teller = Teller::default();
+        let nobody = Enforcers::default();
+        let unenforced = judge(&Asked::Count(1), Some(&nobody));
+        let unknown = judge(&Asked::Refused("may not".into()), Some(&nobody));
+        let none = judge(&Asked::Count(0), Some(&nobody));
+        let calico = Enforcers { found: [("Calico", "chain x".to_owned())].into(), unseen: None };
+        let enforced = judge(&Asked::NotYet, Some(&calico));
+        // What is news, and whether there is an Event to write.
+        let look = |teller: &mut Teller, status: &NetworkPolicyStatus| {
+            (teller.hear(status.state), teller.event_owed("n1", status).is_some())
+        };
         for round in 0..2 {
-            assert_eq!(
-                (teller.hear("unenforced"), teller.owes_event()),
-                (None, false),
-                "{round}: a moment's"
-            );
-            assert_eq!((teller.hear("unknown"), teller.owes_event()), (None, false));
-            assert_eq!((teller.hear("unenforced"), teller.owes_event()), (Some(News::Unenforced), true));
-            // Owed until it is written.
-            assert_eq!((teller.hear("unenforced"), teller.owes_event()), (None, true));
-            teller.event = true;
-            assert_eq!((teller.hear("unenforced"), teller.owes_event()), (None, false));
-            assert_eq!((teller.hear("unknown"), teller.owes_event()), (None, false));
-            let over = if round == 0 { "enforced" } else { "none" };
-            assert_eq!((teller.hear(over), teller.owes_event()), (Some(News::Over), false));
-            assert_eq!(teller.hear(over), None);
+            assert_eq!(look(&mut teller, &unenforced), (None, false), "{round}: a moment's");
+            assert_eq!(look(&mut teller, &unknown), (None, false));
+            assert_eq!(look(&mut teller, &unenforced), (Some(News::Unenforced), true));
+            // Owed until it is written, and nothing is written of what cannot be told.
+            assert_eq!(look(&mut teller, &unknown), (None, false));
+            assert_eq!(look(&mut teller, &unenforced), (None, true));
+            let note = teller.event_owed("n1", &unenforced).unwrap_or_default();
+            let expected =
+                "node n1: 1 NetworkPolicy exists, and nothing that weft knows enforces it on this node. Any";
+            assert!(note.starts_with(expected), "{note}");
+            teller.event_written = true;
+            assert_eq!(look(&mut teller, &unenforced), (None, false));
+            assert_eq!(look(&mut teller, &unknown), (None, false));
+            let over = if round == 0 { &enforced } else { &none };
+            assert_eq!(look(&mut teller, over), (Some(News::Over), false));
+            assert_eq!(look(&mut teller, over), (None, false));
         }
-        assert_eq!(
-            (teller.hear("unenforced"), teller.hear("enforced")),
-            (None, None),
-            "it had not been said"
-        );
+        let heard = (teller.hear(unenforced.state), teller.hear(enforced.state));
+        assert_eq!(heard, (None, None), "it had not been said");
     }
 }

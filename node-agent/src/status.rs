@@ -47,6 +47,8 @@ impl Status {
         }
         notices.extend(self.port_problem.clone());
         notices.extend(self.network.iter().filter_map(|n| n.notice.as_ref()).map(|n| n.text.clone()));
+        let underlay = self.underlay.as_ref().and_then(|underlay| underlay.notice.as_ref());
+        notices.extend(underlay.map(|notice| format!("the underlay stays as it is: {notice}")));
         notices.extend(self.network_policies.as_ref().and_then(NetworkPolicyStatus::warning));
         for StrandedStatus { subnet, pods, .. } in &self.pods.stranded {
             notices.push(format!("{pods} pods live in {subnet}, which this node has no more"));
@@ -122,6 +124,9 @@ pub struct UnderlayStatus {
     /// Why nothing can leave by it.
     #[serde(default)]
     pub problem: Option<String>,
+    /// Why it is not the one that an operator wishes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notice: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -217,8 +222,7 @@ pub struct HostAdvice {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkPolicyStatus {
-    /// `enforced` (something on this node enforces whatever there is), `none`, `unenforced` or `unknown`.
-    pub state: String,
+    pub state: NetworkPolicyState,
     /// In the whole cluster; absent where nobody had to ask, or nobody has answered.
     pub count: Option<u64>,
     /// What enforces them on this node, each with what gave it away.
@@ -227,15 +231,30 @@ pub struct NetworkPolicyStatus {
     pub problem: Option<String>,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkPolicyState {
+    /// Something on this node enforces whatever there is.
+    Enforced,
+    /// There is nothing to enforce.
+    None,
+    Unenforced,
+    Unknown,
+}
+
 impl NetworkPolicyStatus {
     /// `None`: it cannot be told.
-    pub fn is_unenforced(&self) -> Option<bool> {
-        (self.state != "unknown").then_some(self.state == "unenforced")
+    pub fn unenforced(&self) -> Option<bool> {
+        match self.state {
+            NetworkPolicyState::Unenforced => Some(true),
+            NetworkPolicyState::Enforced | NetworkPolicyState::None => Some(false),
+            NetworkPolicyState::Unknown => None,
+        }
     }
 
     /// If they have no effect.
     pub fn warning(&self) -> Option<String> {
-        let count = self.count.filter(|_| self.state == "unenforced")?;
+        let count = self.count.filter(|_| self.state == NetworkPolicyState::Unenforced)?;
         let (are, them) =
             if count == 1 { ("NetworkPolicy exists", "it") } else { ("NetworkPolicies exist", "them") };
         Some(format!("{count} {are}, and nothing that weft knows enforces {them} on this node"))
@@ -422,6 +441,7 @@ pub(crate) mod sample {
                 mtu: 1500,
                 chosen_by: "default route".into(),
                 problem: None,
+                notice: None,
             }),
             dataplane: Some(DataplaneStatus {
                 device: Some("flannel.1".parse().expect("name")),
@@ -555,9 +575,10 @@ pub(crate) mod sample {
         }
         if let Some(underlay) = &mut status.underlay {
             underlay.problem = Some("eth0 is down".into());
+            underlay.notice = Some("no such address".into());
         }
         status.network_policies = Some(NetworkPolicyStatus {
-            state: "unenforced".into(),
+            state: NetworkPolicyState::Unenforced,
             count: Some(3),
             enforcers: vec![],
             problem: None,

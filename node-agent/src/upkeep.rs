@@ -7,7 +7,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
 use tokio::sync::{mpsc, watch};
@@ -31,8 +31,9 @@ pub struct Upkeep {
     node: Arc<Node>,
     table: LeaseTable,
     keeper: KeeperHandle,
-    /// Changes once at most: when a store that was away at the start says what an operator wishes.
-    choice: watch::Receiver<UnderlayChoice>,
+    wished: watch::Receiver<Wished>,
+    /// When what is wished is tried again.
+    wish_again: Option<Instant>,
     files: Files,
     durable: Durable,
     announced: bool,
@@ -41,6 +42,18 @@ pub struct Upkeep {
     /// The last of them, and when it was made.
     available_for: Option<(LeaseKey, u64)>,
 }
+
+/// How the underlay is to be found. Changes only while a store that was away at the start has not said what public IP an
+/// operator wishes.
+#[derive(Debug, Clone)]
+pub struct Wished {
+    pub choice: UnderlayChoice,
+    /// Why the store cannot say it, where it is the operator who can mend that.
+    pub problem: Option<String>,
+}
+
+/// An address may be added after it is wished.
+const WISH_RETRY: Duration = Duration::from_secs(5);
 
 /// Where the node leaves what others read, itself among them.
 #[derive(Debug)]
@@ -80,13 +93,13 @@ impl Upkeep {
         node: Arc<Node>,
         table: LeaseTable,
         keeper: KeeperHandle,
-        choice: watch::Receiver<UnderlayChoice>,
+        wished: watch::Receiver<Wished>,
         files: Files,
         durable: Durable,
         available: watch::Sender<u64>,
     ) -> Self {
-        let (announced, available_for) = (false, None);
-        Self { node, table, keeper, choice, files, durable, announced, available, available_for }
+        let (announced, available_for, wish_again) = (false, None, None);
+        Self { node, table, keeper, wished, wish_again, files, durable, announced, available, available_for }
     }
 
     /// Ends only with what feeds it.
@@ -117,10 +130,8 @@ impl Upkeep {
                     let state = lease.borrow_and_update().clone();
                     self.lease_changed(state).await;
                 }
-                Ok(()) = self.choice.changed() => {
-                    // As a start would have chosen.
-                    self.choose_underlay(false).await;
-                }
+                Ok(()) = self.wished.changed() => self.meet_wish().await,
+                () = reached(self.wish_again) => self.meet_wish().await,
                 changed = reports.changed() => {
                     changed.context("the reconciler ended")?;
                     let report = reports.borrow_and_update().clone();
@@ -217,47 +228,59 @@ impl Upkeep {
             }
             return;
         }
-        self.choose_underlay(true).await;
-    }
-
-    /// `keep`: the one in use, should it be there all the same.
-    async fn choose_underlay(&self, keep: bool) {
-        let Some((current, known_problem)) =
-            self.node.serving(|serving| (serving.underlay.clone(), serving.underlay_problem.clone()))
-        else {
-            return;
-        };
-        let choice = self.choice.borrow().clone();
-        let found = find_underlay(choice, keep.then(|| current.clone())).await;
-        let found = found.map_err(|e| format!("{e:#}")).and_then(|new| {
-            let fit = self.node.serving(|serving| fits(&serving.config, &new));
-            fit.unwrap_or(Ok(())).map(|()| new)
-        });
-        match found {
-            Ok(new) => {
-                let of = |u: &Underlay| (u.iface.clone(), u.addr, u.public_ip);
-                if of(&new) != of(&current) {
-                    info!(iface = %new.iface, address = %new.addr, public_ip = %new.public_ip, mtu = new.mtu,
-                        chosen_by = %new.chosen_by, "underlay changed");
-                }
-                if new.addr != current.addr {
-                    self.node.store.reconnect();
-                }
-                self.node.update(|serving| {
-                    self.keeper.publish(serving.backend.plane().lease_attrs(new.public_ip));
-                    serving.underlay = new;
-                    serving.underlay_problem = None;
-                });
-                // It may be as it was before the pass that missed it.
-                self.node.reconcile.wake();
-            }
-            Err(problem) if !keep => warn!(%problem, "the underlay stays: another cannot be had"),
-            Err(problem) if known_problem.as_ref() == Some(&problem) => {}
-            Err(problem) => {
+        match self.choose_underlay(&current, true).await {
+            Err(problem) if known_problem.as_ref() != Some(&problem) => {
                 warn!(%problem, "the underlay is gone");
                 self.node.update(|serving| serving.underlay_problem = Some(problem));
             }
+            _ => {}
         }
+    }
+
+    /// What is wished late: as a start would have chosen, but what peers have already moves nothing.
+    async fn meet_wish(&mut self) {
+        self.wish_again = None;
+        let Some((current, known_problem)) =
+            self.node.serving(|serving| (serving.underlay.clone(), serving.wish_problem.clone()))
+        else {
+            return;
+        };
+        let Wished { choice, mut problem } = self.wished.borrow_and_update().clone();
+        let is_met = choice.public_ip.unwrap_or(current.addr) == current.public_ip;
+        if problem.is_none() && !is_met {
+            problem = self.choose_underlay(&current, false).await.err();
+            self.wish_again = problem.is_some().then(|| Instant::now() + WISH_RETRY);
+        }
+        if problem != known_problem {
+            if let Some(problem) = &problem {
+                warn!(%problem, "the underlay stays as it is");
+            }
+            self.node.update(|serving| serving.wish_problem = problem);
+        }
+    }
+
+    /// `keep` it, should it be there all the same. Changes nothing if none can be had.
+    async fn choose_underlay(&self, current: &Underlay, keep: bool) -> Result<(), String> {
+        let choice = self.wished.borrow().choice.clone();
+        let found = find_underlay(choice, keep.then(|| current.clone())).await;
+        let new = found.map_err(|e| format!("{e:#}"))?;
+        self.node.serving(|serving| fits(&serving.config, &new)).unwrap_or(Ok(()))?;
+        let of = |u: &Underlay| (u.iface.clone(), u.addr, u.public_ip);
+        if of(&new) != of(current) {
+            info!(iface = %new.iface, address = %new.addr, public_ip = %new.public_ip, mtu = new.mtu,
+                chosen_by = %new.chosen_by, "underlay changed");
+        }
+        if new.addr != current.addr {
+            self.node.store.reconnect();
+        }
+        self.node.update(|serving| {
+            self.keeper.publish(serving.backend.plane().lease_attrs(new.public_ip));
+            serving.underlay = new;
+            serving.underlay_problem = None;
+        });
+        // It may be as it was before the pass that missed it.
+        self.node.reconcile.wake();
+        Ok(())
     }
 
     fn watch_neighbours(&self, report: &Report) {

@@ -1,6 +1,6 @@
 //! A cluster of 5,000 Nodes in a real API server, and what one agent costs in it: time to the last entry, memory,
 //! processor time while Nodes send heartbeats. Figures are printed (docs/kubernetes.md, "Large clusters"); asserted is that
-//! all peers come and that heartbeats change nothing. What is measured is read from the kernel: an agent that is asked for
+//! all peers come, that heartbeats change nothing, and that among so many peers the kernel is compared more rarely. What is measured is read from the kernel: an agent that is asked for
 //! its status writes a document about 5,000 peers.
 
 use std::fs;

@@ -16,8 +16,9 @@ use e2e::node::Node;
 use e2e::traffic::datagrams::{Stream, nothing_missing};
 use e2e::traffic::echo::ping;
 use e2e::underlay::{NodeNumber, Underlay};
-use e2e::wait::{SECOND, eventually};
+use e2e::wait::{SECOND, eventually, until_ok};
 use serde_json::{Value, json};
+use weft_agent::status::NetworkPolicyState;
 
 const PREFIX: &str = "flannel.alpha.coreos.com";
 /// As kube-flannel's manifest has it, the ConfigMap's key.
@@ -294,8 +295,8 @@ fn network_policies_without_an_enforcer_are_named() -> Result<()> {
             node.agent.wait_ready(READY)?;
             node.wait_peers(1, READY)?;
         }
-        let state = |cluster: &Cluster, node: usize, expected: &str| {
-            eventually(&format!("policies of node {node} to be {expected}"), READY, || {
+        let state = |cluster: &Cluster, node: usize, expected: NetworkPolicyState| {
+            eventually(&format!("policies of node {node} to be {expected:?}"), READY, || {
                 let policies = cluster.nodes[node].status()?.network_policies.context("policies")?;
                 ensure!(policies.state == expected, "{policies:?}");
                 Ok(true)
@@ -305,7 +306,7 @@ fn network_policies_without_an_enforcer_are_named() -> Result<()> {
             cluster.nodes[node].agent.metric("weft_network_policies_unenforced")
         };
         for node in 0..2 {
-            state(cluster, node, "none")?;
+            state(cluster, node, NetworkPolicyState::None)?;
             ensure!(unenforced(cluster, node)? == 0.0);
         }
 
@@ -319,7 +320,7 @@ fn network_policies_without_an_enforcer_are_named() -> Result<()> {
             cluster.control.kubectl(&["create", "-f", &file.display().to_string()])?;
         }
         for node in 0..2 {
-            state(cluster, node, "unenforced")?;
+            state(cluster, node, NetworkPolicyState::Unenforced)?;
             ensure!(unenforced(cluster, node)? == 1.0);
             eventually("both to be counted", READY, || {
                 Ok(cluster.nodes[node]
@@ -341,41 +342,36 @@ fn network_policies_without_an_enforcer_are_named() -> Result<()> {
         };
         // Both have told.
         eventually("both to have said so", READY, || {
-            Ok((0..2)
-                .all(|node| warned(cluster, node).contains("nothing that weft knows enforces them here")))
+            Ok((0..2).all(|node| {
+                warned(cluster, node).contains("nothing that weft knows enforces them on this node")
+            }))
         })?;
-        let [event] = &eventually_some("the Event", || events(cluster))?[..] else {
-            anyhow::bail!("one Event: {:?}", events(cluster)?)
-        };
+        let event = until_ok("the Event", READY, || {
+            let mut all = events(cluster)?;
+            ensure!(all.len() == 1, "one Event: {all:?}");
+            Ok(all.remove(0))
+        })?;
         ensure!(event["type"] == "Warning" && event["metadata"]["namespace"] == "default", "{event}");
         ensure!(
-            event["message"]
-                .as_str()
-                .is_some_and(|note| note.contains("nothing that weft knows enforces them on node n")),
+            event["message"].as_str().is_some_and(
+                |note| note.contains(": 2 NetworkPolicies exist, and nothing that weft knows enforces")
+            ),
             "{event}"
         );
-        // No other is written by a restart, which has told once it has looked twice.
-        cluster.nodes[0].agent.stop()?;
-        cluster.nodes[0].agent.restart(READY)?;
-        eventually("the restarted one to have said so again", READY, || {
-            Ok(warned(cluster, 0).matches("nothing that weft knows enforces them here").count() == 2)
-        })?;
-        ensure!(events(cluster)?.len() == 1, "{:?}", events(cluster)?);
-
         // An enforcer on one node is none on the other.
         let netns = cluster.nodes[0].netns();
         let nft = |script: &str| netns.run(Command::new("nft").arg(script));
         nft("add table ip filter; add chain ip filter cali-FORWARD")?;
-        state(cluster, 0, "enforced")?;
+        state(cluster, 0, NetworkPolicyState::Enforced)?;
         ensure!(unenforced(cluster, 0)? == 0.0);
         let text = cluster.nodes[0].agent.ctl(&["status"])?;
         ensure!(
             text.contains("policies   enforced by Calico (nftables chain ip filter cali-FORWARD)"),
             "{text}"
         );
-        state(cluster, 1, "unenforced")?;
+        state(cluster, 1, NetworkPolicyState::Unenforced)?;
         nft("delete chain ip filter cali-FORWARD")?;
-        state(cluster, 0, "unenforced")?;
+        state(cluster, 0, NetworkPolicyState::Unenforced)?;
 
         // Without the rights: unknown, named, and nothing else is different.
         let rules = cluster.control.kubectl(&["get", "clusterrole", "weft", "-o", "json"])?;
@@ -388,11 +384,11 @@ fn network_policies_without_an_enforcer_are_named() -> Result<()> {
         cluster.control.kubectl(&["replace", "-f", &file.display().to_string()])?;
         cluster.control.kubectl(&["-n", "default", "delete", "role", "weft"])?;
         for node in 0..2 {
-            state(cluster, node, "unknown")?;
+            state(cluster, node, NetworkPolicyState::Unknown)?;
         }
         cluster.nodes[0].agent.stop()?;
         cluster.nodes[0].agent.restart(READY)?;
-        state(cluster, 0, "unknown")?;
+        state(cluster, 0, NetworkPolicyState::Unknown)?;
         eventually("the right to be named", READY, || {
             let policies = cluster.nodes[0].status()?.network_policies.context("policies")?;
             Ok(policies.problem.is_some_and(|problem| problem.contains("Grant list of networkpolicies")))
@@ -407,11 +403,6 @@ fn network_policies_without_an_enforcer_are_named() -> Result<()> {
         let (near, far) = (cluster.nodes[0].pod("a")?, cluster.nodes[1].pod("a")?);
         ping(&near.netns, far.address, 5, SECOND).map(drop)
     })
-}
-
-fn eventually_some(what: &str, look: impl Fn() -> Result<Vec<Value>>) -> Result<Vec<Value>> {
-    eventually(what, READY, || Ok(!look()?.is_empty()))?;
-    look()
 }
 
 /// `weftctl uninstall` finds its Node as weftd does, and says of a Node's annotations what is true of them.
@@ -451,29 +442,61 @@ fn an_uninstall_knows_its_node_and_what_it_leaves_there() -> Result<()> {
 #[test]
 fn a_start_without_the_api_hears_what_an_operator_wishes_once_it_is_back() -> Result<()> {
     scenario(|cluster| {
-        let name = cluster.nodes[0].name().to_owned();
-        cluster.create(&name, Some("10.244.1.0/24"), &json!({}))?;
-        cluster.nodes[0].agent.start()?;
-        cluster.nodes[0].agent.wait_ready(READY)?;
-        let leased = |cluster: &Cluster| {
-            let lease = cluster.nodes[0].status()?.lease.context("a lease")?;
+        let names = [0, 1].map(|node| cluster.nodes[node].name().to_owned());
+        for (node, cidr) in ["10.244.1.0/24", "10.244.2.0/24"].into_iter().enumerate() {
+            cluster.create(&names[node], Some(cidr), &json!({}))?;
+            cluster.nodes[node].agent.start()?;
+            cluster.nodes[node].agent.wait_ready(READY)?;
+        }
+        let leased = |cluster: &Cluster, node: usize| {
+            let lease = cluster.nodes[node].status()?.lease.context("a lease")?;
             Ok::<_, anyhow::Error>(lease.public_ip.to_string())
         };
-        let own = cluster.nodes[0].net.address.to_string();
-        ensure!(leased(cluster)? == own);
-        // A second address of the same interface.
-        cluster.nodes[0].netns().ip("address add 192.168.77.98/24 dev eth0")?;
-        cluster.annotate(&name, "node-public-ip=192.168.77.98")?;
+        let notice = |cluster: &Cluster, node: usize| {
+            let underlay = cluster.nodes[node].status()?.underlay.context("an underlay")?;
+            Ok::<_, anyhow::Error>(underlay.notice.unwrap_or_default())
+        };
+        let own = [0, 1].map(|node| cluster.nodes[node].net.address.to_string());
+        ensure!([leased(cluster, 0)?, leased(cluster, 1)?] == own);
+        // One is wished that is not there yet, and one that is none.
+        cluster.annotate(&names[0], "node-public-ip=192.168.77.98")?;
+        cluster.annotate(&names[1], "node-public-ip=garbage")?;
+        // What a start would choose now.
+        let netns = cluster.nodes[1].netns();
+        netns.ip(&format!("address change {}/24 dev eth0 valid_lft 7200 preferred_lft 7200", own[1]))?;
+        netns.ip("address add 192.168.77.97/24 dev eth0")?;
         cluster.control.api.kill()?;
-        cluster.nodes[0].agent.stop()?;
-        cluster.nodes[0].agent.restart(READY)?;
-        ensure!(leased(cluster)? == own && cluster.nodes[0].status()?.store.recalled_age.is_some());
+        for (node, own) in own.iter().enumerate() {
+            cluster.nodes[node].agent.stop()?;
+            cluster.nodes[node].agent.restart(READY)?;
+            let status = cluster.nodes[node].status()?;
+            ensure!(leased(cluster, node)? == *own && status.store.recalled_age.is_some(), "{status:?}");
+        }
         cluster.control.start_api()?;
-        eventually("the wish to be heard", READY * 2, || Ok(leased(cluster)? == "192.168.77.98"))?;
+        for (node, reason) in
+            ["no interface has the address 192.168.77.98", "/node-public-ip = \"garbage\": expected an IPv4"]
+                .into_iter()
+                .enumerate()
+        {
+            eventually("the reason in status", READY * 2, || Ok(notice(cluster, node)?.contains(reason)))?;
+            let status = cluster.nodes[node].status()?;
+            ensure!(status.ready && leased(cluster, node)? == own[node], "{status:?}");
+        }
+        cluster.nodes[0].netns().ip("address add 192.168.77.98/24 dev eth0")?;
+        eventually("the wish to be met", READY, || Ok(leased(cluster, 0)? == "192.168.77.98"))?;
         eventually("and published", READY, || {
-            Ok(cluster.get(&name)?["metadata"]["annotations"][format!("{PREFIX}/public-ip")]
+            Ok(cluster.get(&names[0])?["metadata"]["annotations"][format!("{PREFIX}/public-ip")]
                 == "192.168.77.98")
         })?;
+        // Nothing is wished any more: nothing moves.
+        cluster.annotate(&names[1], "node-public-ip-")?;
+        for node in 0..2 {
+            eventually("no word of it", READY * 2, || Ok(notice(cluster, node)?.is_empty()))?;
+            let said = cluster.nodes[node].agent.log().matches("the underlay stays as it is").count();
+            ensure!(said == 1, "said {said} times");
+        }
+        let underlay = cluster.nodes[1].status()?.underlay.context("an underlay")?;
+        ensure!(underlay.address.to_string() == own[1] && leased(cluster, 1)? == own[1], "{underlay:?}");
         Ok(())
     })
 }

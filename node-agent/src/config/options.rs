@@ -331,7 +331,7 @@ pub(super) const OPTIONS: &[Opt] = &[
         Agent,
         Switch,
         "true",
-        "repair at once when the kernel reports a change; without it only every --resync",
+        "repair at once when the kernel reports a change; without it only every --resync, among N thousand peers N times that",
     ),
     own("run-dir", Agent, Value("DIR"), names::RUN_DIR, "state that ends with this boot"),
     own("state-dir", Agent, Value("DIR"), names::STATE_DIR, "state that survives a reboot"),

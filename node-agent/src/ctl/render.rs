@@ -62,6 +62,9 @@ pub(super) fn status(status: &Status) -> String {
         if let Some(problem) = &underlay.problem {
             page.line("", format!("BROKEN: {problem}"));
         }
+        if let Some(notice) = &underlay.notice {
+            page.line("", format!("STAYS AS IT IS: {notice}"));
+        }
     }
     if let Some(dataplane) = &status.dataplane {
         self::dataplane(&mut page, dataplane);

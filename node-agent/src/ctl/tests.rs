@@ -10,7 +10,7 @@ use super::*;
 use crate::metrics::Metrics;
 use crate::ping::Leg;
 use crate::server::admin::{Admin, AdminState};
-use crate::status::{NetworkPolicyStatus, sample};
+use crate::status::{NetworkPolicyState, NetworkPolicyStatus, sample};
 
 /// The agent of `status`, served on another thread for as long as `body` runs.
 fn with_agent(status: fn() -> Status, body: impl FnOnce(&Path)) {
@@ -132,6 +132,7 @@ fn status_says_what_is_not_as_it_was_meant() {
             "           network, lease and peers are FROM DISK, saved 1 min 30 s ago",
             "           CONFIGURATION INVALID: the last good one stays in force: network configuration: Network = 7",
             "           BROKEN: eth0 is down",
+            "           STAYS AS IT IS: no such address",
             "           3 in 10.5.9.0/24, now held by 192.168.9.7: they talk on this node only; recreate them",
             "policies   NOT ENFORCED: 3 NetworkPolicies exist, and nothing that weft knows enforces them on this node",
         ] {
@@ -142,10 +143,10 @@ fn status_says_what_is_not_as_it_was_meant() {
 
 #[test]
 fn status_says_of_network_policies_what_is_known() {
-    let line = |state: &str, count, enforcers: &[&str], problem: Option<&str>| {
+    let line = |state, count, enforcers: &[&str], problem: Option<&str>| {
         let mut status = sample::ready();
         status.network_policies = Some(NetworkPolicyStatus {
-            state: state.into(),
+            state,
             count,
             enforcers: enforcers.iter().map(|name| (*name).to_owned()).collect(),
             problem: problem.map(Into::into),
@@ -154,15 +155,18 @@ fn status_says_of_network_policies_what_is_known() {
         page.lines().find(|line| line.starts_with("policies")).unwrap_or_default().to_owned()
     };
     assert_eq!(
-        line("unenforced", Some(1), &[], None),
+        line(NetworkPolicyState::Unenforced, Some(1), &[], None),
         "policies   NOT ENFORCED: 1 NetworkPolicy exists, and nothing that weft knows enforces it on this node"
     );
-    assert_eq!(line("enforced", None, &["A (x)", "B (y)"], None), "policies   enforced by A (x), B (y)");
     assert_eq!(
-        line("unknown", None, &[], Some("why")),
+        line(NetworkPolicyState::Enforced, None, &["A (x)", "B (y)"], None),
+        "policies   enforced by A (x), B (y)"
+    );
+    assert_eq!(
+        line(NetworkPolicyState::Unknown, None, &[], Some("why")),
         "policies   not known whether they are enforced: why"
     );
-    assert_eq!(line("none", Some(0), &[], None), "", "nothing to say");
+    assert_eq!(line(NetworkPolicyState::None, Some(0), &[], None), "", "nothing to say");
 }
 
 fn embedded() -> Status {

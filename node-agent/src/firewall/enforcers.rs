@@ -14,14 +14,12 @@ use super::legacy::LegacyFilter;
 use super::{ChainId, Family, Ruleset};
 
 /// Table, what the chain's name begins with, and whose it is. Of the family `ip` or `inet`, for pods have IPv4.
-const CHAINS: [(&str, &str, &str); 9] = [
+const CHAINS: [(&str, &str, &str); 7] = [
     // Calico's felix, alone or as Canal, in iptables mode and in nftables mode.
     ("filter", "cali-FORWARD", CALICO),
     ("calico", "", CALICO),
     // Also the one that is built into k3s and RKE2.
     ("filter", "KUBE-ROUTER-FORWARD", KUBE_ROUTER),
-    ("filter", "KUBE-NWPLCY-", KUBE_ROUTER),
-    ("filter", "KUBE-POD-FW-", KUBE_ROUTER),
     ("kube-network-policies", "", "kube-network-policies"),
     ("kindnet-network-policies", "", "kindnet"),
     ("filter", "CILIUM_FORWARD", CILIUM),
@@ -81,8 +79,6 @@ mod tests {
             (Family::Ip, "filter", "cali-FORWARD", "Calico"),
             (Family::Ip, "calico", "filter-cali-FORWARD", "Calico"),
             (Family::Ip, "filter", "KUBE-ROUTER-FORWARD", "kube-router"),
-            (Family::Ip, "filter", "KUBE-NWPLCY-DEFAULT", "kube-router"),
-            (Family::Ip, "filter", "KUBE-POD-FW-5SYOFNHVCYVTRGSV", "kube-router"),
             (Family::Inet, "kube-network-policies", "postrouting", "kube-network-policies"),
             (Family::Inet, "kindnet-network-policies", "postrouting", "kindnet"),
             (Family::Ip, "filter", "CILIUM_FORWARD", "Cilium"),

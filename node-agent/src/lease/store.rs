@@ -47,7 +47,11 @@ impl Store {
 
     /// Whether a lease that nobody renews ends; otherwise it is what annotations of a Node say.
     pub fn expires_leases(&self) -> bool {
-        self.kind() != "kubernetes"
+        match self {
+            Self::Etcd(_) | Self::Embedded(_) => true,
+            #[cfg(feature = "kube")]
+            Self::Kube(_) => false,
+        }
     }
 
     /// Whether no other machine can ever take part.

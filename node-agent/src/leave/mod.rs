@@ -238,14 +238,12 @@ impl Plan {
         match released.map_err(|e| LeaveError::Lease(e.to_string()))? {
             Released::Done => {}
             Released::Gone => {
-                let gone = if store.expires_leases() { "it was" } else { "they were" };
-                self.stays.push(format!("{}: {gone} gone from the store already", shown_lease(store, *key)));
+                self.stays.push(format!("{}: gone from the store already", shown_lease(store, *key)));
             }
             Released::Reserved => self.stays.push(format!("lease {key}: a reservation of the operator's")),
             Released::Foreign { owner } => {
-                let are = if store.expires_leases() { "it is" } else { "they are" };
                 let lease = shown_lease(store, *key);
-                self.stays.push(format!("{lease}: {are} {owner}'s by now, not {public_ip}'s"));
+                self.stays.push(format!("{lease}: {owner}'s by now, not {public_ip}'s"));
             }
         }
         Ok(())

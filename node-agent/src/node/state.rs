@@ -40,6 +40,8 @@ pub struct Serving {
     pub underlay: Underlay,
     /// Why it cannot be used and no other can be chosen.
     pub underlay_problem: Option<String>,
+    /// Why it is not the one that an operator wishes; it serves all the same.
+    pub wish_problem: Option<String>,
     pub backend: Backend,
     pub vtep_mac: Mac,
     pub lease: LeaseState,
@@ -238,6 +240,7 @@ mod tests {
                 chosen_by: "a test".into(),
             },
             underlay_problem: None,
+            wish_problem: None,
             vtep_mac: "02:00:00:00:00:01".parse().expect("mac"),
             lease,
             peers: vec![],

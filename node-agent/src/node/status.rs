@@ -94,6 +94,7 @@ impl Serving {
             mtu: report.underlay.as_ref().map_or(self.underlay.mtu, |now| now.mtu),
             chosen_by: self.underlay.chosen_by.clone(),
             problem: problem.cloned(),
+            notice: self.wish_problem.clone(),
         }
     }
 

@@ -44,7 +44,8 @@ const SETTLE: Duration = Duration::from_millis(5);
 const REST: u32 = 4;
 const MAX_REST: Duration = Duration::from_millis(100);
 /// A sweep reads three objects of every peer. With more peers than this it comes that much more rarely, so that it never
-/// takes more of a processor than among so many; what the kernel announces is repaired at once all the same.
+/// takes more of a processor than among so many. What the kernel announces is repaired at once all the same; without its
+/// announcements (`--netlink-monitor=false`, or a monitor that ended) repair takes that much longer.
 const SWEPT_PEERS: usize = 1000;
 /// A node that has not seen its kernel for so long says so.
 const BLIND: Duration = Duration::from_secs(10);

@@ -67,6 +67,7 @@ async fn health_and_readiness() {
         "weftd is ready",
         "notice: network, lease and peers are from disk, saved 90 s ago",
         "notice: the last good one stays in force: network configuration: Network = 7",
+        "notice: the underlay stays as it is: no such address",
         "notice: 3 NetworkPolicies exist, and nothing that weft knows enforces them on this node",
         "notice: 3 pods live in 10.5.9.0/24, which this node has no more",
     ] {

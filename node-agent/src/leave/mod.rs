@@ -169,7 +169,7 @@ impl fmt::Display for Thing {
 #[derive(Debug)]
 pub enum Fate {
     Removed,
-    /// For another run, since not everything is gone.
+    /// Not by this run: [`Plan::stays`] says why.
     Kept,
     Failed(LeaveError),
 }
@@ -197,17 +197,17 @@ impl Plan {
                 self.stays.push(format!("{thing}: {KEPT}"));
                 Fate::Kept
             } else {
-                self.remove(&thing).map_or_else(Fate::Failed, |()| Fate::Removed)
+                self.remove(&thing).unwrap_or_else(Fate::Failed)
             };
             done.push((thing, fate));
         }
         done
     }
 
-    fn remove(&mut self, thing: &Thing) -> Result<(), LeaveError> {
+    fn remove(&mut self, thing: &Thing) -> Result<Fate, LeaveError> {
         match thing {
             Thing::Conflist(path) | Thing::SubnetFile(path) | Thing::Store(path) => remove_file(path)?,
-            Thing::Lease { key, public_ip, store } => self.release(key, *public_ip, store)?,
+            Thing::Lease { key, public_ip, store } => return self.release(key, *public_ip, store),
             Thing::Route(route) => self.kernel.remove_route(route)?,
             Thing::Rules(object) => self.apply(Op::Remove(object.clone()))?,
             Thing::Veth { index, .. } | Thing::Device { index, .. } => self.kernel.delete_link(*index)?,
@@ -224,29 +224,26 @@ impl Plan {
                 removed.into_iter().collect::<Result<(), _>>()?;
             }
         }
-        Ok(())
+        Ok(Fate::Removed)
     }
 
     fn apply(&mut self, op: Op) -> Result<(), KernelError> {
         self.kernel.apply(&[op]).into_iter().collect()
     }
 
-    fn release(&mut self, key: &LeaseKey, public_ip: Ipv4Addr, store: &Store) -> Result<(), LeaveError> {
+    fn release(&mut self, key: &LeaseKey, public_ip: Ipv4Addr, store: &Store) -> Result<Fate, LeaveError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|e| LeaveError::Lease(e.to_string()))?;
         let released = runtime.block_on(store.release(key, public_ip));
-        match released.map_err(|e| LeaveError::Lease(e.to_string()))? {
-            Released::Done => {}
-            Released::Gone => {
-                self.stays.push(format!("{}: gone from the store already", shown_lease(store, *key)));
-            }
-            Released::Reserved => self.stays.push(format!("lease {key}: a reservation of the operator's")),
-            Released::Foreign { owner } => {
-                let lease = shown_lease(store, *key);
-                self.stays.push(format!("{lease}: {owner}'s by now, not {public_ip}'s"));
-            }
-        }
-        Ok(())
+        let lease = shown_lease(store, *key);
+        let stays = match released.map_err(|e| LeaveError::Lease(e.to_string()))? {
+            Released::Done => return Ok(Fate::Removed),
+            Released::Gone => format!("{lease}: gone from the store already"),
+            Released::Reserved => format!("lease {key}: a reservation of the operator's"),
+            Released::Foreign { owner } => format!("{lease}: {owner}'s by now, not {public_ip}'s"),
+        };
+        self.stays.push(stays);
+        Ok(Fate::Kept)
     }
 }
 

@@ -379,7 +379,10 @@ fn facts(page: &Page) -> Result<Vec<String>> {
     let of = |node: &KubeNode| {
         until_ok(&format!("kube-proxy of {}", node.name), PATIENCE, || {
             let facts = node.machine.sh(FACTS)?;
-            ensure!(facts.contains("kube-proxy"), "{facts}");
+            // It makes the one some time after the other.
+            for family in ["ip", "ip6"] {
+                ensure!(facts.contains(&format!("table {family} kube-proxy")), "{facts}");
+            }
             Ok(facts)
         })
     };

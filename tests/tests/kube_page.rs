@@ -23,11 +23,14 @@ const NAMESPACE: &str = "kube-weft";
 const PATHS: [&str; 6] = [
     "/run/weft",
     "/var/lib/weft",
-    "/run/flannel/subnet.env",
+    "/run/flannel",
     "/opt/cni/bin/weft",
     "/opt/cni/bin/loopback",
     "/etc/cni/net.d/10-weft.conflist",
 ];
+
+/// What the reader's ConfigMap says and the manifest's does not: it contains the cluster's podCIDRs too.
+const NETWORK: &str = "10.244.0.0/15";
 
 /// Links, addresses, routes and tables of the packet filter.
 const FACTS: &str = "ip -o link show | cut -d: -f2 | sort; ip -o address show scope global | awk '{ print $2, $4 }' | sort; \
@@ -63,7 +66,7 @@ impl Page {
     fn as_admin(&self, script: &str) -> Result<String> {
         let mut command = Command::new("bash");
         command.args(["-euo", "pipefail", "-c", &format!("exec 2>&1\n{script}")]).current_dir(&self.admin);
-        command.env_remove("KUBECONFIG").stdin(Stdio::null());
+        command.env_remove("KUBECONFIG").env("NETWORK", NETWORK).stdin(Stdio::null());
         command.env("PATH", format!("{}/bin:/usr/sbin:/usr/bin:/sbin:/bin", self.admin.display()));
         let output = self.kube.underlay.netns.output(&mut command)?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -88,22 +91,17 @@ impl Page {
                 self.rights()?;
                 self.live()
             }
-            "when no pod is left" => {
+            "in the order of these blocks" => {
+                self.network_is("after the upgrade")?;
                 self.pods_have_lived_through()?;
-                self.refused_while_pods_are_attached()?;
-                self.kube.kubectl(&["delete", "daemonset", "each", "--wait=false"])?;
-                self.kube.wait_no_pods("default", "app=each")?;
-                for node in &self.kube.nodes {
-                    patiently(&format!("the pods of {} to be gone", node.name), PATIENCE, || {
-                        let pods = self.weftctl(node, "pods")?;
-                        ensure!(pods == json!([]), "{pods}");
-                        Ok(())
-                    })?;
-                }
-                Ok(())
+                self.refused_while_pods_are_attached()
             }
-            "when they have succeeded" => self.uninstalled_without_a_word_of_failure(),
-            "" => Ok(()),
+            "when they have succeeded" => {
+                self.uninstalled_without_a_word_of_failure()?;
+                self.replacements_wait()
+            }
+            "" | "where nothing has rolled and something has to" => Ok(()),
+            note if note.starts_with("with NETWORK set") => Ok(()),
             other => bail!("nobody knows what is meant by {other:?}"),
         }
     }
@@ -219,7 +217,10 @@ impl Page {
     /// Pods on every node, which live through what the page does next.
     fn live(&mut self) -> Result<()> {
         self.kube.apply(&web::daemon_set("each", &json!({})).to_string())?;
-        self.pods = self.kube.wait_pods("default", "app=each", 3)?;
+        // On one node, so that a second one has no more to hold than the DaemonSet's.
+        self.kube.apply(&web::deployment("many", "n1", 2).to_string())?;
+        self.pods = self.kube.wait_pods("default", "app in (each, many)", 5)?;
+        self.network_is("as installed")?;
         for node in &self.kube.nodes {
             let mode = node.machine.sh("stat -c %a /run/weft")?;
             ensure!(mode == "700\n", "/run/weft of {} is {mode}", node.name);
@@ -273,7 +274,7 @@ impl Page {
             })?;
             ensure!(self.weftctl(node, "pods")? == pods, "pods of {} were freed", node.name);
         }
-        let now = self.kube.wait_pods("default", "app=each", 3)?;
+        let now = self.kube.wait_pods("default", "app in (each, many)", 5)?;
         let names = |pods: &[RunningPod]| {
             pods.iter().map(|pod| (pod.name.clone(), pod.address)).collect::<BTreeSet<_>>()
         };
@@ -281,7 +282,21 @@ impl Page {
         self.reach()
     }
 
-    /// Also where somebody has deleted the agent before the pods.
+    /// What the reader has made holds, whatever the manifest beside it says.
+    fn network_is(&self, when: &str) -> Result<()> {
+        for node in &self.kube.nodes {
+            patiently(&format!("the Network of {} {when}", node.name), PATIENCE, || {
+                let file = node.machine.read("/run/flannel/subnet.env")?;
+                ensure!(file.contains(&format!("FLANNEL_NETWORK={NETWORK}\n")), "{file}");
+                Ok(())
+            })?;
+        }
+        let config = self.kube.get(&["-n", NAMESPACE, "configmap", "weft"])?["data"].to_string();
+        ensure!(config.contains(NETWORK), "{when}: {config}");
+        Ok(())
+    }
+
+    /// Somebody was too early. It stays, and what the page does next makes it succeed.
     fn refused_while_pods_are_attached(&self) -> Result<()> {
         let uninstall = fs::read_to_string(self.file("uninstall.yaml"))?.replace("NODE_NAME", "n1");
         self.kube.apply(&uninstall)?;
@@ -292,11 +307,26 @@ impl Page {
             Ok(log)
         })?;
         ensure!(
-            said.contains("weftd runs in this network namespace") && said.contains("1 pod is attached"),
+            said.contains("weftd runs in this network namespace") && said.contains("3 pods are attached"),
             "{said}"
         );
-        self.kube.kubectl(&["-n", "kube-system", "delete", "pod", "weft-uninstall-n1"])?;
         self.reach()
+    }
+
+    /// What controllers have put in the place of the deleted pods has no address.
+    fn replacements_wait(&self) -> Result<()> {
+        let before: BTreeSet<&str> = self.pods.iter().map(|pod| pod.name.as_str()).collect();
+        patiently("pods in the place of others", PATIENCE, || {
+            let pods = self.kube.list(&["pods", "-l", "app in (each, many)"])?;
+            let waits = |pod: &Value| {
+                let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+                !before.contains(name)
+                    && pod["status"]["phase"] == "Pending"
+                    && pod["status"]["podIP"].is_null()
+            };
+            ensure!(pods.len() == 5 && pods.iter().all(waits), "{pods:?}");
+            Ok(())
+        })
     }
 
     fn uninstalled_without_a_word_of_failure(&self) -> Result<()> {
@@ -326,6 +356,8 @@ fn the_kubernetes_page_works_as_written() -> Result<()> {
             let object = page.kube.get(&["node", &node.name])?;
             let annotations = object["metadata"]["annotations"].to_string();
             ensure!(!annotations.contains("flannel"), "{annotations}");
+            let conditions = object["status"]["conditions"].to_string();
+            ensure!(!conditions.contains("NetworkUnavailable"), "{conditions}");
         }
         let left = page.as_admin(
             "kubectl get clusterroles,clusterrolebindings,roles,rolebindings,namespaces,pods -A -o name",
@@ -341,7 +373,10 @@ fn facts(page: &Page) -> Result<Vec<String>> {
     let of = |node: &KubeNode| {
         until_ok(&format!("kube-proxy of {}", node.name), PATIENCE, || {
             let facts = node.machine.sh(FACTS)?;
-            ensure!(facts.contains("kube-proxy"), "{facts}");
+            // It makes the one some time after the other.
+            for family in ["ip", "ip6"] {
+                ensure!(facts.contains(&format!("table {family} kube-proxy")), "{facts}");
+            }
             Ok(facts)
         })
     };

@@ -16,6 +16,7 @@ use clap::Args;
 use serde_json::Value;
 use weft_shared::replace::{Survive, is_leftover, replace_file};
 
+use super::conflist;
 use super::render::printable;
 
 const PLUGIN: &str = "weft";
@@ -77,11 +78,12 @@ fn absolute(text: &str) -> Result<PathBuf, String> {
 }
 
 fn conf_name(text: &str) -> Result<String, String> {
-    let is_name = !text.contains('/') && text.strip_suffix(".conflist").is_some_and(|stem| !stem.is_empty());
-    if is_name {
+    let is_name = |stem: &str| !stem.is_empty() && !stem.starts_with('.') && !stem.contains('/');
+    if text.strip_suffix(".conflist").is_some_and(is_name) {
         Ok(text.to_owned())
     } else {
-        Err("expected a file's name that ends in .conflist, without a folder".to_owned())
+        Err("expected a file's name that ends in .conflist, without a folder and without a dot before it"
+            .to_owned())
     }
 }
 
@@ -144,13 +146,7 @@ impl InstallCni {
         let Some(path) = &self.conflist else { return Ok(CONFLIST.to_owned()) };
         let given = |why: String| Wrong::Given { option: "--conflist", path: path.clone(), why };
         let text = fs::read_to_string(path).map_err(|e| given(e.to_string()))?;
-        let json: Value = serde_json::from_str(&text).map_err(|e| given(format!("expected JSON: {e}")))?;
-        if json["name"].as_str().is_none_or(str::is_empty) {
-            return Err(given(format!("name = {}: expected the network's name", json["name"])));
-        }
-        if !calls_weft(&json) || !json["plugins"].is_array() {
-            return Err(given("plugins: expected a list with one of type \"weft\"".to_owned()));
-        }
+        conflist::check(&text).map_err(given)?;
         Ok(text)
     }
 
@@ -447,13 +443,15 @@ mod tests {
             fs::write(&file, text).expect("write");
             folders.install(&["--conflist", file.to_str().expect("UTF-8")]).expect_err(text)
         };
-        let wrong = conflist("{");
-        assert!(wrong.contains("--conflist = ") && wrong.contains("expected JSON"), "{wrong}");
-        let wrong = conflist(r#"{"plugins":[{"type":"weft"}]}"#);
-        assert!(wrong.contains("name = null: expected the network's name"), "{wrong}");
-        for other in [OTHER, r#"{"name":"x","type":"weft"}"#] {
-            let wrong = conflist(other);
-            assert!(wrong.contains("plugins: expected a list with one of type \"weft\""), "{wrong}");
+        for (text, said) in [
+            ("{", "expected JSON"),
+            (r#"{"cniVersion":"9.9","name":"x","plugins":[{"type":"weft"}]}"#, "\"9.9\" is not one of 0.1.0"),
+            (r#"{"name":"../x/y","plugins":[{"type":"weft"}]}"#, "\"../x/y\" must begin with"),
+            (r#"{"name":"x","plugins":[{"type":"weft"},3,"x"]}"#, "plugins[1] = 3: expected an object"),
+            (OTHER, "plugins[0].type = \"flannel\": expected \"weft\""),
+        ] {
+            let wrong = conflist(text);
+            assert!(wrong.starts_with("--conflist = ") && wrong.contains(said), "{wrong}");
         }
         fs::write(folders.dir.path().join("weft"), "#!/bin/sh").expect("write");
         let wrong = folders.install(&[]).expect_err("a script");
@@ -468,6 +466,8 @@ mod tests {
             &["--bin-dir=/x"],
             &["--bin-dir=/x", "--conf-dir=/x", "--conf-file=a/b.conflist"],
             &["--bin-dir=/x", "--conf-dir=/x", "--conf-file=10-weft.conf"],
+            &["--bin-dir=/x", "--conf-dir=/x", "--conf-file=..conflist"],
+            &["--bin-dir=/x", "--conf-dir=/x", "--conf-file=.weft.conflist"],
             &["--bin-dir=/x", "--conf-dir=/x", "--conf-file=.conflist"],
             &["--bin-dir=/x", "--conf-dir=/x", "--remove", "--plugin=/x"],
         ] {

@@ -4,6 +4,7 @@
 //! shows is what the agent knows.
 
 mod client;
+mod conflist;
 mod docker_opts;
 mod install_cni;
 mod render;

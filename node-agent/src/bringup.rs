@@ -34,7 +34,7 @@ use crate::node::{Node, Serving};
 use crate::object::LinkKind;
 use crate::pods::PodNeeds;
 use crate::reconcile::{Inputs, NodeInputs};
-use crate::underlay::{Underlay, UnderlayChoice, find_underlay, fits};
+use crate::underlay::{PublicIpFrom, Underlay, UnderlayChoice, find_underlay, fits};
 use crate::upkeep::{Files, Upkeep, Wished};
 
 /// From and to.
@@ -135,13 +135,17 @@ async fn ask_wish(store: Arc<Store>, given: UnderlayChoice, wishes: watch::Sende
         }
         sleep(backoff.wait()).await;
     };
-    wishes.send_replace(Wished { choice: with_wish(&given, wish), problem: None });
+    let choice = with_wish(&given, wish, PublicIpFrom::Node);
+    wishes.send_replace(Wished { choice, problem: None });
     // The channel's other end lives as long as the node is kept.
     std::future::pending().await
 }
 
-fn with_wish(given: &UnderlayChoice, wish: Option<Ipv4Addr>) -> UnderlayChoice {
-    UnderlayChoice { public_ip: wish.or(given.public_ip), ..given.clone() }
+fn with_wish(given: &UnderlayChoice, wish: Option<Ipv4Addr>, from: PublicIpFrom) -> UnderlayChoice {
+    match wish {
+        Some(ip) => UnderlayChoice { public_ip: Some(ip), public_ip_from: from, ..given.clone() },
+        None => given.clone(),
+    }
 }
 
 /// Passes on that everything is in place, until the store has it; again for every lease that is taken.
@@ -307,7 +311,7 @@ async fn choice(
     loop {
         let error = match node.store.public_ip_wish().await {
             Ok(wish) => {
-                let choice = with_wish(given, wish);
+                let choice = with_wish(given, wish, PublicIpFrom::Node);
                 return Chosen { choice, saved: saved.filter(|_| !told), told: true };
             }
             Err(error) => error,
@@ -322,7 +326,8 @@ async fn choice(
         node.wait_for(Some(network.clone()), format!("this node's entry in the store: {error}"));
         sleep(backoff.wait()).await;
     }
-    let leased = with_wish(given, saved.as_ref().map(|saved| saved.own.public_ip));
+    let leased = saved.as_ref().map(|saved| saved.own.public_ip);
+    let leased = with_wish(given, leased, PublicIpFrom::Lease);
     let usable = find_underlay(leased.clone(), None).await.is_ok();
     Chosen { choice: if usable { leased } else { given.clone() }, saved, told: false }
 }

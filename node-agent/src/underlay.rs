@@ -24,6 +24,28 @@ pub struct UnderlayChoice {
     pub regexes: Vec<Regex>,
     pub can_reach: Option<Ipv4Addr>,
     pub public_ip: Option<Ipv4Addr>,
+    pub public_ip_from: PublicIpFrom,
+}
+
+/// Who says what the public IP is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PublicIpFrom {
+    #[default]
+    Option,
+    /// An operator, beside the Node.
+    Node,
+    /// The lease that this node had last.
+    Lease,
+}
+
+impl fmt::Display for PublicIpFrom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Option => "--public-ip",
+            Self::Node => "the Node's annotation node-public-ip",
+            Self::Lease => "the lease",
+        })
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -100,10 +122,10 @@ pub enum NoUnderlay {
     #[error("no interface for the underlay: {tried}; interfaces here: {here}")]
     NoMatch { tried: String, here: String },
     #[error(
-        "no interface has the address {ip} of --public-ip; behind address translation also give --iface; \
+        "no interface has the address {ip} of {from}; behind address translation also give --iface; \
          interfaces here: {here}"
     )]
-    PublicIpNotLocal { ip: Ipv4Addr, here: String },
+    PublicIpNotLocal { ip: Ipv4Addr, from: PublicIpFrom, here: String },
     #[error(
         "no default route to choose the underlay's interface by; give --iface, --iface-regex or --iface-can-reach; \
          interfaces here: {here}"
@@ -128,7 +150,7 @@ pub fn choose_underlay(choice: &UnderlayChoice, host: &HostNetwork) -> Result<Un
     let finder = Finder::new(host);
     let found = match choice.public_ip {
         None if choice.is_open() => finder.by_default_route().and_then(outward)?,
-        Some(ip) if choice.is_open() => finder.by_public_ip(ip).and_then(outward)?,
+        Some(ip) if choice.is_open() => finder.by_public_ip(ip, choice.public_ip_from).and_then(outward)?,
         _ => finder.by_choice(choice)?,
     };
     if found.iface.mtu == 0 {
@@ -169,9 +191,12 @@ impl<'a> Finder<'a> {
         best(iface, "default route".to_owned())
     }
 
-    fn by_public_ip(&self, ip: Ipv4Addr) -> Result<Found<'a>, NoUnderlay> {
-        self.with_addr(ip, format!("--public-ip {ip}"))
-            .ok_or_else(|| NoUnderlay::PublicIpNotLocal { ip, here: self.listing() })
+    fn by_public_ip(&self, ip: Ipv4Addr, from: PublicIpFrom) -> Result<Found<'a>, NoUnderlay> {
+        self.with_addr(ip, format!("{from} {ip}")).ok_or_else(|| NoUnderlay::PublicIpNotLocal {
+            ip,
+            from,
+            here: self.listing(),
+        })
     }
 
     fn by_choice(&self, choice: &UnderlayChoice) -> Result<Found<'a>, NoUnderlay> {
@@ -356,6 +381,7 @@ mod tests {
             regexes: regexes.iter().map(|r| regex(r).expect(r)).collect(),
             can_reach: can_reach.map(|ip| ip.parse().expect(ip)),
             public_ip: public_ip.map(|ip| ip.parse().expect(ip)),
+            public_ip_from: PublicIpFrom::Option,
         }
     }
 
@@ -490,6 +516,12 @@ mod tests {
             nat.contains("203.0.113.9 of --public-ip; behind address translation also give --iface"),
             "{nat}"
         );
+        let annotated = UnderlayChoice {
+            public_ip_from: PublicIpFrom::Node,
+            ..choice(&[], &[], None, Some("203.0.113.9"))
+        };
+        let wish = error(&annotated, &host());
+        assert!(wish.contains("203.0.113.9 of the Node's annotation node-public-ip; behind"), "{wish}");
         let mut lone = host();
         lone.default_route = None;
         lone.reach = None;

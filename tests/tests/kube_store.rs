@@ -500,3 +500,120 @@ fn a_start_without_the_api_hears_what_an_operator_wishes_once_it_is_back() -> Re
         Ok(())
     })
 }
+
+/// Of two Nodes with one range the older has it, whoever starts first; a Node that weft refuses has nobody's.
+#[test]
+fn a_range_is_given_out_by_one_node() -> Result<()> {
+    scenario(|cluster| {
+        let [n1, n2] = [0, 1].map(|n| cluster.nodes[n].name().to_owned());
+        // The oldest of all: its range is no part of Network, so that it is in nobody's way.
+        cluster.create("wide", Some("10.0.0.0/8"), &flannels("c6:d2:32:6f:8f:44", "192.0.2.3"))?;
+        cluster.create(&n1, Some("10.244.12.0/24"), &json!({}))?;
+        cluster.create("loop", Some("10.244.5.0/24"), &flannels("c6:d2:32:6f:8f:45", "127.0.0.1"))?;
+        cluster.nodes[0].agent.start()?;
+        cluster.nodes[0].agent.wait_ready(READY)?;
+        // Ages are told apart by the second.
+        let created = |cluster: &Cluster, name: &str| {
+            Ok::<_, anyhow::Error>(cluster.get(name)?["metadata"]["creationTimestamp"].clone())
+        };
+        eventually("a Node that is younger", READY, || {
+            let _ = cluster.control.kubectl(&["delete", "node", &n2, "--ignore-not-found"])?;
+            cluster.create(&n2, Some("10.244.12.0/24"), &json!({}))?;
+            Ok(created(cluster, &n2)? != created(cluster, &n1)?)
+        })?;
+        // Whether a start sees the other in time is a matter of moments.
+        for start in 0..5 {
+            cluster.nodes[1].agent.start()?;
+            eventually(&format!("start {start} to name who has its range"), READY, || {
+                let status = cluster.nodes[1].status()?;
+                let said = status.waiting_for.concat();
+                ensure!(!status.ready && said.contains(&format!("now held by node/{n1}")), "{status:?}");
+                Ok(true)
+            })?;
+            let annotations = cluster.get(&n2)?["metadata"]["annotations"].clone();
+            ensure!(annotations.get(format!("{PREFIX}/public-ip")).is_none(), "{annotations}");
+            cluster.nodes[1].agent.stop()?;
+        }
+        let status = cluster.nodes[0].status()?;
+        ensure!(status.ready, "{:?}", status.waiting_for);
+        let refused = |key: &str, reason: &str| {
+            let named = status.refused.iter().find(|refused| refused.key == key);
+            let named = named.with_context(|| format!("{key} among {:?}", status.refused))?;
+            ensure!(named.reason.contains(reason), "{named:?}");
+            Ok(())
+        };
+        refused("node/wide", "podCIDR 10.0.0.0/8: expected a network inside Network 10.244.0.0/16")?;
+        refused("node/loop", "public-ip = \"127.0.0.1\": expected a unicast address, not a loopback one")?;
+        // The older goes: its range is free.
+        cluster.nodes[0].agent.stop()?;
+        cluster.control.kubectl(&["delete", "node", &n1])?;
+        cluster.nodes[1].agent.start()?;
+        cluster.nodes[1].agent.wait_ready(READY)?;
+        // And one that is older comes to have it, under the running agent.
+        cluster.annotate("loop", "public-ip=192.0.2.4")?;
+        let range = json!({"spec": {"podCIDR": "10.244.5.0/24", "podCIDRs": ["10.244.5.0/24"]}});
+        cluster.control.kubectl(&["delete", "node", &n2])?;
+        cluster.create(&n2, None, &json!({}))?;
+        cluster.control.kubectl(&["patch", "node", &n2, "-p", &range.to_string()])?;
+        eventually("the agent to know whose range it was given", READY, || {
+            let status = cluster.nodes[1].status()?;
+            ensure!(format!("{status:?}").contains("held by node/loop"), "{status:?}");
+            Ok(true)
+        })
+        .map(drop)
+    })
+}
+
+/// An operator's `public-ip-overwrite` is taken up under a running agent without a word of intruders; what is no address
+/// is refused by name, and what peers were told last stays.
+#[test]
+fn an_overwrite_is_an_operators() -> Result<()> {
+    scenario(|cluster| {
+        let name = cluster.nodes[0].name().to_owned();
+        cluster.create(&name, Some("10.244.1.0/24"), &json!({}))?;
+        cluster.nodes[0].agent.start()?;
+        cluster.nodes[0].agent.wait_ready(READY)?;
+        let published = |cluster: &Cluster, expected: &str| {
+            eventually(&format!("public-ip {expected}"), READY, || {
+                let said =
+                    cluster.get(&name)?["metadata"]["annotations"][format!("{PREFIX}/public-ip")].clone();
+                ensure!(said == expected, "{said}");
+                Ok(true)
+            })
+        };
+        let problem = |cluster: &Cluster| {
+            Ok::<_, anyhow::Error>(cluster.nodes[0].status()?.lease.context("a lease")?.problem)
+        };
+        for ip in ["192.0.2.98", "192.0.2.99"] {
+            cluster.annotate(&name, &format!("public-ip-overwrite={ip}"))?;
+            published(cluster, ip)?;
+            ensure!(problem(cluster)?.is_none(), "{:?}", problem(cluster)?);
+        }
+        for garbage in ["10.0.0.1:8472", "garbage;x", "fd00::1"] {
+            cluster.annotate(&name, &format!("public-ip-overwrite={garbage}"))?;
+            let said = format!("{PREFIX}/public-ip-overwrite = {garbage:?}: expected an IPv4 address");
+            eventually(&said, READY, || {
+                let problem = problem(cluster)?;
+                ensure!(problem.as_ref().is_some_and(|problem| problem.contains(&said)), "{problem:?}");
+                Ok(true)
+            })?;
+            published(cluster, "192.0.2.99")?;
+        }
+        cluster.annotate(&name, "public-ip-overwrite-")?;
+        published(cluster, &cluster.nodes[0].net.address.to_string())?;
+        eventually("the problem to go", READY, || Ok(problem(cluster)?.is_none()))?;
+        let log = cluster.nodes[0].agent.log();
+        ensure!(!log.contains("another hand"), "{log}");
+        // What an operator wishes beside the Node is not blamed on the option.
+        cluster.nodes[0].agent.stop()?;
+        cluster.annotate(&name, "node-public-ip=203.0.113.9")?;
+        cluster.nodes[0].agent.start()?;
+        eventually("the annotation to be named", READY, || {
+            let waiting = cluster.nodes[0].status()?.waiting_for.concat();
+            let said = "no interface has the address 203.0.113.9 of the Node's annotation node-public-ip";
+            ensure!(waiting.contains(said), "{waiting}");
+            Ok(true)
+        })
+        .map(drop)
+    })
+}

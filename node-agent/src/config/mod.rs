@@ -24,7 +24,7 @@ use crate::lease::EtcdConfig;
 use crate::lease::KubeConfig;
 use crate::lease::etcd::{ClientCert, Login, Secret};
 use crate::udp::{Offload, Offloads};
-use crate::underlay::{IfaceSpec, UnderlayChoice};
+use crate::underlay::{IfaceSpec, PublicIpFrom, UnderlayChoice};
 use tracing::Level;
 use weft_shared::Subnet;
 use weft_shared::names::MAX_SOCKET_PATH;
@@ -314,6 +314,7 @@ fn underlay_choice(settings: &Settings) -> Result<UnderlayChoice, UsageError> {
         regexes: settings.list("iface-regex", "a regular expression (RE2)", regex)?,
         can_reach: ip("iface-can-reach")?,
         public_ip: ip("public-ip")?,
+        public_ip_from: PublicIpFrom::Option,
     })
 }
 

@@ -344,12 +344,15 @@ fn misplaced(subnet: Subnet, range: &Range, network_key: &str, len_key: &str) ->
     }
 }
 
-/// Link-local addresses are let pass: flannel falls back to them when an interface has no other.
 fn bad_public_ip(ip: Ipv4Addr, network: Subnet) -> Option<String> {
+    expected_of_public_ip(ip, network).map(|expected| format!("PublicIP = {ip}: expected {expected}"))
+}
+
+/// What a public IP that no node can use should be instead. Link-local addresses are let pass: flannel falls back to
+/// them when an interface has no other.
+pub(super) fn expected_of_public_ip(ip: Ipv4Addr, network: Subnet) -> Option<String> {
     if network.contains(ip.into()) {
-        return Some(format!(
-            "PublicIP = {ip}: expected an address of the underlay, not one inside Network {network}"
-        ));
+        return Some(format!("an address of the underlay, not one inside Network {network}"));
     }
     let what = if ip.octets()[0] == 0 {
         "a unicast address, not one of 0.0.0.0/8"
@@ -362,7 +365,7 @@ fn bad_public_ip(ip: Ipv4Addr, network: Subnet) -> Option<String> {
     } else {
         return None;
     };
-    Some(format!("PublicIP = {ip}: expected {what}"))
+    Some(what.to_owned())
 }
 
 #[cfg(test)]

@@ -10,8 +10,26 @@ use weft_shared::Subnet;
 use weft_shared::lease::LeaseAttrs;
 
 use super::super::selection::brief;
+use super::super::table::expected_of_public_ip;
 
 pub(super) type Annotations = BTreeMap<String, String>;
+
+/// What this node has written to its Node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Published {
+    pub attrs: LeaseAttrs,
+    /// The annotation as it was written last: an operator's overwrite differs from the address.
+    pub public_ip: Option<String>,
+}
+
+/// How the own Node's annotations stand to what was published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Standing {
+    AsPublished,
+    /// Nothing was touched, and yet `public-ip` is to be another: an operator has changed `public-ip-overwrite`.
+    Overwritten,
+    Altered,
+}
 
 /// What our annotations' names begin with, ready for a name to follow: it ends in `/` or `-`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,11 +70,19 @@ impl Prefix {
         self.get(annotations, "kube-subnet-manager") == Some("true")
     }
 
-    /// The value of a peer's lease; an error says which annotation is wrong, and what was expected.
-    pub(super) fn attrs(&self, annotations: &Annotations, subnet: Subnet) -> Result<LeaseAttrs, String> {
-        let wrong = |name: &str, value: &str, expected: &str| {
-            format!("annotation {} = {:?}: expected {expected}", self.name(name), brief(value))
-        };
+    fn wrong(&self, name: &str, value: &str, expected: &str) -> String {
+        format!("annotation {} = {:?}: expected {expected}", self.name(name), brief(value))
+    }
+
+    /// The value of a peer's lease; an error says which annotation is wrong, and what was expected. `network`: the range
+    /// that is leased out, if it is known.
+    pub(super) fn attrs(
+        &self,
+        annotations: &Annotations,
+        subnet: Subnet,
+        network: Option<Subnet>,
+    ) -> Result<LeaseAttrs, String> {
+        let wrong = |name: &str, value: &str, expected: &str| self.wrong(name, value, expected);
         let public_ip = self.get(annotations, "public-ip").unwrap_or_default();
         let data = self.get(annotations, "backend-data").unwrap_or("null");
         let json: Value =
@@ -72,22 +98,42 @@ impl Prefix {
             let expected = r#"{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"} or the like"#;
             return Err(wrong("backend-data", data, expected));
         }
-        Ok(attrs)
+        match network.and_then(|network| expected_of_public_ip(attrs.public_ip, network)) {
+            Some(expected) => Err(wrong("public-ip", public_ip, &expected)),
+            None => Ok(attrs),
+        }
     }
 
-    /// What the own Node's annotations are to say. An operator's `public-ip-overwrite` decides what peers are told.
-    pub(super) fn wanted(&self, attrs: &LeaseAttrs, present: &Annotations) -> Annotations {
-        let public_ip = self.get(present, "public-ip-overwrite").map(str::to_owned);
+    /// What the own Node's annotations are to say. An operator's `public-ip-overwrite` decides what peers are told, if it
+    /// is anything that they can be told.
+    pub(super) fn wanted(&self, attrs: &LeaseAttrs, present: &Annotations) -> Result<Annotations, String> {
+        let public_ip = self.address(present, "public-ip-overwrite")?.unwrap_or(attrs.public_ip);
         let data = attrs.backend_data.as_ref().map_or_else(|| "null".to_owned(), Value::to_string);
-        [
+        let wanted = [
             ("backend-type", attrs.backend_type.clone()),
             ("backend-data", data),
-            ("public-ip", public_ip.unwrap_or_else(|| attrs.public_ip.to_string())),
+            ("public-ip", public_ip.to_string()),
             ("kube-subnet-manager", "true".to_owned()),
-        ]
-        .into_iter()
-        .map(|(name, value)| (self.name(name), value))
-        .collect()
+        ];
+        Ok(wanted.into_iter().map(|(name, value)| (self.name(name), value)).collect())
+    }
+
+    /// Whether the own Node says what was published, and if not, whose doing that is.
+    pub(super) fn standing(&self, published: &Published, present: &Annotations) -> Standing {
+        let Ok(wanted) = self.wanted(&published.attrs, present) else { return Standing::Overwritten };
+        let mut differing = wanted.iter().filter(|(name, value)| present.get(*name) != Some(value));
+        let public_ip = self.name("public-ip");
+        match (differing.next(), differing.next()) {
+            (None, _) => Standing::AsPublished,
+            (Some((name, _)), None)
+                if *name == public_ip
+                    && published.public_ip.is_some()
+                    && present.get(&public_ip) == published.public_ip.as_ref() =>
+            {
+                Standing::Overwritten
+            }
+            _ => Standing::Altered,
+        }
     }
 
     /// What peers are told is the address of the node that publishes `public_ip`.
@@ -103,10 +149,12 @@ impl Prefix {
 
     /// Acts as `--public-ip`, and wins over it.
     pub(super) fn node_public_ip(&self, annotations: &Annotations) -> Result<Option<Ipv4Addr>, String> {
-        let Some(text) = self.get(annotations, "node-public-ip") else { return Ok(None) };
-        text.parse().map(Some).map_err(|_| {
-            format!("annotation {} = {text:?}: expected an IPv4 address", self.name("node-public-ip"))
-        })
+        self.address(annotations, "node-public-ip")
+    }
+
+    fn address(&self, annotations: &Annotations, name: &str) -> Result<Option<Ipv4Addr>, String> {
+        let Some(text) = self.get(annotations, name) else { return Ok(None) };
+        text.parse().map(Some).map_err(|_| self.wrong(name, text, "an IPv4 address"))
     }
 
     /// Every annotation that an agent writes.
@@ -151,7 +199,7 @@ mod tests {
             r#"{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"12:c6:65:89:b4:e3"}}"#,
         )
         .expect("attrs");
-        let wanted = prefix.wanted(&attrs, &Annotations::new());
+        let wanted = prefix.wanted(&attrs, &Annotations::new()).expect("no overwrite");
         let expected = annotations(&[
             ("org.com/x-backend-data", r#"{"VNI":1,"VtepMAC":"12:c6:65:89:b4:e3"}"#),
             ("org.com/x-backend-type", "vxlan"),
@@ -160,16 +208,16 @@ mod tests {
         ]);
         assert_eq!(wanted, expected);
         assert!(prefix.is_managed(&wanted));
-        assert_eq!(prefix.attrs(&wanted, subnet()), Ok(attrs.clone()), "read back");
+        assert_eq!(prefix.attrs(&wanted, subnet(), None), Ok(attrs.clone()), "read back");
         assert_eq!(prefix.written().collect::<Vec<_>>().len(), wanted.len());
         assert!(prefix.written().all(|name| wanted.contains_key(&name)));
 
         // udp: an empty type, and data that is the word null.
         let udp: LeaseAttrs = serde_json::from_str(r#"{"PublicIP":"192.0.2.1"}"#).expect("attrs");
-        let wanted = prefix.wanted(&udp, &Annotations::new());
+        let wanted = prefix.wanted(&udp, &Annotations::new()).expect("no overwrite");
         assert_eq!(wanted["org.com/x-backend-data"], "null");
         assert_eq!(wanted["org.com/x-backend-type"], "");
-        assert_eq!(prefix.attrs(&wanted, subnet()), Ok(udp));
+        assert_eq!(prefix.attrs(&wanted, subnet(), None), Ok(udp));
     }
 
     #[test]
@@ -178,12 +226,20 @@ mod tests {
         let attrs: LeaseAttrs = serde_json::from_str(r#"{"PublicIP":"192.0.2.1"}"#).expect("attrs");
         for (overwrite, told) in [("", "192.0.2.1"), ("203.0.113.7", "203.0.113.7")] {
             let present = annotations(&[("flannel.alpha.coreos.com/public-ip-overwrite", overwrite)]);
-            let wanted = prefix.wanted(&attrs, &present);
+            let wanted = prefix.wanted(&attrs, &present).expect("an address");
             assert_eq!(wanted["flannel.alpha.coreos.com/public-ip"], told);
             let mut all = present;
             all.extend(wanted);
             assert!(prefix.says_public_ip(&all, attrs.public_ip));
             assert_eq!(prefix.says_public_ip(&all, "192.0.2.9".parse().expect("ip")), !overwrite.is_empty());
+        }
+        for garbage in ["10.0.0.1:8472", "garbage;x", "fd00::1", " 10.0.0.1"] {
+            let present = annotations(&[("flannel.alpha.coreos.com/public-ip-overwrite", garbage)]);
+            let error = prefix.wanted(&attrs, &present).expect_err(garbage);
+            let expected = format!(
+                "annotation flannel.alpha.coreos.com/public-ip-overwrite = {garbage:?}: expected an IPv4 address"
+            );
+            assert_eq!(error, expected);
         }
         let node_ip = |value: &str| {
             prefix.node_public_ip(&annotations(&[("flannel.alpha.coreos.com/node-public-ip", value)]))
@@ -198,6 +254,39 @@ mod tests {
     }
 
     #[test]
+    fn an_operators_hand_is_told_from_anothers() {
+        let prefix = Prefix::parse("org.com").expect("prefix");
+        let attrs: LeaseAttrs = serde_json::from_str(r#"{"PublicIP":"192.0.2.1"}"#).expect("attrs");
+        // What was written last, what stands there, what an operator wishes.
+        for (written, present, overwrite, standing) in [
+            ("192.0.2.1", "192.0.2.1", "", Standing::AsPublished),
+            ("192.0.2.1", "192.0.2.1", "203.0.113.7", Standing::Overwritten),
+            ("203.0.113.7", "203.0.113.7", "203.0.113.7", Standing::AsPublished),
+            ("203.0.113.7", "203.0.113.7", "203.0.113.8", Standing::Overwritten),
+            ("203.0.113.7", "203.0.113.7", "", Standing::Overwritten),
+            ("203.0.113.7", "203.0.113.7", "nonsense", Standing::Overwritten),
+            ("192.0.2.1", "192.0.2.99", "", Standing::Altered),
+            ("203.0.113.7", "192.0.2.1", "203.0.113.7", Standing::Altered),
+        ] {
+            let mut all = prefix.wanted(&attrs, &Annotations::new()).expect("no overwrite");
+            all.insert("org.com/public-ip".into(), present.into());
+            all.insert("org.com/public-ip-overwrite".into(), overwrite.into());
+            let published = Published { attrs: attrs.clone(), public_ip: Some(written.into()) };
+            let case = format!("{written} {present} {overwrite}");
+            assert_eq!(prefix.standing(&published, &all), standing, "{case}");
+            // Beside anything else it is another hand's.
+            if overwrite != "nonsense" {
+                all.insert("org.com/backend-type".into(), "udp".into());
+                assert_eq!(prefix.standing(&published, &all), Standing::Altered, "{case}");
+            }
+            let unwritten = Published { public_ip: None, ..published };
+            all.remove("org.com/public-ip");
+            all.remove("org.com/public-ip-overwrite");
+            assert_eq!(prefix.standing(&unwritten, &all), Standing::Altered, "nothing was written: {case}");
+        }
+    }
+
+    #[test]
     fn garbage_is_named_by_annotation_and_value() {
         let prefix = Prefix::parse("org.com").expect("prefix");
         let read = |ip: &str, kind: &str, data: &str| {
@@ -206,7 +295,7 @@ mod tests {
                 ("org.com/backend-type", kind),
                 ("org.com/backend-data", data),
             ]);
-            prefix.attrs(&all, subnet()).expect_err("garbage")
+            prefix.attrs(&all, subnet(), "10.244.0.0/16".parse().ok()).expect_err("garbage")
         };
         for (error, expected) in [
             (
@@ -214,6 +303,14 @@ mod tests {
                 r#"org.com/public-ip = "not an address": expected an IPv4"#,
             ),
             (read("", "host-gw", "null"), r#"org.com/public-ip = "": expected"#),
+            (
+                read("10.244.9.9", "host-gw", "null"),
+                r#"org.com/public-ip = "10.244.9.9": expected an address of the underlay, not one inside Network 10.244.0.0/16"#,
+            ),
+            (
+                read("127.0.0.1", "host-gw", "null"),
+                r#"org.com/public-ip = "127.0.0.1": expected a unicast address, not a loopback one"#,
+            ),
             (read("192.0.2.1", "host-gw", "{"), r#"org.com/backend-data = "{": expected JSON"#),
             (read("192.0.2.1", "vxlan", "null"), r#"org.com/backend-data = "null": expected {"VNI""#),
             (read("192.0.2.1", "vxlan", r#"{"VNI":1}"#), "VtepMAC"),

@@ -22,13 +22,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{OnceCell, mpsc, watch as latest};
+use tokio::time::timeout;
+use weft_shared::Subnet;
 use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
 use weft_shared::netconf::NetworkConfig;
 
 pub use self::annotations::Prefix;
 pub use self::config::{KubeConfig, NodeIdentity};
 
+use self::annotations::Published;
 use self::connection::Connection;
+use self::node::Node;
 use super::{AcquireRequest, LeaseStore, LeaseUpdate, OwnedLease, Released, StoreError, StoreHealth};
 
 #[derive(Debug, Clone)]
@@ -45,35 +49,71 @@ pub struct KubeStore {
 #[derive(Debug, Default)]
 struct Shared {
     node: OnceCell<String>,
-    told: Mutex<Told>,
+    published: Mutex<Option<Published>>,
+    /// The range that this node's is to be of.
+    network: latest::Sender<Option<Subnet>>,
+    verdict: latest::Sender<Verdict>,
+    /// Whether the keeper has the lease, by what this store has told it.
+    held: latest::Sender<bool>,
 }
 
-#[derive(Debug, Default)]
-struct Told {
-    published: Option<LeaseAttrs>,
-    /// The older Node that has this node's range.
+/// What the watch makes of the own Node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Verdict {
+    /// Every change up to here is in it.
+    version: u64,
+    /// By which the other Nodes were judged.
+    network: Option<Subnet>,
+    /// The object that was seen, and its range.
+    own: Option<(String, LeaseKey)>,
+    /// The older Node that has this range.
     elder: Option<String>,
 }
 
 impl Shared {
-    fn with<T>(&self, look: impl FnOnce(&mut Told) -> T) -> T {
-        look(&mut self.told.lock().unwrap_or_else(PoisonError::into_inner))
+    fn published<T>(&self, look: impl FnOnce(&mut Option<Published>) -> T) -> T {
+        look(&mut self.published.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn publish(&self, attrs: &LeaseAttrs) {
-        self.with(|told| told.published = Some(attrs.clone()));
+        self.published(|published| {
+            let public_ip = published.take().and_then(|former| former.public_ip);
+            *published = Some(Published { attrs: attrs.clone(), public_ip });
+        });
     }
 
-    fn published(&self) -> Option<LeaseAttrs> {
-        self.with(|told| told.published.clone())
+    fn publish_ip(&self, annotation: Option<&str>) {
+        self.published(|published| {
+            if let Some(published) = published {
+                published.public_ip = annotation.map(str::to_owned);
+            }
+        });
+    }
+
+    fn lease_out_of(&self, network: Subnet) {
+        self.network.send_if_modified(|known| known.replace(network) != Some(network));
     }
 
     fn elder(&self) -> Option<String> {
-        self.with(|told| told.elder.clone())
+        self.verdict.borrow().elder.clone()
     }
 
-    fn set_elder(&self, elder: Option<&str>) {
-        self.with(|told| told.elder = elder.map(str::to_owned));
+    /// As [`Shared::elder`], once the watch has seen everything that went before this state of the own Node.
+    async fn elder_before(
+        &self,
+        node: &Node,
+        key: LeaseKey,
+        network: Subnet,
+        patience: Duration,
+    ) -> Option<Option<String>> {
+        let version = node.version();
+        let own = Some((node.metadata.uid.clone(), key));
+        let mut verdict = self.verdict.subscribe();
+        let seen = verdict.wait_for(|verdict| {
+            (&verdict.own, verdict.network) == (&own, Some(network)) && Some(verdict.version) >= version
+        });
+        let seen = timeout(patience, seen).await.ok()?.ok()?;
+        Some(seen.elder.clone())
     }
 }
 

@@ -62,6 +62,11 @@ impl Node {
         at.map_or(0, |time| u64::try_from(time.0.as_second()).unwrap_or(0))
     }
 
+    /// Versions are compared although clients are not to: those of one apiserver only grow.
+    pub(super) fn version(&self) -> Option<u64> {
+        self.metadata.resource_version.parse().ok()
+    }
+
     /// The subnet that the cluster has given the Node: the IPv4 one of at most two ranges, one of each family.
     pub(super) fn key(&self) -> Result<LeaseKey, String> {
         let name = &self.metadata.name;

@@ -11,9 +11,9 @@ use tracing::info;
 use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
 
 use super::super::{AcquireRequest, OwnedLease, Released, StoreError};
-use super::KubeStore;
 use super::node::Node;
 use super::world::key_of;
+use super::{KubeStore, LeaseStore as _};
 
 pub(super) async fn acquire(store: &KubeStore, want: &AcquireRequest) -> Result<OwnedLease, StoreError> {
     // Before anything is written: the watch may see it before its answer is here.
@@ -23,6 +23,7 @@ pub(super) async fn acquire(store: &KubeStore, want: &AcquireRequest) -> Result<
     let unfit = |reason| StoreError::NodeUnfit { node: name.clone(), reason };
     let key = node.key().map_err(unfit)?;
     let network = want.config.v4.network;
+    store.shared.lease_out_of(network);
     if !network.covers(key.v4) {
         return Err(unfit(format!(
             "subnet {network:?} specified in the flannel net config doesn't contain {:?} PodCIDR of the {name:?} node",
@@ -30,7 +31,17 @@ pub(super) async fn acquire(store: &KubeStore, want: &AcquireRequest) -> Result<
             network = network.to_string(),
         )));
     }
-    if let Some(owner) = store.shared.elder() {
+    // Whoever takes a range must know who has it: the first list may still be on its way.
+    let patience = store.times.known;
+    let elder = store.shared.elder_before(&node, key, network, patience).await;
+    let elder = elder.ok_or_else(|| StoreError::Unavailable {
+        location: store.location(),
+        reason: format!(
+            "no list of the Nodes within {patience:?}, without which an older one with podCIDR {} would not be known",
+            key.v4
+        ),
+    })?;
+    if let Some(owner) = elder {
         return Err(StoreError::Lost { key, owner: Some(key_of(&owner)) });
     }
     publish(store, &node, key, &want.attrs).await
@@ -45,10 +56,12 @@ pub(super) async fn renew(
     let key = held.lease.key;
     let name = store.node_name().await?;
     let Some(node) = store.connection.node(name).await? else {
+        store.shared.held.send_replace(false);
         return Err(StoreError::Lost { key, owner: None });
     };
     let owner = store.shared.elder().map(|elder| key_of(&elder));
     if owner.is_some() || node.key() != Ok(key) {
+        store.shared.held.send_replace(false);
         return Err(StoreError::Lost { key, owner });
     }
     store.shared.publish(attrs);
@@ -131,7 +144,11 @@ async fn publish(
     attrs: &LeaseAttrs,
 ) -> Result<OwnedLease, StoreError> {
     let present = node.annotations();
-    let mut wanted = store.prefix.wanted(attrs, present);
+    let wanted = store.prefix.wanted(attrs, present);
+    let mut wanted =
+        wanted.map_err(|reason| StoreError::NodeUnfit { node: node.metadata.name.clone(), reason })?;
+    // Before anything is written, as above.
+    store.shared.publish_ip(store.prefix.public_ip(&wanted));
     wanted.retain(|name, value| present.get(name) != Some(value));
     let version = if wanted.is_empty() {
         node.metadata.resource_version.clone()
@@ -142,6 +159,7 @@ async fn publish(
         let patched = store.connection.patch_status(name, &patch).await?.ok_or_else(|| missing(name))?;
         patched.metadata.resource_version
     };
+    store.shared.held.send_replace(true);
     let lease = Lease { key, attrs: attrs.clone(), create_revision: node.created() };
     Ok(OwnedLease { lease, mod_revision: version.parse().unwrap_or(0), lease_id: 0, expires: None })
 }

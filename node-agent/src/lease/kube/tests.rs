@@ -8,11 +8,12 @@ use std::time::SystemTime;
 use axum::http::StatusCode;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::task::JoinSet;
 
 use self::apiserver::ApiServer;
 use super::*;
 use crate::lease::contract::{self, Fixture, Watching, acquire, attrs, want};
-use crate::lease::{Keeper, LeaseState, StoredConfig};
+use crate::lease::{Keeper, KeeperHandle, LeaseState, StoredConfig};
 
 contract::contract!(@ Cluster: watch_sends_a_snapshot_then_changes, watch_ends_with_its_receiver,);
 
@@ -60,6 +61,37 @@ impl Cluster {
 
     fn own(&self, cidr: Option<&str>) {
         self.api.apply("own", json!({"spec": {"podCIDR": cidr}}));
+    }
+
+    /// A store whose watch runs, as an agent's does.
+    fn watched(&self, config: &KubeConfig) -> (KubeStore, JoinSet<()>) {
+        let store = self.store_of(config);
+        let (sender, mut updates) = mpsc::channel(8);
+        let mut tasks = JoinSet::new();
+        let watched = store.clone();
+        tasks.spawn(async move { watched.watch(sender, latest::Sender::new(StoreHealth::default())).await });
+        tasks.spawn(async move { while updates.recv().await.is_some() {} });
+        (store, tasks)
+    }
+
+    /// An older Node than those that are made without a time.
+    fn elder(&self, name: &str, cidr: &str, ip: &str) {
+        self.api.apply(name, json!({"metadata": {"creationTimestamp": "2020-01-01T00:00:00Z"}}));
+        self.peer(name, cidr, ip);
+    }
+
+    fn annotation(&self, name: &str) -> Value {
+        self.api.node("own")["metadata"]["annotations"][format!("{PREFIX}/{name}")].clone()
+    }
+
+    async fn until_annotation(&self, name: &str, value: &str) {
+        let written = async {
+            while self.annotation(name) != value {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let waited = tokio::time::timeout(contract::PATIENCE, written).await;
+        waited.unwrap_or_else(|_| panic!("{name} is {} and never was {value}", self.annotation(name)));
     }
 
     fn watching(&self) -> Watching {
@@ -113,7 +145,7 @@ impl Fixture for Cluster {
 #[tokio::test]
 async fn a_lease_is_one_patch_of_what_differs() {
     let cluster = Cluster::new().await;
-    let store = cluster.store();
+    let (store, _watch) = cluster.watched(&cluster.config());
     cluster.own(Some("10.5.7.0/24"));
     cluster
         .api
@@ -200,7 +232,8 @@ async fn ranges_need_not_have_the_length_of_the_configuration() {
         .await;
     let config = cluster.store().network_config().await.expect("flannel reads no SubnetLen here");
     cluster.own(Some("10.5.7.64/26"));
-    let held = acquire(&cluster.store(), &AcquireRequest { config: config.clone(), ..request() }).await;
+    let (store, _watch) = cluster.watched(&cluster.config());
+    let held = acquire(&store, &AcquireRequest { config: config.clone(), ..request() }).await;
     cluster.peer("b", "10.5.32.0/20", "192.0.2.2");
     let mut table = crate::lease::LeaseTable::new(config, Duration::ZERO);
     table.set_own(Some(&held.lease));
@@ -220,7 +253,7 @@ async fn ranges_need_not_have_the_length_of_the_configuration() {
 #[tokio::test]
 async fn a_lease_is_lost_with_its_node_or_its_range() {
     let cluster = Cluster::new().await;
-    let store = cluster.store();
+    let (store, _watch) = cluster.watched(&cluster.config());
     cluster.own(Some("10.5.7.0/24"));
     let held = acquire(&store, &request()).await;
     let lost = Err(StoreError::Lost { key: held.lease.key, owner: None });
@@ -233,7 +266,7 @@ async fn a_lease_is_lost_with_its_node_or_its_range() {
 #[tokio::test]
 async fn giving_back_takes_our_annotations_alone() {
     let cluster = Cluster::new().await;
-    let store = cluster.store();
+    let (store, _watch) = cluster.watched(&cluster.config());
     let (ours, theirs) = ("192.0.2.1".parse().expect("ip"), "192.0.2.2".parse().expect("ip"));
     let key = "10.5.7.0-24".parse().expect("key");
     assert_eq!(store.release(&key, ours).await, Ok(Released::Gone), "never taken");
@@ -295,15 +328,15 @@ async fn the_node_is_found_by_the_pod() {
     cluster.own(Some("10.5.7.0/24"));
     let of_pod = |name: &str| {
         let node = NodeIdentity::OfPod { namespace: "kube-flannel".into(), name: name.into() };
-        cluster.store_of(&KubeConfig { node, ..cluster.config() })
+        cluster.watched(&KubeConfig { node, ..cluster.config() })
     };
-    let store = of_pod("on-own");
+    let (store, _watch) = of_pod("on-own");
     for _ in 0..2 {
         assert_eq!(acquire(&store, &request()).await.lease.key.to_string(), "10.5.7.0-24");
     }
     let asked = cluster.api.requests();
     assert_eq!(asked.iter().filter(|r| *r == "GET pod kube-flannel/on-own").count(), 1, "{asked:?}");
-    let error = of_pod("nowhere").acquire(&request()).await.expect_err("no pod").to_string();
+    let error = of_pod("nowhere").0.acquire(&request()).await.expect_err("no pod").to_string();
     assert!(error.contains("pod kube-flannel/nowhere is not there or on no Node"), "{error}");
 }
 
@@ -521,68 +554,208 @@ async fn the_configuration_is_the_file_and_a_moved_link_is_a_change() {
     assert_eq!(watching.snapshots, 1);
 }
 
+/// Nobody takes a range without having seen who has it.
+#[tokio::test]
+async fn a_range_is_taken_once_the_nodes_are_known() {
+    let cluster = Cluster::new().await;
+    cluster.own(Some("10.5.7.0/24"));
+    cluster.elder("elder", "10.5.0.0/20", "192.0.2.50");
+    // Older still and outside Network: refused, and in nobody's way.
+    cluster.api.apply("wide", json!({"metadata": {"creationTimestamp": "2019-01-01T00:00:00Z"}}));
+    cluster.peer("wide", "10.0.0.0/8", "192.0.2.51");
+    let store = cluster.store();
+    let acquiring = tokio::spawn({
+        let store = store.clone();
+        async move { store.acquire(&request()).await }
+    });
+    while !cluster.api.requests().contains(&"GET own".to_owned()) {
+        tokio::task::yield_now().await;
+    }
+    let mut watching = Watching::start(store.clone());
+    watching.until("the snapshot", |w| w.snapshots >= 1).await;
+    let key = "10.5.7.0-24".parse().expect("key");
+    let lost = |owner: &str| Err(StoreError::Lost { key, owner: Some(owner.into()) });
+    assert_eq!(acquiring.await.expect("no panic"), lost("node/elder"));
+    assert_eq!(cluster.api.patches(), []);
+    assert!(watching.malformed.contains("node/wide"), "{:?}", watching.malformed);
+    cluster.api.delete("elder");
+    watching.until("it to go", |w| w.world.is_empty()).await;
+    assert_eq!(acquire(&store, &request()).await.lease.key, key);
+    // Of a range that comes later the same is known as soon as it is there.
+    cluster.elder("elder", "10.5.8.0/24", "192.0.2.50");
+    cluster.own(Some("10.5.8.0/24"));
+    let key = "10.5.8.0-24".parse().expect("key");
+    let again = tokio::spawn({
+        let store = store.clone();
+        async move { store.acquire(&request()).await }
+    });
+    watching.until("the new one", |w| w.world.contains_key("10.5.8.0-24")).await;
+    assert_eq!(
+        again.await.expect("no panic"),
+        Err(StoreError::Lost { key, owner: Some("node/elder".into()) })
+    );
+}
+
+#[tokio::test]
+async fn without_a_list_of_the_nodes_no_range_is_taken() {
+    let cluster = Cluster::new().await;
+    cluster.own(Some("10.5.7.0/24"));
+    let store = cluster.store();
+    let times = watch::Times { known: Duration::from_millis(50), ..store.times.clone() };
+    match (KubeStore { times, ..store }).acquire(&request()).await {
+        Err(StoreError::Unavailable { reason, .. }) => assert_eq!(
+            reason,
+            "no list of the Nodes within 50ms, without which an older one with podCIDR 10.5.7.0/24 would not be known"
+        ),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(cluster.api.patches(), []);
+}
+
+/// A keeper over this store, and the watch that is not shown to it yet.
+struct Keeping {
+    handle: KeeperHandle,
+    updates: Option<mpsc::Receiver<LeaseUpdate>>,
+    tasks: JoinSet<()>,
+}
+
+impl Keeping {
+    async fn start(cluster: &Cluster) -> Self {
+        cluster.put_config(NET_CONF).await;
+        cluster.own(Some("10.5.7.0/24"));
+        let store = Arc::new(cluster.store());
+        let (keeper, handle) = Keeper::new(store.clone(), request(), Duration::from_secs(60));
+        let (sender, updates) = mpsc::channel(8);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move { match keeper.run().await {} });
+        tasks.spawn(async move { store.watch(sender, latest::Sender::new(StoreHealth::default())).await });
+        let mut keeping = Self { handle, updates: Some(updates), tasks };
+        // The list is from before the lease: shown to the keeper, it would make it look, and put right unsaid what
+        // another hand has just done.
+        keeping
+            .pass_over("its own lease", |u| matches!(u, LeaseUpdate::Upsert(l) if l.attrs == request().attrs))
+            .await;
+        keeping.until("held", |s| s.held().is_some()).await;
+        keeping
+    }
+
+    /// Keeps from the keeper what comes until this comes, and that too.
+    async fn pass_over(&mut self, what: &str, last: impl Fn(&LeaseUpdate) -> bool) {
+        let updates = self.updates.as_mut().expect("not shown yet");
+        let waited = tokio::time::timeout(contract::PATIENCE, async {
+            while !last(&updates.recv().await.expect("the watch")) {}
+        });
+        waited.await.unwrap_or_else(|_| panic!("never {what}"));
+    }
+
+    fn observe(&mut self) {
+        let (handle, mut updates) = (self.handle.clone(), self.updates.take().expect("not shown yet"));
+        self.tasks.spawn(async move {
+            while let Some(update) = updates.recv().await {
+                handle.observe(&update);
+            }
+        });
+    }
+
+    async fn until(&self, what: &str, done: impl FnMut(&LeaseState) -> bool) -> LeaseState {
+        let mut state = self.handle.state.clone();
+        let waited = tokio::time::timeout(contract::PATIENCE, state.wait_for(done)).await;
+        waited
+            .unwrap_or_else(|_| panic!("never {what}: {:?}", *self.handle.state.borrow()))
+            .expect("keeper")
+            .clone()
+    }
+}
+
 /// The keeper over this store: a foreign hand on our annotations, an older Node with our range, a Node that goes.
 #[tokio::test]
 async fn the_keeper_keeps_what_the_node_says() {
     let cluster = Cluster::new().await;
-    cluster.put_config(NET_CONF).await;
-    cluster.own(Some("10.5.7.0/24"));
-    let store = Arc::new(cluster.store());
-    let (keeper, handle) = Keeper::new(store.clone(), request(), Duration::from_secs(60));
-    let keeping = tokio::spawn(async move { match keeper.run().await {} });
-    let mut state = handle.state.clone();
-    let mut until = async |what: &str, done: &dyn Fn(&LeaseState) -> bool| {
-        let waited = tokio::time::timeout(contract::PATIENCE, state.wait_for(|s| done(s))).await;
-        waited.unwrap_or_else(|_| panic!("never {what}")).expect("keeper").clone()
-    };
-    until("held", &|s| s.held().is_some()).await;
-    // A list from before the lease would make the keeper look, and put right unsaid what another hand has just done.
-    let (sender, mut updates) = mpsc::channel(8);
-    let watching = tokio::spawn({
-        let store = store.clone();
-        async move { store.watch(sender, latest::Sender::new(StoreHealth::default())).await }
-    });
-    while !matches!(updates.recv().await.expect("the watch"), LeaseUpdate::Snapshot { .. }) {}
-    let observing = tokio::spawn({
-        let handle = handle.clone();
-        async move {
-            while let Some(update) = updates.recv().await {
-                handle.observe(&update);
-            }
-        }
-    });
-    let said =
-        |name: &str| cluster.api.node("own")["metadata"]["annotations"][format!("{PREFIX}/{name}")].clone();
+    let mut keeping = Keeping::start(&cluster).await;
+    keeping.observe();
     cluster.api.patches();
     // Another hand: written back, after a moment, and said.
     cluster
         .api
         .apply("own", json!({"metadata": {"annotations": annotations(&[("public-ip", "192.0.2.99")])}}));
-    let state = until("named", &|s| s.problem().is_some()).await;
+    let state = keeping.until("named", |s| s.problem().is_some()).await;
     assert!(state.problem().is_some_and(|p| p.contains("under this Node's name")), "{state:?}");
-    let back = async || {
-        while said("public-ip") != "192.0.2.1" {
-            tokio::time::sleep(Duration::from_millis(10)).await
-        }
-    };
-    tokio::time::timeout(contract::PATIENCE, back()).await.expect("written back");
+    cluster.until_annotation("public-ip", "192.0.2.1").await;
     assert_eq!(cluster.api.patches().len(), 1);
     // An older Node has the range: it is the owner, until it goes.
-    cluster.api.apply("elder", json!({"metadata": {"creationTimestamp": "2020-01-01T00:00:00Z"}}));
-    cluster.peer("elder", "10.5.7.0/24", "192.0.2.50");
-    let lost = until("lost", &|s| matches!(s, LeaseState::Lost { owner: Some(_), .. })).await;
+    cluster.elder("elder", "10.5.7.0/24", "192.0.2.50");
+    let lost = keeping.until("lost", |s| matches!(s, LeaseState::Lost { owner: Some(_), .. })).await;
     assert!(
         matches!(&lost, LeaseState::Lost { owner: Some(owner), .. } if owner == "node/elder"),
         "{lost:?}"
     );
     cluster.api.delete("elder");
-    until("held again", &|s| s.held().is_some()).await;
+    keeping.until("held again", |s| s.held().is_some()).await;
     // The Node goes and comes with another range.
     cluster.api.delete("own");
-    until("lost with the Node", &|s| matches!(s, LeaseState::Lost { owner: None, .. })).await;
+    keeping.until("lost with the Node", |s| matches!(s, LeaseState::Lost { owner: None, .. })).await;
     cluster.own(Some("10.5.8.0/24"));
-    until("the new range", &|s| s.held().is_some_and(|h| h.lease.key.to_string() == "10.5.8.0-24")).await;
-    for task in [keeping, watching, observing] {
-        task.abort();
+    let moved = |s: &LeaseState| s.held().is_some_and(|h| h.lease.key.to_string() == "10.5.8.0-24");
+    keeping.until("the new range", moved).await;
+}
+
+/// What was told in the moment between the store's yes and the keeper's having it is told again.
+#[tokio::test]
+async fn a_keeper_that_has_not_heard_of_an_elder_hears_again() {
+    for cidr in ["10.5.7.0/24", "10.5.0.0/20"] {
+        let cluster = Cluster::new().await;
+        let mut keeping = Keeping::start(&cluster).await;
+        cluster.elder("elder", cidr, "192.0.2.50");
+        keeping
+            .pass_over("shadowed", |u| matches!(u, LeaseUpdate::Malformed(m) if m.key == "node/own"))
+            .await;
+        keeping.observe();
+        let lost = keeping.until("lost", |s| matches!(s, LeaseState::Lost { .. })).await;
+        assert!(
+            matches!(&lost, LeaseState::Lost { owner: Some(owner), .. } if owner == "node/elder"),
+            "{lost:?}"
+        );
     }
+}
+
+/// An operator's address is taken up without anybody being blamed; what is none is refused by name.
+#[tokio::test]
+async fn an_operators_overwrite_is_no_intruder() {
+    let cluster = Cluster::new().await;
+    let mut keeping = Keeping::start(&cluster).await;
+    keeping.observe();
+    let overwrite = |value: Value| {
+        cluster.api.apply(
+            "own",
+            json!({"metadata": {"annotations": {format!("{PREFIX}/public-ip-overwrite"): value}}}),
+        );
+    };
+    for (wish, told) in [
+        (json!("203.0.113.7"), "203.0.113.7"),
+        (json!("203.0.113.8"), "203.0.113.8"),
+        (Value::Null, "192.0.2.1"),
+        (json!("203.0.113.9"), "203.0.113.9"),
+    ] {
+        overwrite(wish);
+        cluster.until_annotation("public-ip", told).await;
+        let state = keeping.until("held", |s| s.held().is_some()).await;
+        assert_eq!(state.problem(), None, "{told}");
+    }
+    for garbage in ["10.0.0.1:8472", "garbage;x", "fd00::1"] {
+        cluster.api.patches();
+        overwrite(json!(garbage));
+        let expected =
+            format!("annotation {PREFIX}/public-ip-overwrite = {garbage:?}: expected an IPv4 address");
+        let state = keeping.until(&expected, |s| s.problem() == Some(&*expected)).await;
+        assert!(state.held().is_some(), "{state:?}");
+        assert_eq!((cluster.annotation("public-ip"), cluster.api.patches()), (json!("203.0.113.9"), vec![]));
+    }
+    // Nor does a start take a lease by it.
+    let (fresh, _watch) = cluster.watched(&cluster.config());
+    let error = fresh.acquire(&request()).await.expect_err("garbage").to_string();
+    assert!(error.contains("public-ip-overwrite = \"fd00::1\": expected an IPv4 address"), "{error}");
+    assert_eq!(cluster.api.patches(), []);
+    overwrite(json!("203.0.113.10"));
+    cluster.until_annotation("public-ip", "203.0.113.10").await;
+    keeping.until("well", |s| s.held().is_some() && s.problem().is_none()).await;
 }

@@ -3,6 +3,7 @@
 //! answers next may be another history. Nothing is said to be gone before that list is whole.
 
 use std::convert::Infallible;
+use std::future::pending;
 use std::pin::pin;
 use std::time::Duration;
 
@@ -11,13 +12,15 @@ use kube::core::WatchEvent;
 use tokio::sync::{mpsc, watch as latest};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{info, warn};
+use weft_shared::Subnet;
+use weft_shared::lease::LeaseKey;
 
 use super::super::backoff::{Backoff, jittered};
-use super::super::{LeaseStore, LeaseUpdate, StoreError, StoreHealth, health};
-use super::connection::{PAGE, WATCH_LENGTH};
+use super::super::{Departure, LeaseStore, LeaseUpdate, StoreError, StoreHealth, StoredConfig, health};
+use super::connection::{DEADLINE, PAGE, WATCH_LENGTH};
 use super::node::Node;
-use super::world::{Said, World, read};
-use super::{KubeStore, netconf};
+use super::world::{Reading, Said, World, read};
+use super::{KubeStore, Verdict, netconf};
 
 /// How long to wait for what.
 #[derive(Debug, Clone)]
@@ -29,6 +32,8 @@ pub(super) struct Times {
     /// And is given up when it has said nothing for so long: a bookmark comes about every minute.
     pub silent: Duration,
     pub retry: (Duration, Duration),
+    /// How long whoever takes a range waits until all Nodes are known.
+    pub known: Duration,
 }
 
 impl Default for Times {
@@ -38,12 +43,15 @@ impl Default for Times {
             quiet: Duration::from_secs(30),
             silent: Duration::from_secs(180),
             retry: (Duration::from_millis(100), Duration::from_secs(10)),
+            known: DEADLINE,
         }
     }
 }
 
 /// An apiserver that ends a watch so little before its time means it no other way.
 const SLACK: Duration = Duration::from_secs(5);
+/// How often a keeper that has not yet heard is told that an older Node has its range.
+const REMIND: Duration = Duration::from_millis(500);
 /// By so much a list is put off for each Node: all agents of a cluster lose an apiserver at the same moment.
 const SPREAD: Duration = Duration::from_millis(2);
 
@@ -60,7 +68,7 @@ pub(super) async fn run(
 }
 
 async fn nodes(store: &KubeStore, updates: mpsc::Sender<LeaseUpdate>, health: latest::Sender<StoreHealth>) {
-    let mut watcher = Watcher { store, updates, health, name: None, seen: None };
+    let mut watcher = Watcher::new(store, updates, health);
     let mut backoff = Backoff::new(store.times.retry.0, store.times.retry.1);
     loop {
         match watcher.once(&mut backoff).await {
@@ -102,10 +110,31 @@ struct Watcher<'a> {
     health: latest::Sender<StoreHealth>,
     /// The own Node's.
     name: Option<String>,
+    own: Option<Own>,
+    /// By which Nodes are judged.
+    network: Option<Subnet>,
     seen: Option<Seen>,
+    /// While an older Node has the own Node's range: what tells the keeper, and when to do so again.
+    shadowed: Option<(LeaseUpdate, Instant)>,
 }
 
-impl Watcher<'_> {
+/// The own Node as it was seen last, whatever its annotations say.
+struct Own {
+    uid: String,
+    created: u64,
+    key: LeaseKey,
+}
+
+impl<'a> Watcher<'a> {
+    fn new(
+        store: &'a KubeStore,
+        updates: mpsc::Sender<LeaseUpdate>,
+        health: latest::Sender<StoreHealth>,
+    ) -> Self {
+        let (name, own, network, seen, shadowed) = (None, None, None, None, None);
+        Self { store, updates, health, name, own, network, seen, shadowed }
+    }
+
     async fn once(&mut self, backoff: &mut Backoff) -> End {
         let relist_at = match self.list().await {
             Ok(relist_at) => relist_at,
@@ -125,6 +154,7 @@ impl Watcher<'_> {
     async fn list(&mut self) -> Result<Instant, End> {
         let name = self.store.node_name().await.map_err(End::Broken)?.to_owned();
         self.name = Some(name);
+        self.network = self.network().await;
         let former = self.seen.as_ref().map(|seen| &seen.world);
         let nobody = World::default();
         let mut world = World::default();
@@ -155,8 +185,8 @@ impl Watcher<'_> {
             }
         }
         let version = version.unwrap_or_default();
-        if let Some(node) = own {
-            world.add(former.unwrap_or(&nobody), &node, self.read(&node));
+        if let Some(node) = &own {
+            world.add(former.unwrap_or(&nobody), node, self.read(node));
         }
         // Whom another history does not have, nobody can tell how it went: that is left to the snapshot.
         let departed = match &self.seen {
@@ -165,7 +195,8 @@ impl Watcher<'_> {
             }
             _ => Vec::new(),
         };
-        self.store.shared.set_elder(self.elder(&world));
+        self.own = own.as_ref().and_then(Own::of);
+        self.judge(&world, version);
         if let Some(config) = netconf::stored(&self.store.net_config).await {
             self.send(LeaseUpdate::Config(config)).await?;
         }
@@ -210,6 +241,11 @@ impl Watcher<'_> {
             let event = tokio::select! {
                 () = self.updates.closed() => return Err(End::ReceiverGone),
                 () = sleep_until(relist_at) => return Err(End::Due),
+                () = self.network_changed() => return Err(End::Due),
+                () = self.reminder() => {
+                    self.remind().await?;
+                    continue;
+                }
                 event = timeout(quiet, stream.next()) => event,
             };
             match event {
@@ -233,23 +269,34 @@ impl Watcher<'_> {
             WatchEvent::Error(status) => return Err(self.ended(&kube::Error::Api(status))),
             WatchEvent::Added(node) | WatchEvent::Modified(node) => {
                 self.advance(&node.metadata.resource_version)?;
+                if self.is_own(&node) {
+                    self.own = Own::of(&node);
+                }
                 let said = self.read(&node);
                 let updates = self.seen.as_mut().map(|seen| seen.world.set(&node, said));
                 (node, updates)
             }
             WatchEvent::Deleted(node) => {
                 self.advance(&node.metadata.resource_version)?;
+                if self.is_own(&node) {
+                    self.own = None;
+                }
                 let updates = self.seen.as_mut().map(|seen| seen.world.remove(&node.metadata.name));
                 (node, updates)
             }
         };
         let updates = updates.unwrap_or_default();
-        if let Some(seen) = self.seen.as_ref().filter(|_| !updates.is_empty()) {
-            self.store.shared.set_elder(self.elder(&seen.world));
+        let own = self.is_own(&node);
+        if own || !updates.is_empty() {
+            let seen = self.seen.take();
+            if let Some(seen) = &seen {
+                self.judge(&seen.world, seen.version);
+            }
+            self.seen = seen;
         }
         for update in updates {
             match &update {
-                LeaseUpdate::Remove { key, .. } => {
+                LeaseUpdate::Remove { key, .. } if !own => {
                     info!(%key, node = %node.metadata.name, "subnet is a Node's no more")
                 }
                 LeaseUpdate::Malformed(entry) => {
@@ -294,13 +341,71 @@ impl Watcher<'_> {
     }
 
     fn read(&self, node: &Node) -> Said {
-        let own = self.name.as_deref() == Some(node.metadata.name.as_str());
-        let published = if own { self.store.shared.published() } else { None };
-        read(node, &self.store.prefix, own, published.as_ref())
+        let own = self.is_own(node);
+        let published = if own { self.store.shared.published(|published| published.clone()) } else { None };
+        let by = Reading { prefix: &self.store.prefix, network: self.network };
+        read(node, by, own, published.as_ref())
     }
 
-    fn elder<'w>(&self, world: &'w World) -> Option<&'w str> {
-        world.elder_of(self.name.as_deref()?)
+    fn is_own(&self, node: &Node) -> bool {
+        self.name.as_deref() == Some(node.metadata.name.as_str())
+    }
+
+    /// The range that the agent leases out of; before it has said so, what the file says.
+    async fn network(&self) -> Option<Subnet> {
+        let told = *self.store.shared.network.borrow();
+        match told {
+            Some(network) => Some(network),
+            None => match netconf::stored(&self.store.net_config).await {
+                Some(StoredConfig::Valid(config)) => Some(config.v4.network),
+                _ => None,
+            },
+        }
+    }
+
+    async fn network_changed(&self) {
+        let mut network = self.store.shared.network.subscribe();
+        let changed = network.wait_for(|network| network.is_some() && *network != self.network);
+        if changed.await.is_err() {
+            pending().await
+        }
+    }
+
+    /// Whether an older Node has the own Node's range, for whoever is about to take it, or has it.
+    fn judge(&mut self, world: &World, version: u64) {
+        let own = self.own.as_ref().zip(self.name.as_deref());
+        let elder = own.and_then(|(own, name)| world.elder_of(name, own.created, &own.key));
+        let loss = elder.zip(self.own.as_ref()).map(|((_, lease), own)| match lease.key == own.key {
+            true => LeaseUpdate::Upsert(lease.clone()),
+            false => LeaseUpdate::Remove { key: own.key, how: Departure::ByHand },
+        });
+        let verdict = Verdict {
+            version,
+            network: self.network,
+            own: self.own.as_ref().map(|own| (own.uid.clone(), own.key)),
+            elder: elder.map(|(name, _)| name.to_owned()),
+        };
+        let due = self.shadowed.take().map_or_else(Instant::now, |(_, due)| due);
+        self.shadowed = loss.map(|loss| (loss, due));
+        self.store.shared.verdict.send_replace(verdict);
+    }
+
+    /// Until the keeper, which has what an older Node has, is to be told. It hears of nothing before it has the lease,
+    /// which is a moment after this store has given it: hence again and again.
+    async fn reminder(&self) {
+        let Some((_, due)) = self.shadowed else { return pending().await };
+        let mut held = self.store.shared.held.subscribe();
+        if held.wait_for(|held| *held).await.is_err() {
+            return pending().await;
+        }
+        sleep_until(due).await;
+    }
+
+    async fn remind(&mut self) -> Result<(), End> {
+        let Some((loss, due)) = &mut self.shadowed else { return Ok(()) };
+        *due = Instant::now() + REMIND;
+        let loss = loss.clone();
+        self.send(loss).await
     }
 
     fn ended(&self, error: &kube::Error) -> End {
@@ -326,6 +431,14 @@ impl Watcher<'_> {
             () = self.updates.closed() => Err(End::ReceiverGone),
             () = sleep(duration) => Ok(()),
         }
+    }
+}
+
+impl Own {
+    /// `None`: it has no range.
+    fn of(node: &Node) -> Option<Self> {
+        let (uid, created) = (node.metadata.uid.clone(), node.created());
+        Some(Self { uid, created, key: node.key().ok()? })
     }
 }
 

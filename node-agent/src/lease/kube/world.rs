@@ -12,7 +12,7 @@ use weft_shared::Subnet;
 use weft_shared::lease::{Lease, LeaseAttrs, LeaseKey};
 
 use super::super::{Departure, LeaseUpdate, Malformed};
-use super::annotations::Prefix;
+use super::annotations::{Prefix, Published, Standing};
 use super::node::Node;
 
 /// In place of a backend's name, in the lease of the own Node when it does not say what was published: the keeper sees
@@ -51,8 +51,18 @@ struct Entry {
 /// An IPv4 subnet in an order in which those inside another stand behind it.
 type Place = (Ipv4Addr, u8);
 
-/// Reads a Node; `published` is what this node's agent has written, if it is its own.
-pub(super) fn read(node: &Node, prefix: &Prefix, own: bool, published: Option<&LeaseAttrs>) -> Said {
+/// What Nodes are read by.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Reading<'a> {
+    pub prefix: &'a Prefix,
+    /// The range that is leased out, if it is known.
+    pub network: Option<Subnet>,
+}
+
+/// Reads a Node; `published` is what this node's agent has written, if it is its own. Who is refused here has no range
+/// in anybody's eyes, so that it takes none from another either.
+pub(super) fn read(node: &Node, by: Reading<'_>, own: bool, published: Option<&Published>) -> Said {
+    let Reading { prefix, network } = by;
     let annotations = node.annotations();
     let published = published.filter(|_| own);
     if !prefix.is_managed(annotations) && published.is_none() {
@@ -64,15 +74,20 @@ pub(super) fn read(node: &Node, prefix: &Prefix, own: bool, published: Option<&L
         Err(_) if own => return Said::Nothing,
         Err(reason) => return Said::Garbage { key: None, reason },
     };
+    if let Some(network) = network.filter(|network| !network.covers(key.v4)) {
+        let reason = format!("podCIDR {}: expected a network inside Network {network}", key.v4);
+        return if own { Said::Nothing } else { Said::Garbage { key: None, reason } };
+    }
     let attrs = match published {
-        Some(published) => {
-            let wanted = prefix.wanted(published, annotations);
-            match wanted.iter().all(|(name, value)| annotations.get(name) == Some(value)) {
-                true => published.clone(),
-                false => LeaseAttrs { backend_type: ALTERED.into(), backend_data: None, ..published.clone() },
+        Some(published) => match prefix.standing(published, annotations) {
+            Standing::AsPublished => published.attrs.clone(),
+            // No lease until the keeper, which is told so, has looked: nobody else has touched it.
+            Standing::Overwritten => return Said::Nothing,
+            Standing::Altered => {
+                LeaseAttrs { backend_type: ALTERED.into(), backend_data: None, ..published.attrs.clone() }
             }
-        }
-        None => match prefix.attrs(annotations, key.v4) {
+        },
+        None => match prefix.attrs(annotations, key.v4, network) {
             Ok(attrs) => attrs,
             Err(reason) => return Said::Garbage { key: Some(key), reason },
         },
@@ -147,9 +162,15 @@ impl World {
         self.nodes.iter().any(|(name, entry)| other.nodes.get(name).is_some_and(|o| o.uid == entry.uid))
     }
 
-    /// The older Node that has the subnet of this one.
-    pub(super) fn elder_of(&self, name: &str) -> Option<&str> {
-        self.shadowed.get(name).map(|elder| &**elder)
+    /// The older Node that has a subnet which is, or would be, the Node `name`'s, with its lease.
+    pub(super) fn elder_of(&self, name: &str, created: u64, key: &LeaseKey) -> Option<(&str, &Lease)> {
+        let claimants = overlapping(&self.by_subnet, place(key)).flatten();
+        let holders = claimants.filter(|holder| !self.shadowed.contains_key(*holder)).filter_map(|holder| {
+            let entry = self.nodes.get(holder)?;
+            Some((entry.created, &**holder, entry.lease.as_ref()?))
+        });
+        let elders = holders.filter(|(made, holder, _)| (*made, *holder) < (created, name));
+        elders.min_by_key(|(made, holder, _)| (*made, *holder)).map(|(_, holder, lease)| (holder, lease))
     }
 
     pub(super) fn is_known(&self, name: &str, uid: &str) -> bool {

@@ -43,7 +43,7 @@ async fn of_all_nodes_that_tell_one_is_heard() {
 #[tokio::test]
 async fn a_right_that_is_missing_is_named_and_no_leases_business() {
     let cluster = Cluster::new().await;
-    let store = cluster.store();
+    let (store, _watch) = cluster.watched(&cluster.config());
     cluster.own(Some("10.5.7.0/24"));
     cluster.api.withhold_rights();
     for refused in [store.network_policies().await.map(drop), store.tell_of_network_policies("x").await] {

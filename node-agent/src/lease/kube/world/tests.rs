@@ -7,6 +7,16 @@ fn prefix() -> Prefix {
     Prefix::parse("flannel.alpha.coreos.com").expect("prefix")
 }
 
+fn of_another(node: &Node) -> Said {
+    let by = Reading { prefix: &prefix(), network: "10.244.0.0/15".parse().ok() };
+    read(node, by, false, None)
+}
+
+/// The older Node in this one's way.
+fn elder<'w>(world: &'w World, node: &Node) -> Option<&'w str> {
+    world.elder_of(&node.metadata.name, node.created(), &node.key().expect("a range")).map(|(name, _)| name)
+}
+
 /// A Node as kube-flannel leaves it.
 fn node(name: &str, created: u64, cidr: &str, ip: &str) -> Node {
     node_of(
@@ -37,7 +47,7 @@ fn node_of(name: &str, created: u64, cidr: &str, annotations: serde_json::Value)
 }
 
 fn set(world: &mut World, node: &Node) -> Vec<String> {
-    let said = read(node, &prefix(), false, None);
+    let said = of_another(node);
     brief(&world.set(node, said))
 }
 
@@ -93,7 +103,7 @@ fn garbage_leaves_what_was_known() {
     assert!(set(&mut world, &garbage).is_empty(), "said once");
     // Also over a list that begins anew, but not in another Node of that name.
     let anew = |garbage: &Node| {
-        let said = read(garbage, &prefix(), false, None);
+        let said = of_another(garbage);
         let LeaseUpdate::Snapshot { leases, malformed } = World::anew(&world, [(garbage, said)]).snapshot()
         else {
             panic!("no snapshot")
@@ -113,7 +123,8 @@ fn garbage_leaves_what_was_known() {
 #[test]
 fn of_two_nodes_with_one_range_the_older_has_it() {
     let mut world = World::default();
-    set(&mut world, &node("young", 9, "10.244.1.0/24", "192.0.2.9"));
+    let young = node("young", 9, "10.244.1.0/24", "192.0.2.9");
+    set(&mut world, &young);
     let said = set(&mut world, &node("old", 1, "10.244.1.0/24", "192.0.2.1"));
     assert_eq!(
         said,
@@ -122,9 +133,20 @@ fn of_two_nodes_with_one_range_the_older_has_it() {
             "node/young: podCIDR 10.244.1.0/24 overlaps that of node/old, which is older: expected a range of its own"
         ]
     );
-    assert_eq!((world.elder_of("young"), world.elder_of("old")), (Some("old"), None));
+    let old = node("old", 1, "10.244.1.0/24", "192.0.2.1");
+    assert_eq!((elder(&world, &young), elder(&world, &old)), (Some("old"), None));
+    // Also before it is in the world itself; of those that are in its way the oldest that has its range.
+    for (name, created, cidr, expected) in [
+        ("new", 10, "10.244.1.0/25", Some("old")),
+        ("new", 10, "10.244.0.0/16", Some("old")),
+        ("zzz", 1, "10.244.1.0/24", Some("old")),
+        ("aaa", 1, "10.244.1.0/24", None),
+        ("new", 10, "10.244.2.0/24", None),
+    ] {
+        assert_eq!(elder(&world, &node(name, created, cidr, "192.0.2.3")), expected, "{name} {cidr}");
+    }
     assert_eq!(brief(&world.remove("old")), ["10.244.1.0-24 at 192.0.2.9", "node/young is well"]);
-    assert_eq!(world.elder_of("young"), None);
+    assert_eq!(elder(&world, &young), None);
     // A wider one shadows what is inside it, and what it overlapped comes back when it goes.
     let wide = set(&mut world, &node("wide", 2, "10.244.0.0/16", "192.0.2.2"));
     assert_eq!(wide[..2], ["10.244.1.0-24 gone ByHand", "10.244.0.0-16 at 192.0.2.2"]);
@@ -144,7 +166,12 @@ fn of_two_nodes_with_one_range_the_older_has_it() {
 fn the_own_node_is_ours_while_it_says_what_was_published() {
     let published: LeaseAttrs =
         serde_json::from_str(r#"{"PublicIP":"10.0.0.1","BackendType":"host-gw"}"#).expect("attrs");
-    let read = |node: &Node| match read(node, &prefix(), true, Some(&published)) {
+    let written = |ip: &str| Published { attrs: published.clone(), public_ip: Some(ip.to_owned()) };
+    let said = |node: &Node, ip: &str| {
+        let by = Reading { prefix: &prefix(), network: "10.244.0.0/16".parse().ok() };
+        read(node, by, true, Some(&written(ip)))
+    };
+    let read = |node: &Node| match said(node, "203.0.113.7") {
         Said::Peer(lease) => lease.attrs,
         other => panic!("{other:?}"),
     };
@@ -157,6 +184,17 @@ fn the_own_node_is_ours_while_it_says_what_was_published() {
         "an operator's wish"
     );
     overwritten["public-ip"] = "10.0.0.1".into();
+    let wished = node_of("own", 1, "10.244.1.0/24", overwritten.clone());
+    assert_eq!(
+        said(&wished, "10.0.0.1"),
+        Said::Nothing,
+        "to be looked at, and nobody's doing but an operator's"
+    );
+    assert_eq!(
+        said(&node("own", 1, "10.9.1.0/24", "10.0.0.1"), "10.0.0.1"),
+        Said::Nothing,
+        "the keeper says why"
+    );
     // Each of these has our public IP, so that the keeper waits before it writes again.
     for altered in [
         overwritten,
@@ -171,7 +209,7 @@ fn the_own_node_is_ours_while_it_says_what_was_published() {
 
 #[test]
 fn nodes_that_went_unseen_went_by_hand() {
-    let said = |node: &Node| read(node, &prefix(), false, None);
+    let said = of_another;
     let (a, b) = (node("a", 1, "10.244.1.0/24", "192.0.2.1"), node("b", 1, "10.244.2.0/24", "192.0.2.2"));
     let before = World::anew(&World::default(), [(&a, said(&a)), (&b, said(&b))]);
     let now = World::anew(&before, [(&b, said(&b))]);
@@ -179,6 +217,39 @@ fn nodes_that_went_unseen_went_by_hand() {
     assert!(now.shares_a_node_with(&before));
     let other = node("b", 2, "10.244.2.0/24", "192.0.2.2");
     assert!(!World::anew(&before, [(&other, said(&other))]).shares_a_node_with(&before), "another cluster's");
+}
+
+/// Whom everybody refuses takes no range from anybody, however old it is.
+#[test]
+fn who_is_refused_is_in_nobodys_way() {
+    let mut world = World::default();
+    let well = node("well", 9, "10.244.1.0/24", "192.0.2.9");
+    set(&mut world, &well);
+    for (refused, reason) in [
+        (
+            node("wide", 1, "10.0.0.0/8", "192.0.2.1"),
+            "node/wide: podCIDR 10.0.0.0/8: expected a network inside Network 10.244.0.0/15",
+        ),
+        (
+            node("inside", 1, "10.244.1.0/24", "10.244.1.1"),
+            "node/inside: annotation flannel.alpha.coreos.com/public-ip = \"10.244.1.1\": expected an address of the \
+             underlay, not one inside Network 10.244.0.0/15",
+        ),
+        (
+            node("loop", 1, "10.244.1.0/24", "127.0.0.1"),
+            "node/loop: annotation flannel.alpha.coreos.com/public-ip = \"127.0.0.1\": expected a unicast address, not a \
+             loopback one",
+        ),
+    ] {
+        assert_eq!(set(&mut world, &refused), [reason]);
+        assert_eq!(elder(&world, &well), None, "{reason}");
+    }
+    let LeaseUpdate::Snapshot { leases, .. } = world.snapshot() else { panic!("no snapshot") };
+    assert_eq!(leases.iter().map(|lease| lease.key.to_string()).collect::<Vec<_>>(), ["10.244.1.0-24"]);
+    // One that was well is left in use by what it said last, until its range is another.
+    let moved = set(&mut world, &node("well", 9, "10.9.1.0/24", "192.0.2.9"));
+    assert_eq!(moved[0], "10.244.1.0-24 gone ByHand");
+    assert!(moved[1].contains("inside Network"), "{moved:?}");
 }
 
 proptest! {
@@ -196,11 +267,11 @@ proptest! {
                 0 => world.remove(&name),
                 1 => {
                     let node = node(&name, created, &cidr, "nonsense");
-                    world.set(&node, read(&node, &prefix(), false, None))
+                    world.set(&node, of_another(&node))
                 }
                 what => {
                     let node = node(&name, created, &cidr, &format!("192.0.2.{what}"));
-                    world.set(&node, read(&node, &prefix(), false, None))
+                    world.set(&node, of_another(&node))
                 }
             };
             for update in updates {

@@ -316,7 +316,7 @@ pub(super) const OPTIONS: &[Opt] = &[
         List("NAMES"),
         "",
         "comma-separated offloads that are not even tried, of vnet-hdr, tun-tso, tun-uso, coalesce-tcp, coalesce-udp, \
-         udp-segment and udp-gro; may be repeated. What kernel or device refuse is left out by itself",
+         udp-segment, udp-gro and tun-nowait; may be repeated. What kernel or device refuse is left out by itself",
     ),
     own("node-name", Agent, Value("NAME"), "", "name in logs and status (default: the host's name)"),
     own(

@@ -106,7 +106,7 @@ fn offloads_are_all_tried_but_those_switched_off() {
     assert_eq!(allowed(config(&[], &[])).count(), Offload::ALL.len());
     let args = ["--udp-offload-off=tun-tso, udp-gro", "--udp-offload-off", "vnet-hdr"];
     let left: Vec<_> = allowed(config(&args, &[])).map(Offload::name).collect();
-    assert_eq!(left, ["tun-uso", "coalesce-tcp", "coalesce-udp", "udp-segment"]);
+    assert_eq!(left, ["tun-uso", "coalesce-tcp", "coalesce-udp", "udp-segment", "tun-nowait"]);
     let by_variable = config(&[], &[("WEFTD_UDP_OFFLOAD_OFF", "coalesce-tcp")]);
     assert!(!by_variable.udp_offloads.allows(Offload::CoalesceTcp));
     // The help and the refusal both list them all.
@@ -137,7 +137,7 @@ fn refusals_name_setting_value_and_expectation() {
             &["--udp-offload-off=tso"],
             &[],
             "--udp-offload-off = \"tso\": expected comma-separated names of vnet-hdr, tun-tso, tun-uso, coalesce-tcp, \
-             coalesce-udp, udp-segment, udp-gro",
+             coalesce-udp, udp-segment, udp-gro, tun-nowait",
         ),
         (
             &[],

@@ -6,7 +6,10 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use weft_shared::IfName;
 
 const CLONE_DEVICE: &str = "/dev/net/tun";
@@ -65,10 +68,12 @@ pub enum AttachError {
     Io(&'static str, #[source] io::Error),
 }
 
-/// One queue of a device, and a descriptor that does not block.
+/// One queue of a device.
 #[derive(Debug)]
 pub struct Queue {
     file: File,
+    /// The descriptor blocks, and what must not wait says so with each read.
+    waits_in_reads: bool,
 }
 
 impl Queue {
@@ -98,7 +103,7 @@ impl Queue {
         if found & mode != flags(vnet_hdr) & mode {
             return Err(AttachError::InUse(name.clone()));
         }
-        let queue = Self { file };
+        let queue = Self { file, waits_in_reads: false };
         if vnet_hdr {
             queue.set_header_length().map_err(|error| AttachError::Io("TUNSETVNETHDRSZ", error))?;
         }
@@ -120,11 +125,42 @@ impl Queue {
         Ok(())
     }
 
+    /// Has [`Self::read`] wait by itself, which is a system call less. `EOPNOTSUPP`: the kernel cannot be told by the read
+    /// that another one must not wait (TUN devices came to that with Linux 6.5), and nothing has changed.
+    pub fn wait_in_reads(&mut self) -> nix::Result<()> {
+        // A descriptor without a device tells as well, and no packet is lost by asking.
+        let apart = open().map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or_default()))?;
+        match read_nowait(apart.as_fd(), &mut [0]) {
+            Err(Errno::EBADFD) => {}
+            result => return result.map(drop),
+        }
+        fcntl(&self.file, FcntlArg::F_SETFL(OFlag::empty()))?;
+        self.waits_in_reads = true;
+        Ok(())
+    }
+
+    /// Waits for a packet and reads it; `EINTR` when a signal came first.
+    pub fn read(&self, buffer: &mut [u8]) -> nix::Result<usize> {
+        loop {
+            match nix::unistd::read(self, buffer) {
+                Err(Errno::EAGAIN) => {
+                    poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE)?;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// Reads a packet; `EAGAIN` when there is none.
+    pub fn read_now(&self, buffer: &mut [u8]) -> nix::Result<usize> {
+        if self.waits_in_reads { read_nowait(self.as_fd(), buffer) } else { nix::unistd::read(self, buffer) }
+    }
+
     /// Reads and forgets what is waiting, as long as it may have been waiting when this began.
     pub fn discard(&self) {
         // The queue's length is the device's `txqlen`, which is 500 unless somebody changed it.
         for _ in 0..10_000 {
-            if nix::unistd::read(self, &mut [0; 64]).is_err() {
+            if self.read_now(&mut [0; 64]).is_err() {
                 return;
             }
         }
@@ -143,6 +179,18 @@ impl AsFd for Queue {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// preadv2(2), which musl has no function for that takes flags.
+fn read_nowait(file: BorrowedFd<'_>, buffer: &mut [u8]) -> nix::Result<usize> {
+    let part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: the kernel reads one iovec and writes to what it describes, which is `buffer` and borrowed for that long.
+    //
+    // An offset of -1 is the file's own; the second half of it is zero on 64-bit machines.
+    let read = unsafe {
+        libc::syscall(libc::SYS_preadv2, file.as_raw_fd(), &raw const part, 1, -1_i64, 0, libc::RWF_NOWAIT)
+    };
+    Errno::result(read).map(|read| read.unsigned_abs() as usize)
 }
 
 fn open() -> io::Result<File> {

@@ -1,21 +1,24 @@
 //! From the device to the peers.
 //!
-//! A wake-up reads what is there into one arena, up to a batch, and sends all of it by one `sendmmsg`. A super-packet
+//! A wake-up reads what is there into one arena, up to a batch, and sends all of it by one `sendmmsg`; a packet that came
+//! alone is sent as it lies there. A super-packet
 //! of the device becomes one `UDP_SEGMENT` message; packets of one size to one peer share one as well.
 
+use std::net::SocketAddrV4;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::unistd::read;
 
 use super::counters::{DropReason, Tally};
 use super::icmp::{self, MAX_ANSWER, Problem, RateLimit};
 use super::link::{Link, wait_for};
 use super::offload::{Offload, Outcome};
-use super::outbox::{Batch, Flow, Join, Outbox};
+use super::outbox::{self, Batch, Flow, Join, Outbox};
+use super::pace::{GATHER, Pace};
 use super::packet::{Ipv4, MAX_DATAGRAM, MAX_TOTAL, decrement_ttl};
 use super::peers::PeerTable;
 use super::segment::Segments;
@@ -25,7 +28,7 @@ use super::virtio::{self, VirtioHeader};
 const MAX_READ: usize = virtio::LEN + MAX_TOTAL;
 /// Eight super-packets, and room for one whole read behind them.
 const ARENA: usize = 8 * (1 << 16) + MAX_READ;
-pub(super) const READS: usize = 256;
+const READS: usize = 256;
 /// Reads begin at multiples of a cache line.
 const ALIGN: usize = 64;
 /// How long all messages of a batch together may wait for room in the socket, before what is left of it is dropped.
@@ -65,10 +68,10 @@ struct Patience {
 
 /// What a read of the device ended with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Read {
+enum Read {
     /// There may be more.
     Full,
-    /// There is no more at the moment.
+    /// There is no more at the moment, or the wait for it was interrupted.
     Empty,
     Gone,
 }
@@ -92,19 +95,37 @@ impl Egress {
         self.runs = Runs::new(runs);
     }
 
-    /// Reads up to `most` times and sends what came; says how many reads gave something. `full` is told before the
-    /// socket, which has no room, is waited for.
-    pub(super) fn step(
-        &mut self,
-        link: &Link<'_>,
-        most: usize,
-        stop: BorrowedFd<'_>,
-        full: &dyn Fn(),
-    ) -> (Read, usize) {
-        let end = self.read(most, |buffer| read(&link.queue, buffer));
+    /// Sends what comes, until the device is gone or the link is over.
+    pub(super) fn serve(&mut self, link: &Link<'_>, stop: BorrowedFd<'_>) {
+        // How many reads a batch may have: few as long as little comes, for the last one finds nothing.
+        let mut most = 1;
+        let mut pace = Pace::new(Instant::now());
+        while !link.is_over() {
+            let (end, count) = self.step(link, most, stop);
+            match end {
+                Read::Gone => return,
+                Read::Full => most = (most * 2).min(READS),
+                Read::Empty if count <= 1 => most = 1,
+                Read::Empty => {}
+            }
+            if count > 0 && pace.gathers(count, Instant::now()) {
+                gather();
+                most = READS;
+            }
+        }
+    }
+
+    /// Waits for a packet, reads up to `most` times and sends what came; says how many reads gave something.
+    fn step(&mut self, link: &Link<'_>, most: usize, stop: BorrowedFd<'_>) -> (Read, usize) {
+        let end = self.read(
+            most,
+            |buffer, waits| {
+                if waits { link.queue.read(buffer) } else { link.queue.read_now(buffer) }
+            },
+        );
         if !self.reads.is_empty() {
             let table = link.shared.peers.load();
-            self.pass(link, &table, stop, full);
+            self.pass(link, &table, stop);
         }
         self.tally.publish(&link.shared.egress);
         if self.failures >= FAILURES {
@@ -113,18 +134,21 @@ impl Egress {
         (end, self.reads.len())
     }
 
-    fn read(&mut self, most: usize, mut read: impl FnMut(&mut [u8]) -> Result<usize, Errno>) -> Read {
+    /// `read` is to wait as long as it has given nothing.
+    fn read(&mut self, most: usize, mut read: impl FnMut(&mut [u8], bool) -> Result<usize, Errno>) -> Read {
         self.reads.clear();
         let mut start = 0;
         while self.reads.len() < most && start + MAX_READ <= self.arena.len() {
             self.tally.traffic.calls += 1;
-            match read(&mut self.arena[start..start + MAX_READ]) {
+            let waits = self.reads.is_empty();
+            match read(&mut self.arena[start..start + MAX_READ], waits) {
                 Ok(len) => {
                     self.failures = 0;
                     self.reads.push((start, len));
                     start = (start + len).next_multiple_of(ALIGN);
                 }
                 Err(Errno::EAGAIN) => return Read::Empty,
+                Err(Errno::EINTR) if waits => return Read::Empty,
                 Err(Errno::EINTR) => {}
                 // linux drivers/net/tun.c: tun_chr_read_iter without a device, tun_ring_recv while it goes.
                 Err(Errno::EBADFD | Errno::EFAULT) => return Read::Gone,
@@ -141,11 +165,12 @@ impl Egress {
         Read::Full
     }
 
-    fn pass(&mut self, link: &Link<'_>, table: &PeerTable, stop: BorrowedFd<'_>, full: &dyn Fn()) {
+    fn pass(&mut self, link: &Link<'_>, table: &PeerTable, stop: BorrowedFd<'_>) {
         let Self { arena, reads, outbox, limit, tally, runs, .. } = self;
         let may_run = runs.may_be_tried();
         let patience = Patience::default();
-        let mut out = Out { link, stop, full, batch: outbox.begin(), tally, runs, may_run, patience };
+        let is_alone = reads.len() == 1;
+        let mut out = Out { link, stop, batch: outbox.begin(), tally, runs, is_alone, may_run, patience };
         let (mut rest, mut at) = (&mut **arena, 0);
         for (start, len) in reads.iter().copied() {
             let (bytes, behind) = rest.split_at_mut(start - at + len);
@@ -163,10 +188,11 @@ impl Egress {
 struct Out<'a, 'p> {
     link: &'a Link<'a>,
     stop: BorrowedFd<'a>,
-    full: &'a dyn Fn(),
     batch: Batch<'a, 'p>,
     tally: &'a mut Tally,
     runs: &'a mut Runs,
+    /// One read is the whole batch.
+    is_alone: bool,
     /// In this batch, and not refused in it.
     may_run: bool,
     patience: Patience,
@@ -206,6 +232,9 @@ impl<'p> Out<'_, 'p> {
             if segment.headers + segment.payload.len() > MAX_DATAGRAM {
                 return Err((DropReason::Oversized, 1 + segments.remaining() as u64));
             }
+            if self.is_alone && segment.headers == 0 {
+                return self.send_alone(to, segment.payload);
+            }
             let join = match segments.remaining() {
                 _ if !self.may_run => Join::Alone,
                 0 if segment.headers > 0 => Join::Tail,
@@ -228,6 +257,15 @@ impl<'p> Out<'_, 'p> {
         if host.send(answer, about.source()).is_ok() {
             self.tally.icmp_sent += 1;
         }
+    }
+
+    /// A packet that nothing can be sent together with.
+    fn send_alone(&mut self, to: SocketAddrV4, packet: &[u8]) -> Result<(), (DropReason, u64)> {
+        let socket = self.link.socket.as_fd();
+        self.attempt(|_| outbox::send_one(socket, to, packet)).map_err(|_| (DropReason::SendFailed, 1))?;
+        self.tally.traffic.packets += 1;
+        self.tally.traffic.bytes += packet.len() as u64;
+        Ok(())
     }
 
     /// Sends the batch. What the socket does not take is counted, and what comes behind it is sent all the same.
@@ -301,7 +339,6 @@ impl<'p> Out<'_, 'p> {
                 Err(Errno::EAGAIN) if !self.link.is_over() => {
                     let Some(left) = self.patience.left(Instant::now()) else { return Err(Errno::EAGAIN) };
                     let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
-                    (self.full)();
                     wait_for(self.link.socket.as_fd(), PollFlags::POLLOUT, self.stop, timeout);
                 }
                 result => return result,
@@ -356,6 +393,11 @@ impl Patience {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "time itself is meant")]
+fn gather() {
+    thread::sleep(GATHER);
+}
+
 /// Packets of one connection have the same, fragments none: only the first has ports.
 fn flow(packet: &Ipv4<'_>) -> Flow {
     const TCP: u8 = 6;
@@ -400,7 +442,7 @@ mod tests {
     fn read_of(answers: &[Result<usize, Errno>]) -> (Read, usize, u64) {
         let mut egress = Egress::new();
         let mut answers = answers.iter().copied();
-        let end = egress.read(READS, |_| answers.next().unwrap_or(Err(Errno::EAGAIN)));
+        let end = egress.read(READS, |_, _| answers.next().unwrap_or(Err(Errno::EAGAIN)));
         let direction = super::super::counters::Direction::default();
         egress.tally.publish(&direction);
         let failed = direction.dropped().get(&DropReason::ReadFailed).copied().unwrap_or_default();
@@ -418,6 +460,8 @@ mod tests {
         mixed.push(Ok(60));
         mixed.extend([Err(Errno::EINVAL); 15]);
         assert_eq!(read_of(&mixed), (Read::Empty, 1, 30), "one that is read begins the count anew");
+        let interrupted = [Err(Errno::EINTR), Ok(60)];
+        assert_eq!(read_of(&interrupted), (Read::Empty, 0, 0), "whoever interrupts the wait has a reason");
     }
 
     #[test]

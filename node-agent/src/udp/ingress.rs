@@ -13,7 +13,7 @@ use nix::sys::uio::writev;
 
 use super::coalesce::{Coalescer, Rules, Write};
 use super::counters::{DropReason, Tally};
-use super::inbox::{Inbox, Wait};
+use super::inbox::Inbox;
 use super::link::Link;
 use super::offload::{Offload, Outcome};
 use super::packet::Ipv4;
@@ -24,8 +24,6 @@ use super::virtio::{self, GsoKind, VirtioHeader};
 const PACKETS: usize = 1024;
 /// The most parts of one write: a prefix and [`Coalescer`]'s largest group.
 const PARTS: usize = 1 + 128;
-/// Packets in one batch that are called load.
-const MANY: usize = 16;
 /// After an error of the socket that is no packet's.
 const SOCKET_ERROR_WAIT_MS: u8 = 10;
 
@@ -45,16 +43,6 @@ struct Admitted {
     outer: SocketAddrV4,
     source: Ipv4Addr,
     destination: Ipv4Addr,
-}
-
-/// What came of looking at the socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Came {
-    Nothing,
-    Few,
-    /// There is load.
-    Many,
-    DeviceGone,
 }
 
 /// What is known of the device of one attachment.
@@ -93,49 +81,27 @@ impl Ingress {
         self.coalescer.set_rules(rules);
     }
 
-    /// Writes what is there, and does not wait.
-    pub(super) fn step(&mut self, link: &Link<'_>) -> Came {
-        self.receive(link, Wait::No)
-    }
-
-    /// Writes what comes until there has been silence for a moment, or little in so many batches.
-    pub(super) fn serve(&mut self, link: &Link<'_>, quiet_batches: u32) {
-        let mut quiet = 0;
-        while !link.is_over() && quiet < quiet_batches {
-            match self.receive(link, Wait::ForOne) {
-                Came::Nothing | Came::DeviceGone => return,
-                Came::Few => quiet += 1,
-                Came::Many => quiet = 0,
-            }
+    /// Writes what comes, until the device is gone or the link is over.
+    pub(super) fn serve(&mut self, link: &Link<'_>) {
+        while !link.is_over() && !self.learnt.gone {
+            self.step(link);
         }
     }
 
-    fn receive(&mut self, link: &Link<'_>, wait: Wait) -> Came {
+    fn step(&mut self, link: &Link<'_>) {
         self.tally.traffic.calls += 1;
-        let came = match self.inbox.receive(link.socket.as_fd(), wait) {
-            Ok(messages) => {
-                let table = link.shared.peers.load();
-                let packets = self.pass(link, &table, messages);
-                match packets {
-                    _ if self.learnt.gone => Came::DeviceGone,
-                    MANY.. => Came::Many,
-                    _ => Came::Few,
-                }
-            }
-            Err(Errno::EAGAIN) => Came::Nothing,
-            Err(Errno::EINTR) => Came::Few,
+        match self.inbox.receive(link.socket.as_fd()) {
+            Ok(messages) => self.pass(link, &link.shared.peers.load(), messages),
+            Err(Errno::EINTR) => {}
             // Of no packet; what it is will pass or not, and must not keep a core busy meanwhile.
             Err(_) => {
                 let _ = poll(&mut [], SOCKET_ERROR_WAIT_MS);
-                Came::Few
             }
-        };
+        }
         self.tally.publish(&link.shared.ingress);
-        came
     }
 
-    /// Says how many packets there were, good or bad.
-    fn pass(&mut self, link: &Link<'_>, table: &PeerTable, messages: usize) -> usize {
+    fn pass(&mut self, link: &Link<'_>, table: &PeerTable, messages: usize) {
         let Self { inbox, coalescer, tally, overruns, learnt } = self;
         let mut device = Writer {
             write: |parts: &[IoSlice<'_>]| writev(&link.queue, parts),
@@ -143,7 +109,6 @@ impl Ingress {
             vnet_hdr: link.vnet_hdr,
             learnt,
         };
-        let mut packets = 0;
         let arena = inbox.arena();
         let mut admitted = None;
         for index in 0..messages {
@@ -159,10 +124,13 @@ impl Ingress {
             let mut start = message.at.start;
             // At least once: a datagram may be empty.
             loop {
-                packets += 1;
                 let end = message.at.end.min(start + message.size);
                 match admit(table, message.from, &arena[start..end], &mut admitted) {
                     Err(reason) => tally.dropped(reason, 1),
+                    // Nothing to be joined with: straight on.
+                    Ok(()) if messages == 1 && end - start == message.at.len() => {
+                        device.write_alone(&arena[start..end], tally);
+                    }
                     Ok(()) => {
                         if coalescer.push(arena, start..end).is_err() {
                             device.write(coalescer, arena, tally);
@@ -178,7 +146,6 @@ impl Ingress {
             }
         }
         device.write(coalescer, arena, tally);
-        packets
     }
 }
 

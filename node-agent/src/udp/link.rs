@@ -1,7 +1,7 @@
 //! From a socket and a device to two threads that forward between them, again and again: the port may be another's for
 //! a while, the device may come late and may be taken away.
 //!
-//! One thread looks for both and then forwards itself, with a second one beside it (`turn`) for as long as the device
+//! One thread looks for both and then forwards itself, by two more (`threads`) for as long as the device
 //! stays. A panic of either ends both, and both start anew.
 
 use std::io::{self, PipeReader};
@@ -19,7 +19,7 @@ use super::egress::Egress;
 use super::ingress::Ingress;
 use super::offload::{Offload, Outcome, Outcomes};
 use super::socket::{HostSocket, Socket};
-use super::{Settings, Shared, turn};
+use super::{Settings, Shared, threads};
 use crate::tun::{AttachError, Features, Queue};
 
 /// Between two looks for a device that is not there: the reconciler makes it within milliseconds when it was taken
@@ -47,7 +47,7 @@ pub(super) struct Link<'a> {
     /// The socket knows `UDP_SEGMENT`.
     pub(super) runs: bool,
     pub(super) rules: Rules,
-    /// One of the two threads is to end, so the other must.
+    /// Both threads are to end.
     pub(super) over: AtomicBool,
 }
 
@@ -115,7 +115,7 @@ fn forward(shared: &Shared, settings: &Settings, stop: BorrowedFd<'_>) {
         }
         shared.tell_works(settings);
         let began = Instant::now();
-        let ended = turn::forward(&link, &mut egress, &mut ingress, stop);
+        let ended = threads::forward(&link, &mut egress, &mut ingress, stop);
         if shared.is_stopped() {
             return;
         }
@@ -124,7 +124,7 @@ fn forward(shared: &Shared, settings: &Settings, stop: BorrowedFd<'_>) {
                 shared.tell_problem(&format!("device {} is gone", settings.device));
                 shared.device_lost.fetch_add(1, Relaxed);
             }
-            Err(error) => shared.tell_problem(&format!("no second thread: {error}")),
+            Err(error) => shared.tell_problem(&format!("no threads: {error}")),
         }
         // A queue that nobody reads must not swallow packets meanwhile.
         drop(link);
@@ -191,7 +191,7 @@ pub(super) fn wait_for(
 fn attach(settings: &Settings) -> Result<(Queue, Outcomes), AttachError> {
     let allows = |offload| settings.offloads.allows(offload);
     let mut outcomes = Outcomes::new();
-    let (queue, header) = if allows(Offload::VnetHdr) {
+    let (mut queue, header) = if allows(Offload::VnetHdr) {
         match Queue::attach(&settings.device, true) {
             Ok(queue) => (queue, Outcome::InUse),
             // Of the wrong kind, or a kernel that knows no such header: the second try tells.
@@ -218,6 +218,11 @@ fn attach(settings: &Settings) -> Result<(Queue, Outcomes), AttachError> {
     let (tso, uso) = (allows(Offload::TunTso), allows(Offload::TunUso));
     ask_for_super_packets(|f| queue.set_features(f), vnet_hdr && tso, vnet_hdr && uso, &mut outcomes)
         .map_err(|errno| AttachError::Io("TUNSETOFFLOAD", errno.into()))?;
+    let nowait = || queue.wait_in_reads();
+    outcomes.insert(
+        Offload::TunNowait,
+        Outcome::of(allows(Offload::TunNowait), "preadv2 with RWF_NOWAIT", nowait),
+    );
     if !vnet_hdr {
         // What came before may be a super-packet of an earlier attachment's, with nothing to tell it by.
         queue.discard();

@@ -22,6 +22,7 @@ pub mod fuzz;
 pub mod icmp;
 mod inbox;
 mod ingress;
+mod interrupt;
 pub mod layout;
 mod link;
 pub mod offload;
@@ -33,8 +34,8 @@ pub mod peers;
 pub mod reference;
 pub mod segment;
 mod socket;
+mod threads;
 mod told;
-mod turn;
 pub mod virtio;
 
 use std::io::{self, PipeWriter};
@@ -70,7 +71,7 @@ pub struct Settings {
 pub struct Forwarder {
     settings: Settings,
     shared: Arc<Shared>,
-    /// The threads wait for its other end to hang up, too.
+    /// They wait for its other end to hang up.
     stop: Option<PipeWriter>,
     thread: Option<JoinHandle<()>>,
 }
@@ -106,7 +107,7 @@ impl Forwarder {
     pub fn start(settings: Settings, peers: PeerTable) -> io::Result<Self> {
         let shared = Arc::new(Shared::new(peers));
         let (hang_up, stop) = io::pipe()?;
-        let thread = std::thread::Builder::new().name("udp-egress".into()).spawn({
+        let thread = std::thread::Builder::new().name("udp".into()).spawn({
             let (shared, settings) = (Arc::clone(&shared), settings.clone());
             move || link::run(&shared, &settings, &hang_up)
         })?;
@@ -150,7 +151,7 @@ impl Forwarder {
     }
 
     fn end(&mut self) {
-        // Busy threads look at the one, idle ones wake by the other.
+        // Busy threads look at the one; who waits beside them wakes by the other.
         self.shared.stopped.store(true, Relaxed);
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {

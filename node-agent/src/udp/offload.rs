@@ -22,6 +22,9 @@ pub enum Offload {
     UdpSegment,
     /// `UDP_GRO`: one receive, many datagrams.
     UdpGro,
+    /// Reads of the device wait by themselves, and where they must not wait they say so (`RWF_NOWAIT` on TUN devices:
+    /// Linux 6.5); without it `poll` waits.
+    TunNowait,
 }
 
 /// So many datagrams the kernel takes at most as one, of the socket's as of the device's: `UDP_MAX_SEGMENTS` of linux/udp.h
@@ -46,7 +49,7 @@ pub enum Outcome {
 }
 
 impl Offload {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::VnetHdr,
         Self::TunTso,
         Self::TunUso,
@@ -54,6 +57,7 @@ impl Offload {
         Self::CoalesceUdp,
         Self::UdpSegment,
         Self::UdpGro,
+        Self::TunNowait,
     ];
 
     pub fn name(self) -> &'static str {
@@ -65,6 +69,7 @@ impl Offload {
             Self::CoalesceUdp => "coalesce-udp",
             Self::UdpSegment => "udp-segment",
             Self::UdpGro => "udp-gro",
+            Self::TunNowait => "tun-nowait",
         }
     }
 }

@@ -14,6 +14,7 @@ use std::ptr::NonNull;
 
 use nix::errno::Errno;
 use nix::libc;
+use nix::sys::socket::{MsgFlags, SockaddrIn, sendto};
 
 use super::offload::UDP_MAX_SEGMENTS;
 use super::packet::MAX_DATAGRAM;
@@ -128,7 +129,9 @@ impl Outbox {
 
     pub(super) fn begin<'p>(&mut self) -> Batch<'_, 'p> {
         let mut batch = Batch { outbox: self, payloads: PhantomData };
-        batch.clear();
+        if !batch.messages().is_empty() {
+            batch.clear();
+        }
         batch
     }
 
@@ -367,6 +370,11 @@ fn slot(to: SocketAddrV4, size: usize) -> usize {
 
 fn list(datagrams: &[Datagram], first: u32) -> impl Iterator<Item = &Datagram> {
     std::iter::successors(datagrams.get(first as usize), |datagram| datagrams.get(datagram.next as usize))
+}
+
+/// One datagram by itself, without the headers that several need.
+pub(super) fn send_one(socket: BorrowedFd<'_>, to: SocketAddrV4, datagram: &[u8]) -> Result<usize, Errno> {
+    sendto(socket.as_raw_fd(), datagram, &SockaddrIn::from(to), MsgFlags::MSG_DONTWAIT)
 }
 
 fn transmit(socket: BorrowedFd<'_>, raw: &mut [libc::mmsghdr]) -> Result<usize, Errno> {

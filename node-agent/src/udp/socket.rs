@@ -3,7 +3,6 @@
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockAddr, Type};
@@ -15,9 +14,6 @@ use super::offload::{Offload, Offloads, Outcome, Outcomes};
 /// batch of super-packets be sent at once.
 const BUFFER: usize = 4 << 20;
 
-/// How long a receive waits when nothing comes: what is called silence, and how long a stop may take.
-const SILENCE: Duration = Duration::from_millis(20);
-
 #[derive(Debug)]
 pub(super) struct Socket {
     socket: UdpSocket,
@@ -28,7 +24,6 @@ impl Socket {
     /// Binds in the network namespace of the calling thread, and finds out what the kernel can do for it.
     pub(super) fn open(listen: SocketAddrV4, offloads: &Offloads) -> io::Result<Self> {
         let socket = UdpSocket::bind(listen)?;
-        socket.set_read_timeout(Some(SILENCE))?;
         // Without CAP_NET_ADMIN the system's limit bounds it, and a smaller buffer only drops sooner.
         if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
             let _ = setsockopt(&socket, sockopt::RcvBuf, &BUFFER);

@@ -66,12 +66,18 @@ pub(super) fn command(program: &str, args: &str) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// Whether this kernel has it at all: UDP super-packets came to TUN devices with Linux 6.2.
+/// Whether this kernel has it at all: UDP super-packets came to TUN devices with Linux 6.2, reads that need not wait with
+/// 6.5.
 pub(super) fn knows(offload: Offload) -> bool {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("procfs");
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     let mut next = || numbers.next().and_then(|number| number.parse::<u32>().ok()).expect("a number");
-    !matches!(offload, Offload::TunUso | Offload::CoalesceUdp) || (next(), next()) >= (6, 2)
+    let since = match offload {
+        Offload::TunUso | Offload::CoalesceUdp => (6, 2),
+        Offload::TunNowait => (6, 5),
+        _ => (0, 0),
+    };
+    (next(), next()) >= since
 }
 
 /// Number 1 and number 2.

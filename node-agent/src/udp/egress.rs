@@ -102,15 +102,16 @@ impl Egress {
         let mut pace = Pace::new(Instant::now());
         while !link.is_over() {
             let (end, count) = self.step(link, most, stop);
+            let flood = count > 0 && pace.gathers(count, Instant::now());
             match end {
                 Read::Gone => return,
                 Read::Full => most = (most * 2).min(READS),
+                Read::Empty if flood => {
+                    gather();
+                    most = READS;
+                }
                 Read::Empty if count <= 1 => most = 1,
                 Read::Empty => {}
-            }
-            if count > 0 && pace.gathers(count, Instant::now()) {
-                gather();
-                most = READS;
             }
         }
     }

@@ -2,14 +2,18 @@
 //!
 //! Where sender and agent share a core, each packet that is sent wakes the agent, which takes it away, alone, before
 //! the next one is there: a flood of small packets then costs a switch of threads, a walk through the kernel's stack and
-//! a wake-up of the peer for each. Above [`FLOOD`] the device is left alone for [`GATHER`] after each batch, and its
-//! queue (500 packets, linux drivers/net/tun.c, `TUN_READQ_SIZE`) fills meanwhile. Below it nothing waits.
+//! a wake-up of the peer for each. From [`FLOOD`] on, until there is less than [`EBB`], the device is left alone for
+//! [`GATHER`] after each batch, and its queue (500 packets, linux drivers/net/tun.c, `TUN_READQ_SIZE`) fills meanwhile.
+//! Otherwise nothing waits.
 
 use std::time::{Duration, Instant};
 
-/// Reads of the device in [`WINDOW`], so 50,000 packets/s: one that stands for many counts as one, so bulk TCP stays
+/// Reads of the device per [`WINDOW`], so 50,000 packets/s: one that stands for many counts as one, so bulk TCP stays
 /// far below.
-const FLOOD: usize = 50;
+const FLOOD: u128 = 50;
+/// Half of it, for where processors are busy a flood comes unevenly, and sending packets one by one slows it down.
+const EBB: u128 = 25;
+/// Rates are taken over so long or longer.
 const WINDOW: Duration = Duration::from_millis(1);
 /// The kernel adds up to 50 µs (`PR_SET_TIMERSLACK`). At 50,000 packets/s 10 to 12 of them come together; the queue is
 /// full at 2,000,000 packets/s.
@@ -32,8 +36,8 @@ impl Pace {
         self.packets += packets;
         let passed = now.duration_since(self.since);
         if passed >= WINDOW {
-            // After a pause the few packets of a long window are no flood.
-            self.flood = self.packets >= FLOOD && passed < 2 * WINDOW;
+            let rate = self.packets as u128 * WINDOW.as_nanos() / passed.as_nanos();
+            self.flood = rate >= if self.flood { EBB } else { FLOOD };
             (self.since, self.packets) = (now, 0);
         }
         self.flood
@@ -60,8 +64,22 @@ mod tests {
     fn a_flood_gathers_and_what_is_less_does_not_wait() {
         assert_eq!(waits(1, 10), 10, "100,000/s, one by one");
         assert_eq!(waits(20, 150), 10, "130,000/s, gathered already");
+        assert_eq!(waits(256, 3000), 10, "85,000/s, in batches as large as they can be");
         assert_eq!(waits(1, 50), 0, "20,000/s");
         assert_eq!(waits(8, 400), 0, "20,000/s in small batches");
+    }
+
+    #[test]
+    fn a_flood_goes_on_until_there_is_half_of_it() {
+        let mut now = Instant::now();
+        let mut pace = Pace::new(now);
+        let mut gathers = |packets| {
+            now += Duration::from_millis(1);
+            pace.gathers(packets, now)
+        };
+        assert!(!gathers(49));
+        assert!(gathers(50) && gathers(25));
+        assert!(!gathers(24) && !gathers(49));
     }
 
     #[test]

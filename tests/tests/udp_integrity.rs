@@ -30,14 +30,19 @@ fn outcomes(cluster: &Cluster) -> Result<Vec<(String, String)>> {
     Ok(path.offloads.into_iter().map(|o| (o.name, o.outcome)).collect())
 }
 
-/// Whether TUN devices of this kernel know them: since Linux 6.2.
-fn udp_super_packets() -> Result<bool> {
+/// Whether TUN devices of this kernel have it: UDP super-packets came with Linux 6.2, reads that need not wait with 6.5.
+fn knows(offload: &str) -> Result<bool> {
+    let since = match offload {
+        "tun-uso" | "coalesce-udp" => (6, 2),
+        "tun-nowait" => (6, 5),
+        _ => return Ok(true),
+    };
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
     let (Some(Ok(major)), Some(Ok(minor))) = (numbers.next(), numbers.next()) else {
         bail!("a kernel of release {release:?}")
     };
-    Ok((major, minor) >= (6, 2))
+    Ok((major, minor) >= since)
 }
 
 /// Packets a system call carries: what batching and offloads are for.
@@ -68,8 +73,7 @@ fn everything_arrives_as_it_was_sent_with_all_offloads() -> Result<()> {
         figures(cluster, "all offloads")?;
         for node in &cluster.nodes {
             for offload in node.packet_path()?.offloads {
-                let of_udp = offload.name == "tun-uso" || offload.name == "coalesce-udp";
-                let wanted = if of_udp && !udp_super_packets()? { "refused" } else { "in-use" };
+                let wanted = if knows(&offload.name)? { "in-use" } else { "refused" };
                 ensure!(offload.outcome == wanted, "on this kernel: {offload:?}, expected {wanted}");
                 ensure!(offload.detail.is_some() == (wanted == "refused"), "without a reason: {offload:?}");
             }

@@ -1,5 +1,5 @@
-//! The ioctls of `/dev/net/tun`.
-#![expect(unsafe_code, reason = "the ioctls of TUN devices have no safe wrapper")]
+//! `/dev/net/tun`: its ioctls, and reads that wait or must not.
+#![expect(unsafe_code, reason = "neither the ioctls of TUN devices nor preadv2 have a safe wrapper")]
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -125,8 +125,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Has [`Self::read`] wait by itself, which is a system call less. `EOPNOTSUPP`: the kernel cannot be told by the read
-    /// that another one must not wait (TUN devices came to that with Linux 6.5), and nothing has changed.
+    /// Has [`Self::read`] wait by itself, which is a system call less. An error, and nothing has changed, where a read cannot
+    /// say that it must not wait: `EOPNOTSUPP` of kernels before 6.5, as far as TUN devices go.
     pub fn wait_in_reads(&mut self) -> nix::Result<()> {
         // A descriptor without a device tells as well, and no packet is lost by asking.
         let apart = open().map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or_default()))?;
@@ -139,16 +139,18 @@ impl Queue {
         Ok(())
     }
 
-    /// Waits for a packet and reads it; `EINTR` when a signal came first.
+    /// Waits for a packet and reads it; `EINTR` when a signal came first, and `EAGAIN` when what came is gone again.
     pub fn read(&self, buffer: &mut [u8]) -> nix::Result<usize> {
-        loop {
-            match nix::unistd::read(self, buffer) {
-                Err(Errno::EAGAIN) => {
-                    poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE)?;
-                }
-                result => return result,
+        if !self.waits_in_reads {
+            let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
+            poll(&mut fds, PollTimeout::NONE)?;
+            // A device that goes says so here first: reads find it empty for a moment longer (tun_chr_poll).
+            let gone = PollFlags::POLLERR | PollFlags::POLLNVAL;
+            if fds[0].revents().is_some_and(|came| came.intersects(gone)) {
+                return Err(Errno::EBADFD);
             }
         }
+        nix::unistd::read(self, buffer)
     }
 
     /// Reads a packet; `EAGAIN` when there is none.
@@ -188,7 +190,15 @@ fn read_nowait(file: BorrowedFd<'_>, buffer: &mut [u8]) -> nix::Result<usize> {
     //
     // An offset of -1 is the file's own; the second half of it is zero on 64-bit machines.
     let read = unsafe {
-        libc::syscall(libc::SYS_preadv2, file.as_raw_fd(), &raw const part, 1, -1_i64, 0, libc::RWF_NOWAIT)
+        libc::syscall(
+            libc::SYS_preadv2,
+            file.as_raw_fd(),
+            &raw const part,
+            1_usize,
+            -1_i64,
+            0_usize,
+            libc::RWF_NOWAIT,
+        )
     };
     Errno::result(read).map(|read| read.unsigned_abs() as usize)
 }

@@ -1,12 +1,12 @@
 //! Against the kernel, each in a network namespace of its own; root is needed, and a refusal is a failure.
 
 use std::io::ErrorKind;
+use std::net::UdpSocket;
 use std::process::Command;
 use std::thread;
 
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
-use nix::unistd::read;
 use weft_shared::IfName;
 
 use super::*;
@@ -104,17 +104,57 @@ fn a_device_that_goes_with_its_program_is_not_attached_to() {
     });
 }
 
+/// With and without reads that wait by themselves, which this kernel may not have.
 #[test]
-fn a_deleted_device_says_so_on_its_queue() {
+fn a_deleted_device_says_so_on_its_queue_also_to_a_read_that_waits() {
+    in_namespace(|| {
+        let dev = name("flannel0");
+        for in_reads in [false, true] {
+            create(&dev).expect("created, also anew while the old queue is open");
+            let mut queue = Queue::attach(&dev, true).expect("attached");
+            if in_reads {
+                let _ = queue.wait_in_reads();
+            }
+            assert_eq!(queue.read_now(&mut [0; 2048]), Err(Errno::EAGAIN));
+            let ended = thread::scope(|scope| {
+                let waiting = scope.spawn(|| queue.read(&mut [0; 2048]));
+                ip("link del flannel0");
+                waiting.join().expect("no panic")
+            });
+            assert!(matches!(ended, Err(Errno::EBADFD | Errno::EFAULT)), "{ended:?}");
+            assert_eq!(queue.read_now(&mut [0; 2048]), Err(Errno::EBADFD));
+        }
+    });
+}
+
+#[test]
+fn a_packet_ends_the_wait_and_what_must_not_wait_finds_nothing_behind_it() {
     in_namespace(|| {
         let dev = name("flannel0");
         create(&dev).expect("created");
-        let queue = Queue::attach(&dev, true).expect("attached");
-        assert_eq!(read(&queue, &mut [0; 2048]), Err(Errno::EAGAIN));
-        ip("link del flannel0");
-        assert_eq!(read(&queue, &mut [0; 2048]), Err(Errno::EBADFD));
-        create(&dev).expect("created anew while the old queue is open");
-        Queue::attach(&dev, true).expect("and attached");
+        ip("link set flannel0 addrgenmode none");
+        ip("address add 10.5.1.0/32 dev flannel0");
+        ip("link set flannel0 up");
+        ip("route add 10.5.0.0/16 dev flannel0");
+        for in_reads in [false, true] {
+            let mut queue = Queue::attach(&dev, true).expect("attached");
+            if in_reads {
+                let _ = queue.wait_in_reads();
+            }
+            let socket = UdpSocket::bind("10.5.1.0:0").expect("bind");
+            let read = thread::scope(|scope| {
+                let waiting = scope.spawn(|| queue.read(&mut [0; 2048]));
+                // A device just attached to lets packets through only when the kernel has noticed its carrier.
+                while !waiting.is_finished() {
+                    socket.send_to(&[0; 100], "10.5.2.1:9").expect("sent");
+                    thread::yield_now();
+                }
+                waiting.join().expect("no panic")
+            });
+            assert_eq!(read, Ok(VNET_HDR_LEN + 128));
+            while queue.read_now(&mut [0; 2048]).is_ok() {}
+            assert_eq!(queue.read_now(&mut [0; 2048]), Err(Errno::EAGAIN));
+        }
     });
 }
 

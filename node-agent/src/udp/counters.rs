@@ -108,7 +108,7 @@ pub struct Counters {
 pub struct Traffic {
     pub packets: u64,
     pub bytes: u64,
-    /// System calls: what batching and offloads save.
+    /// System calls that read, write, send or receive: what batching and offloads save.
     pub calls: u64,
 }
 

@@ -1,8 +1,8 @@
 //! From the device to the peers.
 //!
 //! A wake-up reads what is there into one arena, up to a batch, and sends all of it by one `sendmmsg`; a packet that came
-//! alone is sent as it lies there. A super-packet
-//! of the device becomes one `UDP_SEGMENT` message; packets of one size to one peer share one as well.
+//! alone is sent as it lies there. A super-packet of the device becomes one `UDP_SEGMENT` message; packets of one size to
+//! one peer share one as well.
 
 use std::net::SocketAddrV4;
 use std::ops::Range;
@@ -15,7 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::counters::{DropReason, Tally};
 use super::icmp::{self, MAX_ANSWER, Problem, RateLimit};
-use super::link::{Link, wait_for};
+use super::link::Link;
 use super::offload::{Offload, Outcome};
 use super::outbox::{self, Batch, Flow, Join, Outbox};
 use super::pace::{GATHER, Pace};
@@ -157,7 +157,8 @@ impl Egress {
                 Err(_) => {
                     self.tally.dropped(DropReason::ReadFailed, 1);
                     self.failures = self.failures.saturating_add(1);
-                    if self.failures >= FAILURES {
+                    // It is to be known before the next wait.
+                    if waits || self.failures >= FAILURES {
                         return Read::Empty;
                     }
                 }
@@ -271,6 +272,9 @@ impl<'p> Out<'_, 'p> {
 
     /// Sends the batch. What the socket does not take is counted, and what comes behind it is sent all the same.
     fn flush(&mut self) {
+        if self.batch.messages().is_empty() {
+            return;
+        }
         let socket = self.link.socket.as_fd();
         self.patience = Patience::default();
         let mut at = 0;
@@ -340,7 +344,7 @@ impl<'p> Out<'_, 'p> {
                 Err(Errno::EAGAIN) if !self.link.is_over() => {
                     let Some(left) = self.patience.left(Instant::now()) else { return Err(Errno::EAGAIN) };
                     let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
-                    wait_for(self.link.socket.as_fd(), PollFlags::POLLOUT, self.stop, timeout);
+                    wait_for_room(self.link.socket.as_fd(), self.stop, timeout);
                 }
                 result => return result,
             }
@@ -392,6 +396,12 @@ impl Patience {
         // What is shorter than poll can wait would be no wait.
         until.checked_duration_since(now).filter(|left| left.as_millis() > 0)
     }
+}
+
+/// Or until `stop` hangs up.
+fn wait_for_room(socket: BorrowedFd<'_>, stop: BorrowedFd<'_>, timeout: PollTimeout) {
+    let _ =
+        poll(&mut [PollFd::new(socket, PollFlags::POLLOUT), PollFd::new(stop, PollFlags::empty())], timeout);
 }
 
 #[expect(clippy::disallowed_methods, reason = "time itself is meant")]
@@ -456,11 +466,16 @@ mod tests {
         assert_eq!(read_of(&[Ok(60), Err(Errno::EFAULT)]), (Read::Gone, 1, 0));
         let one_bad = [Ok(60), Err(Errno::EINVAL), Ok(60), Err(Errno::EINTR), Ok(60)];
         assert_eq!(read_of(&one_bad), (Read::Empty, 3, 1), "a packet that could not be handed over");
-        assert_eq!(read_of(&[Err(Errno::EINVAL); 1000]), (Read::Empty, 0, 16), "not tried for ever");
-        let mut mixed = vec![Err(Errno::EINVAL); 15];
-        mixed.push(Ok(60));
+        assert_eq!(read_of(&[Err(Errno::EINVAL); 1000]), (Read::Empty, 0, 1), "known before the next wait");
+        let mut mixed = vec![Ok(60)];
         mixed.extend([Err(Errno::EINVAL); 15]);
-        assert_eq!(read_of(&mixed), (Read::Empty, 1, 30), "one that is read begins the count anew");
+        mixed.push(Ok(60));
+        mixed.extend([Err(Errno::EINVAL); 1000]);
+        assert_eq!(
+            read_of(&mixed),
+            (Read::Empty, 2, 31),
+            "one that is read begins the count anew, which has an end"
+        );
         let interrupted = [Err(Errno::EINTR), Ok(60)];
         assert_eq!(read_of(&interrupted), (Read::Empty, 0, 0), "whoever interrupts the wait has a reason");
     }

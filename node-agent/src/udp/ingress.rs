@@ -1,7 +1,7 @@
 //! From the peers to the device.
 //!
 //! A wake-up receives what is there, up to a batch; what passes the checks is put together again and written, one write
-//! per group and none left over at the end of the batch.
+//! per group and none left over at the end of the batch. What came alone goes straight on.
 
 use std::io::IoSlice;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -20,7 +20,7 @@ use super::packet::Ipv4;
 use super::peers::PeerTable;
 use super::virtio::{self, GsoKind, VirtioHeader};
 
-/// Packets put together at a time: what sixteen messages of `UDP_GRO` hold.
+/// Packets put together at a time: twice what eight messages of `UDP_GRO` hold, which is as many as come at a time.
 const PACKETS: usize = 1024;
 /// The most parts of one write: a prefix and [`Coalescer`]'s largest group.
 const PARTS: usize = 1 + 128;
@@ -104,7 +104,11 @@ impl Ingress {
     fn pass(&mut self, link: &Link<'_>, table: &PeerTable, messages: usize) {
         let Self { inbox, coalescer, tally, overruns, learnt } = self;
         let mut device = Writer {
-            write: |parts: &[IoSlice<'_>]| writev(&link.queue, parts),
+            // Where a foreign hand has limited the device's buffer writes wait, and must not outlast the link.
+            write: |parts: &[IoSlice<'_>]| match writev(&link.queue, parts) {
+                Err(Errno::EINTR) if link.is_over() => Err(Errno::EAGAIN),
+                result => result,
+            },
             refused: |offload, outcome| link.shared.tell_outcome(offload, outcome),
             vnet_hdr: link.vnet_hdr,
             learnt,

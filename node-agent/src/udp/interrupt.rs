@@ -32,7 +32,7 @@ pub(super) fn this_thread() -> ThreadId {
     ThreadId(gettid())
 }
 
-/// Ends the call that the thread is in; a thread that has ended is not minded, nor one between two calls.
+/// Ends the call that the thread is in, if it is in one; it must not have ended.
 pub(super) fn interrupt(thread: ThreadId) {
     // SAFETY: tgkill takes numbers and touches no memory.
     unsafe {

@@ -1,8 +1,8 @@
 //! From a socket and a device to two threads that forward between them, again and again: the port may be another's for
 //! a while, the device may come late and may be taken away.
 //!
-//! One thread looks for both and then forwards itself, by two more (`threads`) for as long as the device
-//! stays. A panic of either ends both, and both start anew.
+//! One thread looks for both and then has two more forward (`threads`) for as long as the device stays. A panic of either
+//! ends both, and both start anew.
 
 use std::io::{self, PipeReader};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -171,20 +171,6 @@ fn is_stopped_within(stop: BorrowedFd<'_>, wait: Duration) -> bool {
     let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
     // An interrupted wait is a short one.
     matches!(poll(&mut [PollFd::new(stop, PollFlags::empty())], timeout), Ok(1..))
-}
-
-/// Waits for `events` of `fd`, or for `stop` to hang up; says what came of `fd`.
-pub(super) fn wait_for(
-    fd: BorrowedFd<'_>,
-    events: PollFlags,
-    stop: BorrowedFd<'_>,
-    timeout: PollTimeout,
-) -> PollFlags {
-    let mut fds = [PollFd::new(fd, events), PollFd::new(stop, PollFlags::empty())];
-    match poll(&mut fds, timeout) {
-        Ok(_) => fds[0].revents().unwrap_or(PollFlags::empty()),
-        Err(_) => PollFlags::empty(),
-    }
 }
 
 /// The device in the best mode that it and the operator allow.

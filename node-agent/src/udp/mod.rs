@@ -71,7 +71,7 @@ pub struct Settings {
 pub struct Forwarder {
     settings: Settings,
     shared: Arc<Shared>,
-    /// They wait for its other end to hang up.
+    /// The thread waits for its other end to hang up.
     stop: Option<PipeWriter>,
     thread: Option<JoinHandle<()>>,
 }

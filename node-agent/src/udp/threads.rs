@@ -24,11 +24,13 @@ const AGAIN_MS: u8 = 1;
 
 struct Worker<'scope> {
     thread: ScopedJoinHandle<'scope, ()>,
+    id: &'scope OnceLock<ThreadId>,
     /// Hangs up when the thread ends, by a panic as well.
     end: PipeReader,
 }
 
-/// Returns when the device is gone or the stop has been asked for; panics when one of the threads does.
+/// Returns when the device is gone or the stop has been asked for, with an error when there cannot be threads; panics when
+/// one of them does.
 pub(super) fn forward(
     link: &Link<'_>,
     egress: &mut Egress,
@@ -48,31 +50,33 @@ pub(super) fn forward_by(
     ingress: impl FnOnce() + Send,
 ) -> io::Result<()> {
     interrupt::prepare()?;
-    let ids = [const { OnceLock::new() }; 2];
-    let [first, second] = &ids;
-    let ended = thread::scope(|scope| {
-        let first = Worker::start(scope, "udp-egress", first, egress)?;
-        let second = Worker::start(scope, "udp-ingress", second, ingress);
-        if let Ok(second) = &second {
-            wait_for_any([stop, first.end.as_fd(), second.end.as_fd()]);
+    let (egress_id, ingress_id) = (OnceLock::new(), OnceLock::new());
+    thread::scope(|scope| {
+        let egress = Worker::start(scope, "udp-egress", &egress_id, egress)?;
+        match Worker::start(scope, "udp-ingress", &ingress_id, ingress) {
+            Ok(ingress) => {
+                wait_for_any([stop, egress.end.as_fd(), ingress.end.as_fd()]);
+                end(link, [egress, ingress]);
+                Ok(())
+            }
+            Err(error) => {
+                end(link, [egress]);
+                Err(error)
+            }
         }
-        link.over.store(true, Relaxed);
-        let (second, failed) = match second {
-            Ok(second) => (Some(second), None),
-            Err(error) => (None, Some(error)),
-        };
-        let threads = [Some(first), second].map(|worker| worker.map(|worker| worker.thread));
-        while threads.iter().flatten().any(|thread| !thread.is_finished()) {
-            ids.iter().filter_map(OnceLock::get).for_each(|id| interrupt::interrupt(*id));
-            let _ = poll(&mut [], AGAIN_MS);
-        }
-        let ends: Vec<_> = threads.into_iter().flatten().map(ScopedJoinHandle::join).collect();
-        failed.map_or(Ok(ends), Err)
-    })?;
-    for panic in ended.into_iter().filter_map(Result::err) {
+    })
+}
+
+/// Ends all of them, and then passes a panic on.
+fn end<const N: usize>(link: &Link<'_>, workers: [Worker<'_>; N]) {
+    link.over.store(true, Relaxed);
+    // Each of them, so not by `any`.
+    while workers.iter().filter(|worker| worker.interrupted()).count() > 0 {
+        let _ = poll(&mut [], AGAIN_MS);
+    }
+    for panic in workers.map(|worker| worker.thread.join()).into_iter().filter_map(Result::err) {
         resume_unwind(panic);
     }
-    Ok(())
 }
 
 impl<'scope> Worker<'scope> {
@@ -88,7 +92,16 @@ impl<'scope> Worker<'scope> {
             let _ = id.set(interrupt::this_thread());
             work();
         })?;
-        Ok(Self { thread, end })
+        Ok(Self { thread, id, end })
+    }
+
+    /// Interrupts the thread if it has not ended, and says so.
+    fn interrupted(&self) -> bool {
+        let runs = !self.thread.is_finished();
+        if let (true, Some(id)) = (runs, self.id.get()) {
+            interrupt::interrupt(*id);
+        }
+        runs
     }
 }
 

@@ -67,14 +67,14 @@ pub(super) fn forward_by(
     })
 }
 
-/// Ends all of them, and then passes a panic on.
+/// Ends all of them, and then passes the first panic on.
 fn end<const N: usize>(link: &Link<'_>, workers: [Worker<'_>; N]) {
     link.over.store(true, Relaxed);
     // Each of them, so not by `any`.
     while workers.iter().filter(|worker| worker.interrupted()).count() > 0 {
         let _ = poll(&mut [], AGAIN_MS);
     }
-    for panic in workers.map(|worker| worker.thread.join()).into_iter().filter_map(Result::err) {
+    if let Some(panic) = workers.map(|worker| worker.thread.join()).into_iter().find_map(Result::err) {
         resume_unwind(panic);
     }
 }

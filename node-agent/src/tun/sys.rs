@@ -131,8 +131,8 @@ impl Queue {
         // A descriptor without a device tells as well, and no packet is lost by asking.
         let apart = open().map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or_default()))?;
         match read_nowait(apart.as_fd(), &mut [0]) {
-            Err(Errno::EBADFD) => {}
-            result => return result.map(drop),
+            Ok(_) | Err(Errno::EBADFD) => {}
+            Err(errno) => return Err(errno),
         }
         fcntl(&self.file, FcntlArg::F_SETFL(OFlag::empty()))?;
         self.waits_in_reads = true;

@@ -15,7 +15,8 @@ const MESSAGES: usize = 64;
 const BUFFER: usize = 1 << 16;
 /// Buffers are as far apart, so that their beginnings do not compete for the same cache lines.
 const STRIDE: usize = BUFFER + 34 * 64;
-/// So many bytes at a time still lie in the second cache of the processors measured when they are checked and written: super-packets that have left it cost a twentieth of the throughput, and more (measured).
+/// So many bytes at a time still lie in the second cache of the processors measured when they are checked and written:
+/// super-packets that have left it cost a twentieth of the throughput, and more (measured).
 const WARM: usize = 512 << 10;
 /// `CMSG_SPACE` of two 32-bit numbers: the segment size and the overruns.
 const CONTROL_SPACE: usize = 48;

@@ -3,8 +3,8 @@
 //! Where sender and agent share a core, each packet that is sent wakes the agent, which takes it away, alone, before
 //! the next one is there: a flood of small packets then costs a switch of threads, a walk through the kernel's stack and
 //! a wake-up of the peer for each. From [`FLOOD`] on, until there is less than [`EBB`], the device is left alone for
-//! [`GATHER`] after each batch that leaves it empty, and its queue (500 packets, linux drivers/net/tun.c, `TUN_READQ_SIZE`) fills meanwhile.
-//! Otherwise nothing waits.
+//! [`GATHER`] after each batch that leaves it empty, and its queue (500 packets, linux drivers/net/tun.c,
+//! `TUN_READQ_SIZE`) fills meanwhile. Otherwise nothing waits.
 
 use std::time::{Duration, Instant};
 
